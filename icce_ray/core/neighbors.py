@@ -1,0 +1,258 @@
+"""Nearest neighbors by cosine, and ICCE's adaptive choice of how many each image keeps.
+
+Shapes: N rows, Q query rows, D features, M neighbors. Rows are unit vectors, so that the inner
+product is the cosine. Row numbers are global; an image is never its own neighbor, also where
+queries and base are searched in chunks (TEMI's public code masks the wrong diagonal above 80,000
+images, so that most images keep themselves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+QUERY_CHUNK = 2048
+BASE_CHUNK = 32_768  # with QUERY_CHUNK: 256 MB of similarities at a time
+IVF_SAMPLE_PER_LIST = 64  # rows per inverted list that its centroids are trained on
+
+
+# --- exact search --------------------------------------------------------------------------------
+
+
+def search(
+    matrix: np.ndarray,
+    start: int,
+    stop: int,
+    k: int,
+    device: torch.device | str = "cpu",
+    on_rows: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact top k of rows start..stop among all rows, themselves excluded.
+
+    Args:
+        matrix: float16 or float32 [N, D], unit rows; may be memory-mapped.
+        k: neighbors wanted, below N.
+        on_rows: called with the number of query rows done.
+
+    Returns: ids int32 [Q, k], similarity float32 [Q, k], best first.
+    """
+    ids = np.empty((stop - start, k), np.int32)
+    similarity = np.empty((stop - start, k), np.float32)
+    base = _on_device(matrix, device)
+    for first in range(start, stop, QUERY_CHUNK):
+        last = min(first + QUERY_CHUNK, stop)
+        best, where = _search_chunk(base, matrix, first, last, k, device)
+        ids[first - start : last - start] = where.cpu().numpy()
+        similarity[first - start : last - start] = best.cpu().numpy()
+        if on_rows:
+            on_rows(last - start)
+    return ids, similarity
+
+
+def _on_device(matrix: np.ndarray, device: torch.device | str) -> Tensor | None:
+    """The whole matrix on a GPU that has room for it, else None (chunks are copied over)."""
+    if torch.device(device).type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return torch.from_numpy(np.array(matrix)).to(device) if matrix.nbytes < free / 2 else None
+
+
+def _rows(
+    base: Tensor | None, matrix: np.ndarray, start: int, stop: int, device: torch.device | str
+) -> Tensor:
+    if base is not None:
+        return base[start:stop].float()
+    return torch.from_numpy(np.asarray(matrix[start:stop], dtype=np.float32)).to(device)
+
+
+def _search_chunk(
+    base: Tensor | None,
+    matrix: np.ndarray,
+    first: int,
+    last: int,
+    k: int,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    queries = _rows(base, matrix, first, last, device)
+    best = queries.new_empty(len(queries), 0)
+    where = torch.empty(len(queries), 0, dtype=torch.int32, device=device)
+    for start in range(0, len(matrix), BASE_CHUNK):
+        stop = min(start + BASE_CHUNK, len(matrix))
+        scores = queries @ _rows(base, matrix, start, stop, device).T
+        mask_self(scores, first, start)
+        values, columns = scores.topk(min(k, stop - start), dim=1)
+        best, where = merge(best, where, values, (columns + start).int(), k)
+    return best, where
+
+
+def mask_self(scores: Tensor, query_start: int, base_start: int) -> None:
+    """Set the similarity of each query to itself to -inf, wherever it falls in this block."""
+    rows, columns = scores.shape
+    low = max(query_start, base_start)
+    high = min(query_start + rows, base_start + columns)
+    if low < high:
+        ids = torch.arange(low, high, device=scores.device)
+        scores[ids - query_start, ids - base_start] = -torch.inf
+
+
+def merge(
+    best: Tensor, where: Tensor, values: Tensor, ids: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k best of two lists of (similarity, id) per query, best first."""
+    values, ids = torch.cat([best, values], 1), torch.cat([where, ids], 1)
+    top, order = values.topk(min(k, values.shape[1]), dim=1)
+    return top, ids.gather(1, order)
+
+
+# --- approximate search --------------------------------------------------------------------------
+
+
+def build_ivf(matrix: np.ndarray, path: Path, seed: int) -> None:
+    """Write a faiss inverted-file index of all rows, half precision, about 4 sqrt(N) lists."""
+    import faiss
+
+    rows, features = matrix.shape
+    lists = max(1, min(int(4 * np.sqrt(rows)), rows // IVF_SAMPLE_PER_LIST))
+    quantizer = faiss.IndexFlatIP(features)
+    half = faiss.ScalarQuantizer.QT_fp16
+    index = faiss.IndexIVFScalarQuantizer(
+        quantizer, features, lists, half, faiss.METRIC_INNER_PRODUCT
+    )
+    index.by_residual = False
+    index.cp.spherical, index.cp.seed = True, seed
+    sample = min(rows, lists * IVF_SAMPLE_PER_LIST)
+    chosen = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False))
+    index.train(np.asarray(matrix[chosen], dtype=np.float32))
+    for start in range(0, rows, BASE_CHUNK):
+        index.add(np.asarray(matrix[start : start + BASE_CHUNK], dtype=np.float32))
+    temporary = path.with_suffix(".tmp")
+    faiss.write_index(index, str(temporary))
+    temporary.replace(path)
+
+
+def search_ivf(
+    index: Any, matrix: np.ndarray, start: int, stop: int, k: int, nprobe: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Approximate top k of rows start..stop, themselves excluded. Shapes as `search`.
+
+    Where the visited lists hold fewer than k rows, the last found neighbor is repeated.
+    """
+    index.nprobe = nprobe
+    ids = np.empty((stop - start, k), np.int32)
+    similarity = np.empty((stop - start, k), np.float32)
+    for first in range(start, stop, QUERY_CHUNK):
+        last = min(first + QUERY_CHUNK, stop)
+        queries = np.asarray(matrix[first:last], dtype=np.float32)
+        scores, found = index.search(queries, k + 1)
+        scores, found = drop_self(scores, found, first)
+        ids[first - start : last - start] = found
+        similarity[first - start : last - start] = scores
+    return ids, similarity
+
+
+def drop_self(
+    scores: np.ndarray, ids: np.ndarray, query_start: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Remove each query's own id from its k+1 results; the last result goes where it is absent."""
+    own = ids == (query_start + np.arange(len(ids)))[:, None]
+    own[~own.any(1), -1] = True
+    keep = ~own
+    scores = scores[keep].reshape(len(ids), -1)
+    ids = ids[keep].reshape(len(ids), -1)
+    valid = np.maximum((ids >= 0).sum(1), 1)
+    column = np.minimum(np.arange(ids.shape[1]), valid[:, None] - 1)
+    return np.take_along_axis(scores, column, 1), np.take_along_axis(ids, column, 1)
+
+
+# --- how many neighbors an image keeps -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The first `counts[i]` ids of row i are its neighbors."""
+
+    ids: np.ndarray  # int32 [N, M]
+    similarity: np.ndarray  # [N, M]
+    counts: np.ndarray  # int32 [N]
+    threshold: float | None
+
+
+def reference_k(k: int, images: int, clusters: int, most: int) -> int:
+    """k, cut so that a neighborhood stays well inside a class of mean size N / K."""
+    return int(max(1, min(k, most, max(5, images // (10 * clusters)), images - 1)))
+
+
+def auto_threshold(similarity: np.ndarray, k: int) -> float:
+    """The median over images of the similarity to their k-th neighbor.
+
+    Half of the images then keep more than k neighbors (dense regions, up to M) and half fewer
+    (outliers, down to the minimum). The paper keeps neighbors within a distance threshold; how it
+    sets that threshold is not known, so this rule is ours.
+    """
+    return float(np.median(np.asarray(similarity[:, k - 1], dtype=np.float32)))
+
+
+def select(
+    ids: np.ndarray,
+    similarity: np.ndarray,
+    *,
+    rule: str,
+    k: int,
+    threshold: float | None,
+    min_neighbors: int,
+    mutual: bool,
+) -> Selection:
+    """Choose each row's neighbors among its top M. `rule`: fixed, threshold or auto."""
+    rows, most = ids.shape
+    if rule == "fixed":
+        counts = np.full(rows, min(k, most), np.int32)
+        threshold = None
+    else:
+        if threshold is None:
+            threshold = auto_threshold(similarity, min(k, most))
+        counts = (similarity >= np.asarray(threshold, similarity.dtype)).sum(1).astype(np.int32)
+    floor = min(min_neighbors, most)
+    if mutual:
+        ids, similarity, counts = _keep_mutual(ids, similarity, counts)
+    return Selection(ids, similarity, np.clip(counts, floor, most).astype(np.int32), threshold)
+
+
+def _keep_mutual(
+    ids: np.ndarray, similarity: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Move the neighbors that have the image too to the front of its list, order kept."""
+    rows, most = ids.shape
+    kept = np.arange(most) < counts[:, None]
+    owner = np.broadcast_to(np.arange(rows, dtype=np.int64)[:, None], ids.shape)[kept]
+    other = ids[kept].astype(np.int64)
+    both = np.isin(owner * rows + other, other * rows + owner)
+    flag = np.zeros(ids.shape, bool)
+    flag[kept] = both
+    order = np.argsort(~flag, axis=1, kind="stable")
+    return (
+        np.take_along_axis(ids, order, 1),
+        np.take_along_axis(similarity, order, 1),
+        flag.sum(1).astype(np.int32),
+    )
+
+
+def describe(selection: Selection, min_neighbors: int) -> dict[str, Any]:
+    """Distribution of the counts, for the manifest and the report."""
+    counts, most = selection.counts, selection.ids.shape[1]
+    edges = np.unique(np.linspace(0, most, min(most, 25) + 1).astype(int))
+    histogram, _ = np.histogram(counts, bins=edges)
+    quantiles = np.quantile(counts, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
+    return {
+        "threshold": selection.threshold,
+        "mean": float(counts.mean()),
+        "quantiles": dict(zip(("0", "5", "25", "50", "75", "95", "100"), quantiles, strict=True)),
+        "at_minimum": float((counts <= min_neighbors).mean()),
+        "at_maximum": float((counts >= most).mean()),
+        "histogram": {"edges": edges.tolist(), "counts": histogram.tolist()},
+    }

@@ -1,0 +1,33 @@
+"""The errors a user may meet. The command line prints each as one line, never as a traceback."""
+
+from __future__ import annotations
+
+
+class IcceError(Exception):
+    """Base of every expected error: what happened, where, and how to fix it, in its message."""
+
+    exit_code = 1
+
+
+class ConfigError(IcceError):
+    """A setting is unknown, of the wrong type, out of range, or does not fit the data."""
+
+    exit_code = 2
+
+
+class DataError(IcceError):
+    """The input images, embeddings or labels cannot be used."""
+
+    exit_code = 3
+
+
+class ArtifactError(IcceError):
+    """A file of the run directory is missing, damaged, or was made with other settings."""
+
+    exit_code = 4
+
+
+class StageError(IcceError):
+    """A stage failed while it ran (workers lost for good, a loss that is not finite, a full disk)."""
+
+    exit_code = 5

@@ -1,0 +1,168 @@
+"""What the user sees while a run works: a bar in a terminal, a line at a time elsewhere.
+
+Both also go to RUN/log and RUN/status.json, which `icce-ray status` reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from icce_ray.artifacts import RunDirectory
+
+LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
+STATUS_EVERY = 3.0  # seconds between writes of status.json
+REMOTE_EVERY = 30.0  # the same on object stores, where each write costs
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person writes them: 8.1 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Bar:
+    """One long step: how far, how fast, how long still."""
+
+    def __init__(self, reporter: Reporter, title: str, total: int, unit: str, done: int) -> None:
+        self.reporter, self.title, self.total, self.unit = reporter, title, total, unit
+        self.done, self._start_at = done, done
+        self._started = self._line = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Set how many are done (not an increment); `note` is shown beside it."""
+        self.done = done
+        self.reporter._moved(self, note)
+
+    def remaining(self) -> float | None:
+        """Seconds still to go at the mean rate of this session, or None at the start."""
+        made = self.done - self._start_at
+        if made <= 0:
+            return None
+        return (self.total - self.done) * (time.monotonic() - self._started) / made
+
+
+class Reporter:
+    """Progress, messages, the log file and status.json of one run."""
+
+    def __init__(self, run: RunDirectory, quiet: bool = False) -> None:
+        self.run = run
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.stage = ""
+        self.events: list[str] = []
+        self._lines: list[str] = []
+        self._status_at = 0.0
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    # messages
+
+    def say(self, text: str) -> None:
+        """A line for the user and the log."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+        self._log(text)
+
+    def event(self, text: str) -> None:
+        """Something the user should find again in the report: a lost worker, a resumed stage."""
+        self.events.append(text)
+        self.say(f"! {text}")
+
+    def _log(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = f"{stamp} {self.stage or '-':<10} {text}\n"
+        if self.run.is_local:
+            path = self.run.path("log")
+            os.makedirs(self.run.root, exist_ok=True)  # noqa: PTH103
+            with contextlib.suppress(OSError), open(path, "a") as stream:  # noqa: PTH123
+                stream.write(line)
+        else:
+            self._lines.append(line)
+
+    def flush(self) -> None:
+        """Put the log of a remote run beside its other files (objects cannot be appended to)."""
+        if self._lines and not self.run.is_local:
+            old = self.run.read_bytes("log") if self.run.exists("log") else b""
+            self.run.write_bytes(old + "".join(self._lines).encode(), "log")
+            self._lines.clear()
+
+    # status
+
+    def status(self, state: str, **more: Any) -> None:
+        """Write status.json: state, stage, process, time, and whatever is known of progress."""
+        self._status_at = time.monotonic()
+        content = {"state": state, "stage": self.stage, "pid": os.getpid(), "time": time.time()}
+        with contextlib.suppress(Exception):  # losing one status line must not stop a run
+            self.run.write_json({**content, **more}, "status.json")
+
+    # progress
+
+    @contextlib.contextmanager
+    def bar(self, title: str, total: int, unit: str = "", done: int = 0) -> Iterator[Bar]:
+        """Show progress of a step of `total` units, `done` of which an earlier run finished."""
+        bar = Bar(self, title, total, unit, done)
+        if self.console.is_terminal and not self.quiet:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit + " {task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console, transient=True) as self._progress:
+                self._task = self._progress.add_task(title, total=total, completed=done, note="")
+                try:
+                    yield bar
+                finally:
+                    self._progress = None
+        else:
+            yield bar
+
+    def _moved(self, bar: Bar, note: str) -> None:
+        now = time.monotonic()
+        if self._progress is not None:
+            self._progress.update(self._task, completed=bar.done, note=note)
+        if now - bar._line >= LINE_EVERY:
+            bar._line = now
+            self._line(bar, note)
+        every = STATUS_EVERY if self.run.is_local else REMOTE_EVERY
+        if now - self._status_at >= every:
+            self.status(
+                "running",
+                step=bar.title,
+                done=bar.done,
+                total=bar.total,
+                unit=bar.unit,
+                remaining_seconds=bar.remaining(),
+            )
+
+    def _line(self, bar: Bar, note: str) -> None:
+        left = bar.remaining()
+        text = f"{bar.title}: {bar.done:,} of {bar.total:,} {bar.unit}".rstrip()
+        text += f", {duration(left)} left" if left is not None else ""
+        text += f" ({note})" if note else ""
+        if self._progress is None and not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+        self._log(text)

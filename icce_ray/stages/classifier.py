@@ -1,0 +1,586 @@
+"""Stage 6: train the classifier that labels new images, on the consensus as pseudo-labels.
+
+A probe reads the embeddings and trains in one Ray task, or by data on Ray Train workers.
+Fine-tuning first trains such a probe, then goes on from it with the backbone: Ray Data decodes
+images on CPU cores and feeds Ray Train workers. Both write the same artifact:
+
+    classifier/classifier.safetensors + classifier.json   see core/classifier.py; loads without Ray
+    classifier/history.json                               per epoch: loss, agreement with consensus
+    classifier/part-00000.parquet                         the classifier's own opinion of each row
+
+Rows are those of embeddings/: an image in quarantine is never fed.
+Shapes: N rows, B batch, D features, K clusters, S image side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from icce_ray import images
+from icce_ray.artifacts import CONSENSUS_SCHEMA, RunDirectory
+from icce_ray.cluster import Cluster, fetch
+from icce_ray.config import BackboneConfig, ClassifierConfig, Config, settings
+from icce_ray.core import backbone as backbones
+from icce_ray.core import classifier as core
+from icce_ray.core.collective import Collective
+from icce_ray.errors import ArtifactError, DataError, StageError
+from icce_ray.stages import Context, Need, Outcome, Size, Stage, training
+
+FOLDER = "classifier"
+WEIGHTS, DESCRIPTION = "classifier.safetensors", "classifier.json"
+HISTORY, OPINIONS, PROBE = "history.json", "part-00000.parquet", "probe.safetensors"
+POLL = 0.5  # seconds between looks at a Ray task
+BLOCK_ROWS = 256  # images per Ray Data block before decoding
+DECODE_ROWS = 32  # images per decoding task's batch
+SHUFFLE_BATCHES = 8  # batches in a worker's shuffle buffer; the rows are permuted once before
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "classifier": settings(config.classifier),
+        "num_classes": config.num_classes,
+        "seed": config.seed,
+    }
+
+
+def _task(config: Config) -> dict[str, Any]:
+    """What the workers need of the settings, as plain data."""
+    return {
+        "classifier": config.classifier.model_dump(mode="json"),
+        "backbone": [one.model_dump(mode="json") for one in config.backbone],
+        "num_classes": config.num_classes,
+        "seed": config.seed,
+        "bfloat16": config.embed.precision == "bfloat16",
+    }
+
+
+def _targets(run: RunDirectory, chosen: ClassifierConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Pseudo-labels int64 [N] and their weights float32 [N], of mean 1."""
+    labels = np.asarray(run.matrix("consensus", "cluster")).astype(np.int64)
+    weights = np.ones(len(labels), np.float32)
+    if chosen.confidence_weights:
+        weights = np.asarray(run.matrix("consensus", "confidence"))
+        if not weights.max(initial=0) > 0:
+            raise DataError(
+                "the consensus gives every image the confidence 0; set "
+                "classifier.confidence_weights=false, or look at the heads in the report"
+            )
+    return labels, core.normalized_weights(weights)
+
+
+# --- probes --------------------------------------------------------------------------------------
+
+
+def _fit_probe(
+    run: RunDirectory,
+    task: Mapping[str, Any],
+    on_step: core.OnStep,
+    collective: Collective | None = None,
+    device: torch.device | None = None,
+) -> dict[str, Tensor]:
+    """Train a probe; its weights, history, and opinion of every row, as named tensors."""
+    chosen = ClassifierConfig.model_validate(task["classifier"])
+    features = run.matrix("embeddings", "embedding")
+    labels, weights = _targets(run, chosen)
+    model, history = core.train_probe(
+        features,
+        labels,
+        weights,
+        chosen,
+        task["num_classes"],
+        task["seed"],
+        collective=collective,
+        on_step=on_step,
+        device=device,
+    )
+    clusters, confidence = core.predict(model, features, device)
+    state = {f"model.{k}": v.cpu().contiguous() for k, v in model.state_dict().items()}
+    return {
+        **state,
+        "clusters": torch.from_numpy(clusters),
+        "confidence": torch.from_numpy(confidence),
+        "history": _pack_history(history),
+    }
+
+
+def _pack_history(history: list[dict[str, float]]) -> Tensor:
+    rows = [[entry["epoch"], entry["loss"], entry["agreement"]] for entry in history]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+
+
+def _unpack_history(packed: Tensor) -> list[dict[str, float]]:
+    return [
+        {"epoch": int(epoch), "loss": loss, "agreement": agreement}
+        for epoch, loss, agreement in packed.tolist()
+    ]
+
+
+def _probe_task(run: RunDirectory, task: Mapping[str, Any]) -> bytes:
+    """The body of the Ray task. Its progress is a file that the driver looks at."""
+    reported = 0.0
+    every = training.PROGRESS_EVERY if run.is_local else training.REMOTE_PROGRESS_EVERY
+
+    def progress(done: int, total: int, loss: float) -> None:
+        nonlocal reported
+        if time.monotonic() - reported < every:
+            return
+        reported = time.monotonic()
+        state = {"done": done, "total": total, "note": f"loss {loss:.3f}"}
+        run.write_json(state, FOLDER, training.TRAIN, "probe.json")
+
+    progress(0, 0, math.nan)
+    return safetensors.save(_fit_probe(run, task, progress))
+
+
+def _probe_in_task(context: Context, task: Mapping[str, Any], total: int) -> dict[str, Tensor]:
+    """Train a probe in one Ray task. What it returned is kept, for a restarted driver."""
+    run, cluster, config = context.run, context.cluster, context.config
+    if not run.exists(FOLDER, training.TRAIN, PROBE):
+        ray = cluster.start()
+        gpus = cluster.gpus_each(config.classifier.num_gpus)
+        remote = ray.remote(
+            num_cpus=cluster.cpus_each(1, gpus),
+            num_gpus=gpus,
+            max_retries=config.ray.max_failures,
+        )(_probe_task)
+        ref = remote.remote(run, task)
+        try:
+            _watch(context, ray, ref, total)
+        except BaseException:
+            ray.cancel(ref, force=True)
+            raise
+        run.write_bytes(fetch(ray, ref), FOLDER, training.TRAIN, PROBE)
+    return safetensors.load(run.read_bytes(FOLDER, training.TRAIN, PROBE))
+
+
+def _watch(context: Context, ray: Any, ref: Any, total: int) -> None:
+    """Show the task's progress until it ends. Raises StageError where it never starts."""
+    run, wait = context.run, context.config.ray.worker_wait
+    deadline = time.monotonic() + wait
+    poll = POLL if run.is_local else training.REMOTE_POLL
+    with context.reporter.bar("training the classifier", total, "steps") as bar:
+        while not ray.wait([ref], timeout=poll)[0]:
+            if run.exists(FOLDER, training.TRAIN, "probe.json"):
+                state = run.read_json(FOLDER, training.TRAIN, "probe.json")
+                bar.update(state["done"], state["note"])
+            elif time.monotonic() > deadline:
+                raise StageError(
+                    f"the classifier's task did not start in {wait} s: the cluster has "
+                    f"{context.cluster.resources().describe()}, which does not carry what was "
+                    "asked for. Lower classifier.num_gpus, or raise ray.worker_wait."
+                )
+
+
+def _probe_loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
+    """One Ray Train worker. A probe is short: a group that lost a worker starts it over."""
+    worker.progress(0, force=True)
+
+    def progress(done: int, total: int, loss: float) -> None:
+        worker.progress(done, f"loss {loss:.3f}")
+
+    result = _fit_probe(worker.run, task, progress, worker.collective, worker.device)
+    worker.save(len(result["history"]), result if worker.rank == 0 else {})
+
+
+def _probe_in_group(
+    context: Context, task: Mapping[str, Any], workers: int, total: int
+) -> dict[str, Tensor]:
+    checkpoints = training.Checkpoints(context.run, FOLDER)
+    if checkpoints.latest() is None:
+        training.fit(
+            context,
+            FOLDER,
+            _probe_loop,
+            task,
+            workers=workers,
+            gpus_each=context.cluster.gpus_each(context.config.classifier.num_gpus),
+            title="training the classifier",
+            total=total,
+        )
+    return checkpoints.load(_latest(context.run))[0]
+
+
+def _latest(run: RunDirectory) -> int:
+    latest = training.Checkpoints(run, FOLDER).latest()
+    if latest is None:
+        raise ArtifactError(f"{run.path(FOLDER)} has no checkpoint after training")
+    return latest
+
+
+def _as_module(result: Mapping[str, Tensor], chosen: ClassifierConfig) -> core.Classifier:
+    """The classifier that `_fit_probe` describes by tensors."""
+    state = core.below(result, "model.")
+    kind = "mlp" if chosen.kind == "mlp" else "linear"
+    clusters, features = len(state["out.bias"]), len(state["shift"])
+    model = core.Classifier(kind, features, clusters, chosen.hidden)  # type: ignore[arg-type]
+    model.load_state_dict(state)
+    return model
+
+
+def _run_probe(context: Context, task: Mapping[str, Any]) -> dict[str, Any]:
+    chosen, run = context.config.classifier, context.run
+    rows = run.matrix("embeddings", "image_id").shape[0]
+    total = core.probe_steps(rows, chosen)
+    if chosen.num_workers:
+        result = _probe_in_group(context, task, chosen.num_workers, total)
+    else:
+        result = _probe_in_task(context, task, total)
+    model = _as_module(result, chosen)
+    extra = _origin(context) | {"clusters": _sizes(run, model.num_clusters)}
+    weights, description = core.save(model, extra)
+    run.write_bytes(weights, FOLDER, WEIGHTS)
+    run.write_json(description, FOLDER, DESCRIPTION)
+    run.write_json(_unpack_history(result["history"]), FOLDER, HISTORY)
+    _write_opinions(run, result["clusters"].numpy(), result["confidence"].numpy())
+    return {"workers": chosen.num_workers or 0}
+
+
+# --- the description -----------------------------------------------------------------------------
+
+
+def _origin(context: Context) -> dict[str, Any]:
+    """What the features came from, so that new images get the same ones."""
+    if context.config.data.embeddings:
+        return {"backbone": [], "transform": []}
+    done = context.run.manifest("embeddings")
+    found = list(done.results.get("backbones", [])) if done else []
+    return _with_backbones(context.config.backbone, found)
+
+
+def _with_backbones(configs: Any, described: list[Mapping[str, Any]]) -> dict[str, Any]:
+    described = described or [{} for _ in configs]
+    pairs = list(zip(configs, described, strict=True))
+    return {
+        "backbone": [{**one.model_dump(mode="json"), **more} for one, more in pairs],
+        "transform": [more.get("transform") for _, more in pairs],
+    }
+
+
+def _sizes(run: RunDirectory, clusters: int) -> list[int]:
+    """Training images per cluster, [K]."""
+    return np.bincount(run.matrix("consensus", "cluster"), minlength=clusters).tolist()
+
+
+def _write_opinions(run: RunDirectory, clusters: np.ndarray, confidence: np.ndarray) -> None:
+    table = pa.table(
+        {
+            "image_id": np.asarray(run.matrix("embeddings", "image_id")),
+            "cluster": clusters,
+            "confidence": confidence,
+        }
+    )
+    run.write_table(table.cast(CONSENSUS_SCHEMA), FOLDER, OPINIONS)
+
+
+# --- fine-tuning: data ---------------------------------------------------------------------------
+
+
+def _rows_table(run: RunDirectory, chosen: ClassifierConfig) -> pa.Table:
+    """Where each embedded image is, with its row number, pseudo-label and weight."""
+    index = run.read_table("index", columns=["image_id", "uri", "offset", "size"])
+    image_ids = np.asarray(run.matrix("embeddings", "image_id"))
+    table = index.take(pa.array(image_ids))  # image_id is the position in the index
+    if not np.array_equal(table["image_id"].to_numpy(), image_ids):
+        raise ArtifactError(f"{run.path('index')} is not in the order of image_id")
+    labels, weights = _targets(run, chosen)
+    columns = {"row": np.arange(len(image_ids)), "label": labels, "weight": weights}
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    return table.drop_columns(["image_id"])
+
+
+def _dataset(table: pa.Table, backbone: BackboneConfig, max_pixels: int) -> Any:
+    """A Ray Data set that decodes the images of a table as it is read."""
+    import ray
+
+    blocks = [table.slice(i, BLOCK_ROWS) for i in range(0, len(table), BLOCK_ROWS)]
+    return ray.data.from_arrow(blocks).map_batches(
+        _decode,
+        fn_kwargs={"transform": _transform(backbone), "max_pixels": max_pixels},
+        batch_size=DECODE_ROWS,
+        batch_format="pyarrow",
+    )
+
+
+def _transform(backbone: BackboneConfig) -> Callable[[Any], Tensor]:
+    """The model's own preparation of an image; needs no weights."""
+    bare = backbone.model_copy(update={"pretrained": False, "weights": None})
+    return backbones.load(bare).transform
+
+
+def _decode(
+    table: pa.Table, transform: Callable[[Any], Any], max_pixels: int
+) -> dict[str, np.ndarray]:
+    """Rows of a table as arrays, with image uint8 [B, 3, S, S]. Unreadable images are left out:
+    embedding has seen them all, so this is rare, and the driver counts what came back."""
+    pictures, kept = [], []
+    for position, place in enumerate(table.select(["uri", "offset", "size"]).to_pylist()):
+        try:
+            data = images.read_bytes(place["uri"], place["offset"], place["size"])
+            pictures.append(np.asarray(transform(images.decode(data, max_pixels))))
+            kept.append(position)
+        except (DataError, OSError):
+            continue
+    rest = {name: table[name].to_numpy()[kept] for name in ("row", "label", "weight")}
+    return {"image": np.stack(pictures), **rest} if pictures else {}
+
+
+# --- fine-tuning: training -----------------------------------------------------------------------
+
+
+def _steps(rows: int, batch: int, workers: int) -> tuple[int, int]:
+    """Rows per step of one worker, and steps per epoch; Ray Data gives all workers equally many."""
+    workers = max(1, workers)
+    each = max(1, batch // workers)
+    return each, max(1, math.ceil((rows // workers) / each))
+
+
+def _finetune_loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
+    """One Ray Train worker: resume, epochs, a checkpoint after each, the artifact at the end."""
+    from ray.train.torch import prepare_model
+
+    chosen = ClassifierConfig.model_validate(task["classifier"])
+    model = _starting_point(worker.run, task, chosen).to(worker.device)
+    optimizer = core.finetune_optimizer(model, chosen)
+    history = _resume(worker, model, optimizer)
+    # Some backbones have parameters that the chosen pooling leaves out.
+    wrapped = prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
+    each, steps = _steps(task["rows"], chosen.batch_size, worker.world)
+    worker.progress(len(history) * steps, force=True)
+    for epoch in range(len(history), chosen.epochs):
+        position = core.Position(epoch, steps, chosen.epochs)
+        history.append(_epoch(worker, wrapped, optimizer, position, each, task))
+        state = core.pack_state(model, optimizer) if worker.rank == 0 else {}
+        if worker.rank == 0:
+            state["history"] = _pack_history(history)
+        worker.save(_epoch_mark(epoch, steps), state)
+    if worker.rank == 0:
+        _write_finetuned(worker.run, model, task, history)
+    worker.barrier({"epoch": len(history)})
+
+
+def _epoch_mark(epoch: int, steps: int) -> int:
+    """The number of a checkpoint: steps done."""
+    return (epoch + 1) * steps
+
+
+def _epoch(
+    worker: training.Worker,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: core.Position,
+    rows: int,
+    task: Mapping[str, Any],
+) -> dict[str, float]:
+    def progress(done: int, total: int, loss: float) -> None:
+        worker.progress(done, f"loss {loss:.3f}")
+
+    return core.finetune_epoch(
+        model,
+        optimizer,
+        _batches(worker, rows, task["seed"] + position.epoch),
+        position,
+        task["seed"],
+        bfloat16=task["bfloat16"],
+        collective=worker.collective,
+        on_step=progress,
+    )
+
+
+def _batches(worker: training.Worker, rows: int, seed: int) -> Iterator[Mapping[str, Tensor]]:
+    from ray import train
+
+    shard = train.get_dataset_shard("train")
+    yield from shard.iter_torch_batches(
+        batch_size=rows,
+        local_shuffle_buffer_size=SHUFFLE_BATCHES * rows,
+        local_shuffle_seed=seed,
+        prefetch_batches=2,
+        device=worker.device,
+    )
+
+
+def _starting_point(
+    run: RunDirectory, task: Mapping[str, Any], chosen: ClassifierConfig
+) -> core.FineTuned:
+    """The pretrained backbone and, as its head, the probe trained on its features."""
+    probe = safetensors.load(run.read_bytes(FOLDER, training.TRAIN, PROBE))
+    backbone = backbones.load(BackboneConfig.model_validate(task["backbone"][0]))
+    return core.FineTuned(backbone, _as_module(probe, chosen))
+
+
+def _resume(
+    worker: training.Worker, model: core.FineTuned, optimizer: torch.optim.Optimizer
+) -> list[dict[str, float]]:
+    latest = worker.checkpoints.latest()
+    if latest is None:
+        return []
+    state = worker.checkpoints.load(latest)[0]
+    history = _unpack_history(state.pop("history"))
+    core.unpack_state(state, model, optimizer)
+    return history
+
+
+def _write_finetuned(
+    run: RunDirectory,
+    model: core.FineTuned,
+    task: Mapping[str, Any],
+    history: list[dict[str, float]],
+) -> None:
+    configs = [BackboneConfig.model_validate(one) for one in task["backbone"]]
+    extra = _with_backbones(configs, [model.backbone.describe()])  # type: ignore[operator]
+    extra["clusters"] = _sizes(run, model.head.num_clusters)
+    weights, description = core.save(model, extra)
+    run.write_bytes(weights, FOLDER, WEIGHTS)
+    run.write_json(history, FOLDER, HISTORY)
+    run.write_json(description, FOLDER, DESCRIPTION)
+
+
+def _run_finetune(context: Context, task: dict[str, Any]) -> dict[str, Any]:
+    config, run, cluster = context.config, context.run, context.cluster
+    table = _rows_table(run, config.classifier)
+    task["rows"] = len(table)
+    _probe_in_task(context, task, core.probe_steps(len(table), config.classifier))
+    gpus = cluster.gpus_each(config.classifier.num_gpus)
+    workers = cluster.workers(config.classifier.num_workers, gpus)
+    _, steps = _steps(len(table), config.classifier.batch_size, workers)
+    if not run.exists(FOLDER, DESCRIPTION):
+        order = np.random.default_rng(config.seed).permutation(len(table))
+        shuffled = table.take(pa.array(order))
+        training.fit(
+            context,
+            FOLDER,
+            _finetune_loop,
+            task,
+            workers=workers,
+            gpus_each=gpus,
+            title="fine-tuning",
+            total=steps * config.classifier.epochs,
+            datasets={"train": _dataset(shuffled, config.backbone[0], config.embed.max_pixels)},
+            spare_cpus=1,
+        )
+    _write_opinions(run, *_ask(context, table, gpus, max(1, workers)))
+    return {"workers": workers, "gpus_per_worker": gpus}
+
+
+# --- fine-tuning: the model's own opinion --------------------------------------------------------
+
+
+class _Asker:
+    """A Ray Data actor that holds the fine-tuned model."""
+
+    def __init__(self, run: RunDirectory, bfloat16: bool) -> None:
+        description = run.read_json(FOLDER, DESCRIPTION)
+        self.device = core.default_device()
+        self.model = core.load(run.read_bytes(FOLDER, WEIGHTS), description).to(self.device)
+        self.bfloat16 = bfloat16
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        pixels = torch.from_numpy(np.array(batch["image"])).to(self.device)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        with torch.inference_mode(), autocast:
+            value, index = self.model(pixels).float().softmax(1).max(1)
+        return {
+            "row": batch["row"],
+            "cluster": index.cpu().numpy().astype(np.int32),
+            "confidence": value.cpu().numpy(),
+        }
+
+
+def _ask(
+    context: Context, table: pa.Table, gpus: float, actors: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster and confidence of every row by the fine-tuned model."""
+    import ray
+
+    config, total = context.config, len(table)
+    answers = _dataset(table, config.backbone[0], config.embed.max_pixels).map_batches(
+        _Asker,
+        fn_constructor_kwargs={
+            "run": context.run,
+            "bfloat16": config.embed.precision == "bfloat16",
+        },
+        batch_size=config.embed.batch_size,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+        num_gpus=gpus or None,
+    )
+    clusters = np.full(total, -1, np.int32)
+    confidence = np.zeros(total, np.float32)
+    done = 0
+    with context.reporter.bar("classifying the training images", total, "images") as bar:
+        for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
+            clusters[batch["row"]] = batch["cluster"]
+            confidence[batch["row"]] = batch["confidence"]
+            done += len(batch["row"])
+            bar.update(done)
+    _check_answers(clusters, table)
+    return clusters, confidence
+
+
+def _check_answers(clusters: np.ndarray, table: pa.Table) -> None:
+    missing = np.flatnonzero(clusters < 0)
+    if len(missing):
+        raise StageError(
+            f"{len(missing)} images that were embedded can no longer be read, the first is "
+            f"{table['uri'][int(missing[0])].as_py()}. Restore them and run the same command "
+            "again: the trained classifier is kept."
+        )
+
+
+# --- the stage -----------------------------------------------------------------------------------
+
+
+def _run(context: Context) -> Outcome:
+    config, run = context.config, context.run
+    task = _task(config)
+    finetune = config.classifier.kind == "finetune"
+    results = _run_finetune(context, task) if finetune else _run_probe(context, task)
+    history = run.read_json(FOLDER, HISTORY)
+    opinions = run.read_table(FOLDER, OPINIONS, columns=["cluster"])["cluster"].to_numpy()
+    agreement = float((opinions == run.matrix("consensus", "cluster")).mean())
+    run.delete(f"{FOLDER}/{training.TRAIN}")
+    return Outcome(
+        len(opinions),
+        {
+            "kind": config.classifier.kind,
+            "agreement": agreement,
+            "final_loss": history[-1]["loss"],
+            "epochs": len(history),
+            **results,
+        },
+    )
+
+
+def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
+    count, features, chosen = size.images or 0, size.features or 1024, config.classifier
+    answers = count * 16
+    head = features * chosen.hidden if chosen.kind == "mlp" else features * config.num_classes
+    if chosen.kind != "finetune":
+        batch = chosen.batch_size * (features + config.num_classes) * 4 * 4
+        where = "train workers" if chosen.num_workers else "one Ray task"
+        return Need(memory=count * features * 2 + batch + 16 * head, disk=answers, where=where)
+    # The backbone's size is not known before it is made: a ViT-L, with gradient and two moments.
+    weights = 4 * 4 * 304e6
+    buffer = SHUFFLE_BATCHES * chosen.batch_size * 3 * (config.backbone[0].image_size or 224) ** 2
+    disk = answers + 2 * 3 * 4 * 304e6
+    return Need(memory=weights + buffer, disk=disk, where="train workers")
+
+
+STAGE = Stage(
+    name="classifier",
+    folder=FOLDER,
+    needs=("index", "embed", "consensus"),
+    settings=_settings,
+    run=_run,
+    estimate=_estimate,
+)

@@ -1,0 +1,224 @@
+"""Stage 4: train the clustering heads with Ray Train and assign every image with each.
+
+By heads (default): worker w of W owns heads w, w+W, ...; all draw the same pairs, and exchange
+only the pair agreements of their heads. By data: every worker owns all heads and a share of each
+batch, and gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from icce_ray.artifacts import RunDirectory, tensor_column
+from icce_ray.cluster import Cluster
+from icce_ray.config import Config, HeadsConfig, settings
+from icce_ray.core.head_trainer import (
+    Data,
+    HeadTrainer,
+    default_batch,
+    default_steps,
+    fit_projection,
+    merge_states,
+    project,
+)
+from icce_ray.errors import ArtifactError
+from icce_ray.stages import Context, Need, Outcome, Size, Stage, training
+
+FOLDER = "heads"
+HISTORY_POINTS = 200  # loss values kept per head
+ROWS_PER_FILE = 1_000_000
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {
+        "heads": settings(config.heads),
+        "num_classes": config.num_classes,
+        "seed": config.seed,
+    }
+
+
+# --- in the workers ------------------------------------------------------------------------------
+
+
+def _load_data(run: RunDirectory, chosen: HeadsConfig, seed: int, device: torch.device) -> Data:
+    matrix = run.matrix("embeddings", "embedding")
+    projection = fit_projection(matrix, chosen.pca, seed)
+    ids = torch.from_numpy(np.array(run.matrix("neighbors", "ids"))).to(device)
+    counts = torch.from_numpy(np.array(run.matrix("neighbors", "count"))).to(device)
+    return Data(project(matrix, projection, device), ids, counts, device)
+
+
+def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
+    """The loop of one worker: resume, step, checkpoint, assign."""
+    chosen = HeadsConfig.model_validate(config["heads"])
+    data = _load_data(worker.run, chosen, config["seed"], worker.device)
+    trainer = HeadTrainer(
+        data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
+    )
+    history = _History(trainer)
+    latest = worker.checkpoints.latest()
+    worker.progress(latest or 0, "starting", force=True)
+    if latest is None:
+        trainer.start()
+    else:
+        states = worker.checkpoints.load(latest)
+        trainer.restore(states)
+        history.restore(states)
+    while trainer.step_number < trainer.steps:
+        history.add(trainer.step())
+        worker.progress(trainer.step_number, f"loss {history.last:.3f}")
+        if trainer.step_number % chosen.checkpoint_every == 0:
+            worker.save(trainer.step_number, trainer.state() | history.state())
+    worker.progress(trainer.step_number, "assigning", force=True)
+    final = trainer.state() | history.state()
+    if trainer.by_heads or worker.rank == 0:
+        final["assignments"] = torch.from_numpy(trainer.assign())
+    worker.save(trainer.steps + 1, final)
+
+
+class _History:
+    """Mean loss per head over stretches of equal length."""
+
+    def __init__(self, trainer: HeadTrainer) -> None:
+        self.trainer = trainer
+        self.every = max(1, trainer.steps // HISTORY_POINTS)
+        self.steps: list[int] = []
+        self.losses: list[Tensor] = []
+        self.last = float("nan")
+
+    def add(self, loss: Tensor) -> None:
+        if self.trainer.step_number % self.every == 0:
+            self.steps.append(self.trainer.step_number)
+            self.losses.append(loss.cpu())
+            self.last = float(loss.mean())
+
+    def state(self) -> dict[str, Tensor]:
+        heads = len(self.trainer.numbers)
+        losses = torch.stack(self.losses, 1) if self.losses else torch.zeros(heads, 0)
+        return {"history": losses, "history_steps": torch.tensor(self.steps, dtype=torch.long)}
+
+    def restore(self, states: list[dict[str, Tensor]]) -> None:
+        merged = merge_states(states)
+        position = {int(n): i for i, n in enumerate(merged["numbers"].tolist())}
+        rows = merged["history"][[position[n] for n in self.trainer.numbers]]
+        self.steps = merged["history_steps"].tolist()
+        self.losses = list(rows.unbind(1))
+
+
+# --- in the driver -------------------------------------------------------------------------------
+
+
+def _run(context: Context) -> Outcome:
+    config, run, cluster = context.config, context.run, context.cluster
+    rows = run.matrix("embeddings", "image_id").shape[0]
+    steps = config.heads.steps or default_steps(config.num_classes)
+    gpus = cluster.gpus_each(config.heads.num_gpus)
+    workers = min(cluster.workers(config.heads.num_workers, gpus), config.heads.count)
+    checkpoints = training.Checkpoints(run, FOLDER)
+    if checkpoints.latest() != steps + 1:
+        training.fit(
+            context,
+            FOLDER,
+            _train,
+            {
+                "heads": config.heads.model_dump(mode="json"),
+                "num_classes": config.num_classes,
+                "seed": config.seed,
+                "steps": steps,
+            },
+            workers=workers,
+            gpus_each=gpus,
+            title=f"training {config.heads.count} heads",
+            total=steps,
+        )
+    final = checkpoints.latest()
+    if final is None:
+        raise ArtifactError(f"{run.path(FOLDER)} has no checkpoint after training")
+    results = _write(run, checkpoints.load(final), rows, config.heads.pca, config.seed)
+    run.delete(f"{FOLDER}/{training.TRAIN}")
+    return Outcome(rows, {**results, "steps": steps, "workers": workers, "gpus_per_worker": gpus})
+
+
+def _write(
+    run: RunDirectory,
+    states: list[dict[str, Tensor]],
+    rows: int,
+    components: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """heads.safetensors (the projection and the teachers), history.json and the assignments, in head order."""
+    from safetensors.torch import save
+
+    assignments = torch.cat([s["assignments"] for s in states if "assignments" in s], 1)
+    for state in states:
+        state.pop("assignments", None)
+    merged = merge_states(states)
+    order = merged["numbers"].argsort()
+    heads = {
+        key.removeprefix("teacher."): value[order]
+        for key, value in merged.items()
+        if key.startswith("teacher.")
+    }
+    projection = fit_projection(run.matrix("embeddings", "embedding"), components, seed)
+    heads |= {f"projection.{k}": v for k, v in projection.state_dict().items()}
+    run.write_bytes(
+        save({k: v.contiguous() for k, v in heads.items()}), FOLDER, "heads.safetensors"
+    )
+    losses = merged["history"][order]
+    history = {"step": merged["history_steps"].tolist(), "loss": losses.T.tolist()}
+    run.write_bytes(json.dumps(history).encode(), FOLDER, "history.json")
+    _write_assignments(run, assignments[:, order].numpy(), rows)
+    final = losses[:, -1].tolist() if losses.shape[1] else []
+    return {"final_loss": final, "clusters_used": _used(assignments[:, order])}
+
+
+def _used(assignments: Tensor) -> list[int]:
+    return [len(column.unique()) for column in assignments.unbind(1)]
+
+
+def _write_assignments(run: RunDirectory, assignments: np.ndarray, rows: int) -> None:
+    image_ids = run.matrix("embeddings", "image_id")
+    value = pa.int16() if assignments.dtype == np.int16 else pa.int32()
+    kind = pa.fixed_shape_tensor(value, [assignments.shape[1]])
+    for part, start in enumerate(range(0, rows, ROWS_PER_FILE)):
+        stop = min(start + ROWS_PER_FILE, rows)
+        table = pa.table(
+            {
+                "image_id": pa.array(image_ids[start:stop]),
+                "assignments": tensor_column(assignments[start:stop], kind),
+            }
+        )
+        run.write_table(table, FOLDER, f"part-{part:05d}.parquet")
+
+
+def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
+    images, features = size.images or 0, size.features or 1024
+    inputs = min(features, config.heads.pca or features)
+    widths = [inputs, *config.heads.hidden, config.num_classes]
+    weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.heads.count
+    pairs = config.heads.batch_size or default_batch(config.num_classes)
+    batch = 2 * pairs * config.heads.count
+    activations = batch * (sum(widths[1:]) + 4 * config.num_classes) * 4 * 2
+    matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4)
+    assigned = images * config.heads.count * 2
+    # student, teacher, gradient and AdamW's two moments: five copies of the weights, float32
+    memory = matrix + 5 * 4 * weights + activations + assigned
+    return Need(memory=memory, disk=assigned + 4 * 4 * weights, where="train workers")
+
+
+STAGE = Stage(
+    name="heads",
+    folder=FOLDER,
+    needs=("embed", "neighbors"),
+    settings=_settings,
+    run=_run,
+    estimate=_estimate,
+)

@@ -1,0 +1,184 @@
+"""Stage 3: top-M neighbors of every image, as Ray tasks over query shards; then the rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from icce_ray.artifacts import RunDirectory, neighbors_schema, tensor_column, to_matrix
+from icce_ray.cluster import Cluster, completed
+from icce_ray.config import Config, settings
+from icce_ray.core import neighbors as core
+from icce_ray.errors import DataError
+from icce_ray.progress import duration
+from icce_ray.stages import Context, Need, Outcome, Size, Stage
+
+FOLDER = "neighbors"
+RAW = "top"  # working folder: what the tasks write, before the rule is applied
+EXACT_SECONDS = 3600.0  # search=auto: exact search where it is expected to take less
+CPU_FLOPS = 5e10  # float32 per core and second, as measured
+GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {"neighbors": settings(config.neighbors), "num_classes": config.num_classes}
+
+
+def exact_seconds(rows: int, features: int, cpus: int, gpus: int) -> float:
+    """Expected time of exact search: 2 N^2 D operations."""
+    rate = gpus * GPU_FLOPS if gpus else max(1, cpus) * CPU_FLOPS
+    return 2.0 * rows**2 * features / rate
+
+
+# --- in the tasks --------------------------------------------------------------------------------
+
+
+def _search_task(
+    run: RunDirectory, start: int, stop: int, most: int, ivf: bool, nprobe: int, cpus: int
+) -> int:
+    """Search one query shard and write it. Returns the rows done."""
+    import torch
+
+    torch.set_num_threads(cpus)
+    matrix = run.matrix("embeddings", "embedding")
+    if ivf:
+        ids, similarity = core.search_ivf(
+            _ivf_index(run, matrix), matrix, start, stop, most, nprobe
+        )
+    else:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        ids, similarity = core.search(matrix, start, stop, most, device)
+    schema = neighbors_schema(most)
+    table = pa.table(
+        {
+            "ids": tensor_column(ids, schema.field("ids").type),
+            "similarity": tensor_column(
+                similarity.astype(np.float16), schema.field("similarity").type
+            ),
+        }
+    )
+    run.write_table(table, FOLDER, RAW, _shard(start))
+    return stop - start
+
+
+def _ivf_index(run: RunDirectory, matrix: np.ndarray) -> Any:
+    """The node's index file, built by the first task that needs it."""
+    import faiss
+
+    done = run.manifest("embeddings")
+    path = run.node_file(f"ivf-{done.id if done else 'none'}.faiss")
+    with run.node_lock(path):
+        if not path.exists():
+            core.build_ivf(matrix, path, seed=0)
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+
+
+def _shard(start: int) -> str:
+    return f"rows-{start:010d}.parquet"
+
+
+# --- in the driver -------------------------------------------------------------------------------
+
+
+def _run(context: Context) -> Outcome:
+    config, run = context.config, context.run
+    rows, features = run.matrix("embeddings", "embedding").shape
+    if rows < 2:
+        raise DataError(f"neighbors need at least 2 images; {rows} could be used")
+    most = min(config.neighbors.max_neighbors, rows - 1)
+    ivf = _search_shards(context, rows, features, most)
+    ids, similarity = _read_shards(run, rows, most)
+    k = core.reference_k(config.neighbors.k, rows, config.num_classes, most)
+    selection = core.select(
+        ids,
+        similarity,
+        rule=config.neighbors.rule,
+        k=k,
+        threshold=config.neighbors.threshold,
+        min_neighbors=config.neighbors.min_neighbors,
+        mutual=config.neighbors.mutual,
+    )
+    _write(run, selection, config.neighbors.query_rows)
+    run.delete(f"{FOLDER}/{RAW}")
+    results = core.describe(selection, config.neighbors.min_neighbors)
+    q = results["quantiles"]
+    context.reporter.say(
+        f"neighbors per image: median {q['50']:.0f}, 5-95 % {q['5']:.0f}-{q['95']:.0f}"
+        + ("" if selection.threshold is None else f", cosine >= {selection.threshold:.3f}")
+    )
+    return Outcome(rows, {**results, "k": k, "search": "ivf" if ivf else "exact"})
+
+
+def _search_shards(context: Context, rows: int, features: int, most: int) -> bool:
+    """Run the missing query shards as Ray tasks. Returns whether the search is approximate."""
+    config, run, cluster = context.config.neighbors, context.run, context.cluster
+    starts = list(range(0, rows, config.query_rows))
+    done = set(run.list(f"{FOLDER}/{RAW}", ".parquet"))
+    missing = [start for start in starts if _shard(start) not in done]
+    ray = cluster.start()
+    have = cluster.resources()
+    gpus = cluster.gpus_each(config.num_gpus)
+    cpus = int(cluster.cpus_each(1, gpus))
+    seconds = exact_seconds(rows, features, have.cpus, have.gpus if gpus else 0)
+    ivf = config.search == "ivf" or (config.search == "auto" and seconds > EXACT_SECONDS)
+    if config.search == "auto" and ivf:
+        context.reporter.say(
+            f"exact search would take about {duration(seconds)} here: using approximate search "
+            "(neighbors.search=exact to insist)"
+        )
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(_search_task)
+    refs = [
+        task.remote(run, s, min(s + config.query_rows, rows), most, ivf, config.nprobe, cpus)
+        for s in missing
+    ]
+    finished = sum(min(config.query_rows, rows - s) for s in starts if s not in missing)
+    with context.reporter.bar("neighbors", rows, "images", done=finished) as bar:
+        for _, count in completed(ray, refs):
+            finished += count
+            bar.update(finished)
+    return ivf
+
+
+def _read_shards(run: RunDirectory, rows: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.empty((rows, most), np.int32)
+    similarity = np.empty((rows, most), np.float16)
+    for name in run.list(f"{FOLDER}/{RAW}", ".parquet"):
+        table = run.read_table(FOLDER, RAW, name)
+        start = int(name[5:15])
+        ids[start : start + len(table)] = to_matrix(table["ids"])
+        similarity[start : start + len(table)] = to_matrix(table["similarity"])
+    return ids, similarity
+
+
+def _write(run: RunDirectory, selection: core.Selection, rows_per_file: int) -> None:
+    image_ids = run.matrix("embeddings", "image_id")
+    schema = neighbors_schema(selection.ids.shape[1])
+    for part, start in enumerate(range(0, len(image_ids), rows_per_file)):
+        rows = slice(start, start + rows_per_file)
+        columns = [
+            pa.array(image_ids[rows]),
+            tensor_column(selection.ids[rows], schema.field("ids").type),
+            tensor_column(selection.similarity[rows], schema.field("similarity").type),
+            pa.array(selection.counts[rows]),
+        ]
+        table = pa.Table.from_arrays(columns, schema=schema)
+        run.write_table(table, FOLDER, f"part-{part:05d}.parquet")
+
+
+def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
+    images, features = size.images or 0, size.features or 1024
+    lists = images * min(config.neighbors.max_neighbors, max(images, 1)) * 6
+    chunk = (core.QUERY_CHUNK + features) * core.BASE_CHUNK * 4
+    return Need(memory=2 * lists + chunk, disk=2 * lists, where="Ray tasks")
+
+
+STAGE = Stage(
+    name="neighbors",
+    folder=FOLDER,
+    needs=("embed",),
+    settings=_settings,
+    run=_run,
+    estimate=_estimate,
+)

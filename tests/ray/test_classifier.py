@@ -1,0 +1,264 @@
+"""The classifier stage on small runs made by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from icce_ray import artifacts, config
+from icce_ray.artifacts import Manifest, RunDirectory
+from icce_ray.cluster import Cluster
+from icce_ray.core import classifier as core
+from icce_ray.errors import DataError, StageError
+from icce_ray.progress import Reporter
+from icce_ray.stages import Context, Outcome, classifier, training
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+COLORS = [(220, 40, 40), (40, 200, 60), (50, 60, 230)]
+BACKBONE = ["backbone.name=test_efficientnet", "backbone.pretrained=false", "backbone.image_size=32"]
+FINETUNE = [
+    *BACKBONE,
+    "classifier.kind=finetune",
+    "classifier.batch_size=16",
+    "classifier.epochs=2",
+    "classifier.backbone_lr=1e-4",
+    "embed.precision=float32",
+]
+
+
+def make_run(tmp_path: Path, count: int, overrides: Sequence[str] = (), bad: int = 2) -> Context:
+    """A run whose consensus is finished: images of three colors, the first `bad` in quarantine."""
+    run = RunDirectory(str(tmp_path / "run"))
+    rng = np.random.default_rng(0)
+    kinds = np.arange(count) % 3
+    uris = [_picture(tmp_path, i, COLORS[kind], rng, i < bad) for i, kind in enumerate(kinds)]
+    nothing = pa.nulls(count, pa.int64())
+    index = [pa.array(range(count)), uris, pa.nulls(count, pa.string()), nothing, nothing]
+    _finish(run, "index", pa.table(index, schema=artifacts.INDEX_SCHEMA))
+    rows = np.arange(bad, count)
+    features = np.eye(3, 16)[kinds[rows]] + 0.1 * rng.normal(size=(len(rows), 16))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    schema = artifacts.embeddings_schema(16)
+    tensor = artifacts.tensor_column(features.astype(np.float16), schema.field("embedding").type)
+    _finish(run, "embeddings", pa.table([pa.array(rows), tensor], schema=schema))
+    clusters = ((kinds[rows] + 1) % 3).astype(np.int32)
+    confidence = np.where(np.arange(len(rows)) % 5, 0.9, 0.2).astype(np.float32)
+    _finish(run, "consensus", pa.table([rows, clusters, confidence], artifacts.CONSENSUS_SCHEMA))
+    tree = {"num_classes": 3, "run_dir": run.uri, "data": {"path": str(tmp_path / "images")}}
+    settings = config.load(tree, list(overrides))
+    return Context(settings, run, Reporter(run, quiet=True), Cluster(settings.ray))
+
+
+def _picture(root: Path, number: int, color: Any, rng: Any, bad: bool) -> str:
+    path = root / "images" / f"{number:04d}.png"
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.array(color) + rng.integers(-25, 25, (32, 32, 3))
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    if bad:
+        path.write_bytes(b"no image")
+    return str(path)
+
+
+def _finish(run: RunDirectory, folder: str, table: pa.Table) -> None:
+    run.write_table(table, folder, "part-00000.parquet")
+    run.finish(folder, Manifest(folder, "f", {}, {}, len(table), 1.0))
+
+
+def finish(context: Context, outcome: Outcome) -> RunDirectory:
+    """What the pipeline does after a stage."""
+    manifest = Manifest("classifier", "f", {}, {}, outcome.rows, 1.0, outcome.results)
+    context.run.finish("classifier", manifest)
+    return context.run
+
+
+def loaded(run: RunDirectory) -> tuple[Any, dict[str, Any]]:
+    description = run.read_json("classifier", "classifier.json")
+    return core.load(run.read_bytes("classifier", "classifier.safetensors"), description), description
+
+
+# --- probes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_probe_in_one_task(tmp_path: Path, kind: str) -> None:
+    context = make_run(tmp_path, 92, [*BACKBONE, f"classifier.kind={kind}"])
+    outcome = classifier.STAGE.run(context)
+    run = finish(context, outcome)
+    assert outcome.rows == 90
+    assert outcome.results["kind"] == kind and outcome.results["agreement"] == 1.0
+    model, description = loaded(run)
+    features = run.matrix("embeddings", "embedding")
+    clusters, confidence = core.predict(model, features)
+    assert (clusters == run.matrix("consensus", "cluster")).all()
+    assert (clusters == run.matrix("classifier", "cluster")).all()
+    np.testing.assert_allclose(confidence, run.matrix("classifier", "confidence"), atol=1e-3)
+    assert (run.matrix("classifier", "image_id") == np.arange(2, 92)).all()
+    assert description["backbone"][0]["name"] == "test_efficientnet"
+    assert description["clusters"] == [30, 30, 30]
+    assert len(run.read_json("classifier", "history.json")) == 20
+    assert not run.exists("classifier", "train")
+
+
+def test_imported_embeddings_name_no_backbone(tmp_path: Path) -> None:
+    context = make_run(tmp_path, 32)
+    tree = {"num_classes": 3, "run_dir": context.run.uri, "data": {"embeddings": "e.npy"}}
+    context.config = config.load(tree)
+    classifier.STAGE.run(context)
+    assert loaded(context.run)[1]["backbone"] == []
+
+
+def test_doubtful_labels_weigh_less_if_wanted(tmp_path: Path) -> None:
+    context = make_run(tmp_path, 32)
+    chosen = context.config.classifier
+    labels, weights = classifier._targets(context.run, chosen)
+    assert weights.mean() == pytest.approx(1) and weights.max() / weights.min() > 4
+    even = classifier._targets(context.run, chosen.model_copy(update={"confidence_weights": False}))
+    assert (even[1] == 1).all() and (even[0] == labels).all()
+
+
+def test_an_error_in_the_task_keeps_its_kind(tmp_path: Path) -> None:
+    context = make_run(tmp_path, 32)
+    table = context.run.read_table("consensus", "part-00000.parquet")
+    none = pa.array(np.zeros(30, np.float32))
+    context.run.delete("consensus")
+    _finish(context.run, "consensus", table.set_column(2, "confidence", none))
+    with pytest.raises(DataError, match="confidence_weights=false"):
+        classifier.STAGE.run(context)
+
+
+def test_a_task_that_can_never_start_ends_with_the_reason(tmp_path: Path) -> None:
+    context = make_run(tmp_path, 32, ["classifier.num_gpus=3", "ray.worker_wait=1"])
+    with pytest.raises(StageError, match=r"did not start in 1 s.*classifier\.num_gpus"):
+        classifier.STAGE.run(context)
+
+
+# --- fine-tuning ---------------------------------------------------------------------------------
+
+
+def wide(context: Context) -> Context:
+    """Embeddings as wide as the backbone's features, so that the probe fits as its head."""
+    from icce_ray.core import backbone
+
+    features = backbone.load(context.config.backbone[0]).features
+    narrow = np.array(context.run.matrix("embeddings", "embedding"))
+    image_ids = np.array(context.run.matrix("embeddings", "image_id"))
+    matrix = np.zeros((len(narrow), features), np.float16)
+    matrix[:, : narrow.shape[1]] = narrow
+    schema = artifacts.embeddings_schema(features)
+    tensor = artifacts.tensor_column(matrix, schema.field("embedding").type)
+    context.run.delete("embeddings")
+    _finish(context.run, "embeddings", pa.table([pa.array(image_ids), tensor], schema=schema))
+    return context
+
+
+def test_finetune_in_process(tmp_path: Path) -> None:
+    context = wide(make_run(tmp_path, 62, [*FINETUNE, "classifier.num_workers=0"]))
+    outcome = classifier.STAGE.run(context)
+    run = finish(context, outcome)
+    assert outcome.rows == 60 and outcome.results["kind"] == "finetune"
+    history = run.read_json("classifier", "history.json")
+    assert [entry["epoch"] for entry in history] == [1, 2]
+    model, description = loaded(run)
+    assert description["kind"] == "finetune"
+    assert (run.matrix("classifier", "image_id") == np.arange(2, 62)).all()
+    paths = [tmp_path / "images" / f"{i:04d}.png" for i in range(2, 62)]
+    pixels = torch.stack([torch.as_tensor(model.backbone.transform(_open(p))) for p in paths])
+    with torch.inference_mode():
+        value, index = model(pixels).softmax(1).max(1)
+    assert (index.numpy() == run.matrix("classifier", "cluster")).mean() > 0.95
+    np.testing.assert_allclose(value, run.matrix("classifier", "confidence"), atol=0.01)
+
+
+def _open(path: Path) -> Image.Image:
+    return Image.open(path).convert("RGB")
+
+
+def test_finetune_goes_on_after_the_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = wide(make_run(tmp_path, 38, [*FINETUNE, "classifier.num_workers=0"]))
+    real, epochs = core.finetune_epoch, []
+
+    def fails_once(*args: Any, **more: Any) -> dict[str, float]:
+        epochs.append(args[3].epoch)
+        if epochs == [0, 1]:
+            raise RuntimeError("the power is gone")
+        return real(*args, **more)
+
+    monkeypatch.setattr(core, "finetune_epoch", fails_once)
+    with pytest.raises(StageError, match="the power is gone"):
+        classifier.STAGE.run(context)
+    classifier.STAGE.run(context)
+    assert epochs == [0, 1, 1]
+    assert [e["epoch"] for e in context.run.read_json("classifier", "history.json")] == [1, 2]
+
+
+def test_images_that_vanish_after_training_are_named(tmp_path: Path) -> None:
+    context = wide(make_run(tmp_path, 38, [*FINETUNE, "classifier.num_workers=0"]))
+    lost = tmp_path / "images" / "0007.png"
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(StageError, match=r"1 images.*0007\.png"):
+        classifier.STAGE.run(context)
+    written = context.run.read_bytes("classifier", "classifier.safetensors")
+    lost.write_bytes(content)
+    outcome = classifier.STAGE.run(context)
+    assert outcome.rows == 36
+    assert context.run.read_bytes("classifier", "classifier.safetensors") == written
+
+
+@pytest.mark.slow
+def test_two_workers_survive_a_killed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """37 rows do not divide by two workers; one worker dies after the first epoch, once."""
+    options = [*FINETUNE, "classifier.num_workers=2", "classifier.batch_size=8", "embed.max_actors=1"]
+    context = wide(make_run(tmp_path, 39, options))
+    mark, loop = str(tmp_path / "died"), classifier._finetune_loop
+
+    def dies_once(worker: training.Worker, task: Any) -> None:
+        if worker.rank == 1 and not os.path.exists(mark):  # noqa: PTH110
+            save = worker.save
+
+            def save_and_die(step: int, state: Any) -> None:
+                save(step, state)
+                open(mark, "w").close()  # noqa: PTH123
+                os._exit(1)
+
+            worker.save = save_and_die  # type: ignore[method-assign]
+        loop(worker, task)
+
+    monkeypatch.setattr(classifier, "_finetune_loop", dies_once)
+    outcome = classifier.STAGE.run(context)
+    history = context.run.read_json("classifier", "history.json")
+    assert Path(mark).exists()
+    assert outcome.rows == 37 and outcome.results["workers"] == 2
+    assert [entry["epoch"] for entry in history] == [1, 2]
+    assert any("workers were lost" in text for text in context.reporter.events)
+
+
+@pytest.mark.slow
+def test_a_probe_by_data_equals_one_in_a_task(tmp_path: Path) -> None:
+    alone = make_run(tmp_path / "a", 95, ["classifier.epochs=3"])
+    group = make_run(tmp_path / "b", 95, ["classifier.epochs=3", "classifier.num_workers=2"])
+    for context in (alone, group):
+        classifier.STAGE.run(context)
+    one, other = loaded(alone.run)[0], loaded(group.run)[0]
+    torch.testing.assert_close(one.out.weight, other.out.weight, atol=0.02, rtol=0.02)
+
+
+def test_settings_that_only_say_where_do_not_count() -> None:
+    tree = {"num_classes": 3, "data": {"path": "x"}}
+    base = classifier.STAGE.settings(config.load(tree))
+    moved = classifier.STAGE.settings(config.load(tree, ["classifier.num_workers=4"]))
+    other = classifier.STAGE.settings(config.load(tree, ["classifier.lr=0.5"]))
+    assert base == moved != other
+    assert json.loads(json.dumps(base)) == base

@@ -1,0 +1,251 @@
+"""Probes and fine-tuning against plain references. K clusters, D features, N rows."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from icce_ray.config import ClassifierConfig
+from icce_ray.core import classifier as C
+from icce_ray.core.collective import Alone
+from icce_ray.errors import ArtifactError, DataError, StageError
+
+
+def blobs(
+    rows: int, clusters: int, features: int = 32, spread: float = 0.05, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit rows around random directions, float16 [N, D], and the blob of each."""
+    rng = np.random.default_rng(seed)
+    centers = np.random.default_rng(99).normal(size=(clusters, features))
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    labels = np.arange(rows) % clusters
+    x = centers[labels] + spread * rng.normal(size=(rows, features))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x.astype(np.float16), labels
+
+
+def fit(
+    x: Any, y: np.ndarray, clusters: int, seed: int = 0, **options: Any
+) -> tuple[C.Classifier, list[dict[str, float]]]:
+    weights = options.pop("weights", np.ones(len(y), np.float32))
+    collective = options.pop("collective", None)
+    settings = ClassifierConfig(**options)
+    return C.train_probe(x, y, weights, settings, clusters, seed, collective=collective)
+
+
+def accuracy(model: C.Classifier, x: np.ndarray, y: np.ndarray) -> float:
+    return float((C.predict(model, x)[0] == y).mean())
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_probe_learns_separable_blobs_and_is_sure_of_them(kind: str) -> None:
+    x, y = blobs(2000, 10)
+    model, history = fit(x, y, 10, kind=kind)
+    new, truth = blobs(500, 10, seed=1)
+    clusters, confidence = C.predict(model, new)
+    assert (clusters == truth).mean() > 0.99
+    assert confidence.mean() > 0.9
+    assert len(history) == 20
+    assert history[-1]["loss"] < 0.2 * history[0]["loss"]
+    assert history[-1]["agreement"] > 0.99
+
+
+def test_confidence_of_pure_noise_is_low() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 16))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    model, _ = fit(x, rng.integers(0, 10, 4000), 10)
+    assert C.predict(model, x)[1].mean() < 0.25
+
+
+def test_wrong_labels_of_low_weight_are_ignored() -> None:
+    x, y = blobs(2000, 5)
+    labels, weights = y.copy(), np.ones(len(y), np.float32)
+    wrong = np.random.default_rng(0).random(len(y)) < 0.6
+    labels[wrong] = (y[wrong] + 1) % 5
+    weights[wrong] = 1e-3
+    trusted, _ = fit(x, labels, 5, weights=weights)
+    fooled, _ = fit(x, labels, 5)
+    assert accuracy(trusted, x, y) > 0.99
+    assert accuracy(fooled, x, y) < 0.5
+
+
+def test_only_ratios_of_weights_matter() -> None:
+    x, y = blobs(300, 3)
+    weights = np.random.default_rng(0).random(300).astype(np.float32)
+    one, _ = fit(x, y, 3, weights=weights, epochs=3)
+    other, _ = fit(x, y, 3, weights=weights * 0.004, epochs=3)
+    torch.testing.assert_close(one.out.weight, other.out.weight)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_seed_decides(kind: str) -> None:
+    x, y = blobs(300, 4)
+    torch.manual_seed(1)
+    first, _ = fit(x, y, 4, seed=3, kind=kind, epochs=2)
+    torch.manual_seed(2)
+    again, _ = fit(x, y, 4, seed=3, kind=kind, epochs=2)
+    other, _ = fit(x, y, 4, seed=4, kind=kind, epochs=2)
+    assert torch.equal(first.out.weight, again.out.weight)
+    assert not torch.equal(first.out.weight, other.out.weight)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(1, 1024), (20, 1024), (33, 16), (20, 1)])
+def test_very_few_rows(rows: int, batch: int) -> None:
+    x, y = blobs(rows, 10)
+    model, history = fit(x, y, 10, batch_size=batch)
+    assert accuracy(model, x, y) == 1.0
+    assert math.isfinite(history[-1]["loss"])
+
+
+def test_clusters_without_rows_are_never_predicted() -> None:
+    x, y = blobs(600, 3)
+    model, _ = fit(x, y * 4, 12)
+    assert set(C.predict(model, x)[0].tolist()) == {0, 4, 8}
+
+
+def test_constant_and_dead_coordinates() -> None:
+    x, y = blobs(400, 4)
+    x = np.concatenate([x, np.zeros((400, 3), np.float16), np.full((400, 1), 0.7, np.float16)], 1)
+    x = (x / np.linalg.norm(x.astype(np.float32), axis=1, keepdims=True)).astype(np.float16)
+    model, _ = fit(x, y, 4)
+    assert accuracy(model, x, y) > 0.99
+    assert torch.isfinite(model.folded().out.weight).all()
+
+
+def test_memory_mapped_array_and_tensor_give_the_same(tmp_path: Any) -> None:
+    x, y = blobs(200, 3)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    one, _ = fit(mapped, y, 3, epochs=2)
+    other, _ = fit(torch.from_numpy(x), y, 3, epochs=2)
+    assert torch.equal(one.out.weight, other.out.weight)
+
+
+def test_bad_input_is_named() -> None:
+    x, y = blobs(30, 3)
+    with pytest.raises(DataError, match=r"0\.\.1; found 0\.\.2"):
+        fit(x, y, 2)
+    with pytest.raises(DataError, match="not all 0"):
+        fit(x, y, 3, weights=np.zeros(30, np.float32))
+    with pytest.raises(DataError, match="must be equal"):
+        fit(x[:20], y, 3)
+    with pytest.raises(DataError, match="no rows"):
+        fit(x[:0], y[:0], 3)
+
+
+def test_a_loss_that_is_not_finite_names_its_step() -> None:
+    x, y = blobs(160, 3)
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(0))
+    bad = int(order[16 * 4])  # first row of the fifth batch: step 4
+    x[bad] = np.nan
+    settings = ClassifierConfig(batch_size=16)
+    model = C.Classifier("linear", 32, 3)  # statistics would spread the NaN to every step
+    rows = C._Rows(x, torch.device("cpu"))
+    trainer = C._ProbeTrainer(model, rows, y, np.ones(160), settings, seed=0)
+    with pytest.raises(StageError, match=r"not finite at step 4 of 200"):
+        trainer.epoch(0, None)
+
+
+def test_steps_are_reported() -> None:
+    x, y = blobs(2000, 3)
+    seen: list[tuple[int, int, float]] = []
+    settings = ClassifierConfig(epochs=3, batch_size=10)
+    C.train_probe(x, y, np.ones(2000), settings, 3, 0, on_step=lambda *step: seen.append(step))
+    assert [done for done, _, _ in seen] == list(range(50, 601, 50))
+    assert {total for _, total, _ in seen} == {600}
+
+
+# --- several workers -----------------------------------------------------------------------------
+
+
+class _Thread(Alone):
+    """One of several workers that are threads of this process."""
+
+    def __init__(self, rank: int, world: int, barrier: threading.Barrier, box: dict) -> None:
+        self.rank, self.world, self.barrier, self.box = rank, world, barrier, box
+
+    def all_reduce_mean_(self, tensors: Any) -> None:
+        self.box[self.rank] = [t.clone() for t in tensors]
+        self.barrier.wait()
+        for i, tensor in enumerate(tensors):
+            tensor.copy_(sum(self.box[r][i] for r in range(self.world)) / self.world)
+        self.barrier.wait()
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_three_workers_get_what_one_gets(kind: str) -> None:
+    x, y = blobs(121, 4)  # the last batch has one row: two workers have none
+    weights = np.random.default_rng(0).random(121).astype(np.float32)
+    options: dict[str, Any] = {"kind": kind, "epochs": 3, "batch_size": 24, "weights": weights}
+    alone, history = fit(x, y, 4, **options)
+    barrier, box, out = threading.Barrier(3), {}, {}
+
+    def work(rank: int) -> None:
+        group = _Thread(rank, 3, barrier, box)
+        out[rank] = fit(x, y, 4, collective=group, **options)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    [t.start() for t in threads]
+    [t.join(60) for t in threads]
+    for rank in range(3):
+        model, own = out[rank]
+        torch.testing.assert_close(model.out.weight, alone.out.weight, atol=2e-4, rtol=1e-3)
+        assert own[-1]["loss"] == pytest.approx(history[-1]["loss"], rel=1e-3)
+        assert own[-1]["agreement"] == pytest.approx(history[-1]["agreement"])
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_folding_changes_nothing(kind: str) -> None:
+    x, y = blobs(500, 4)
+    model, _ = fit(x, y, 4, kind=kind, epochs=3)
+    folded = model.folded()
+    rows = torch.from_numpy(x).float()
+    assert not torch.equal(folded.out.bias, model.out.bias) or kind == "mlp"
+    assert (folded.shift == 0).all() and (folded.scale == 1).all()
+    torch.testing.assert_close(folded(rows), model(rows), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_save_and_load(kind: str) -> None:
+    x, y = blobs(500, 4)
+    model, _ = fit(x, y, 4, kind=kind, hidden=24, epochs=3)
+    weights, description = C.save(model, {"clusters": [125] * 4})
+    loaded = C.load(weights, description)
+    rows = torch.from_numpy(x).float()
+    torch.testing.assert_close(loaded(rows), model(rows), atol=1e-4, rtol=1e-4)
+    assert description["kind"] == kind and description["num_clusters"] == 4
+    assert description["features"] == 32 and description["clusters"] == [125] * 4
+
+
+def test_a_linear_file_needs_one_matrix_product() -> None:
+    from safetensors.torch import load
+
+    x, y = blobs(500, 4)
+    model, _ = fit(x, y, 4, epochs=3)
+    tensors = load(C.save(model)[0])
+    assert set(tensors) == {"weight", "bias"} and tensors["weight"].shape == (4, 32)
+    logits = torch.from_numpy(x).float() @ tensors["weight"].T + tensors["bias"]
+    assert (logits.argmax(1).numpy() == C.predict(model, x)[0]).all()
+
+
+def test_damaged_files_are_artifact_errors() -> None:
+    x, y = blobs(50, 4)
+    weights, description = C.save(fit(x, y, 4, epochs=1)[0])
+    with pytest.raises(ArtifactError, match="damaged"):
+        C.load(weights[:100], description)
+    with pytest.raises(ArtifactError, match="format 9"):
+        C.load(weights, {**description, "format": 9})
+    with pytest.raises(ArtifactError, match="do not fit"):
+        C.load(weights, {**description, "num_clusters": 5})
+    with pytest.raises(ArtifactError, match="lacks 'features'"):
+        C.load(weights, {k: v for k, v in description.items() if k != "features"})
