@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -382,22 +382,26 @@ class RunDirectory:
             yield
 
     def _build_matrix(self, folder: str, column: str, rows: int, target: Path) -> None:
+        # Plain writes, not a writable map: on a full disk a map kills the process.
         temporary = target.with_suffix(".tmp")
-        out: np.memmap | None = None
-        start = 0
+        names = [n for n in self.list(folder, ".parquet") if not n.startswith("quarantine")]
+        start, shape, dtype = 0, None, None
         try:
-            for name in self.list(folder, ".parquet"):
-                if name.startswith("quarantine"):
-                    continue
-                part = to_matrix(self.read_table(folder, name, columns=[column])[column])
-                if out is None:
-                    shape = (rows, *part.shape[1:])
-                    out = np.lib.format.open_memmap(temporary, "w+", part.dtype, shape)
-                out[start : start + len(part)] = part
-                start += len(part)
-            if out is None or start != rows:
-                raise ArtifactError(f"{self.path(folder)} has {start} rows, its manifest {rows}")
-            out.flush()
+            with temporary.open("wb") as stream:
+                for name in names:
+                    part = to_matrix(self.read_table(folder, name, columns=[column])[column])
+                    if shape is None:
+                        shape, dtype = (rows, *part.shape[1:]), part.dtype
+                        _write_npy_header(stream, shape, dtype)
+                    if part.shape[1:] != shape[1:] or part.dtype != dtype:
+                        raise ArtifactError(f"{self.path(folder, name)} does not fit {names[0]}")
+                    stream.write(np.ascontiguousarray(part).data)
+                    start += len(part)
+            if start != rows:
+                raise ArtifactError(
+                    f"{self.path(folder)} has {start} rows, its manifest {rows}. Run that stage "
+                    "again (--overwrite)."
+                )
             temporary.replace(target)
         except OSError as error:
             raise _full_disk(error, str(target)) or error from None
@@ -412,6 +416,12 @@ class RunDirectory:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
+
+
+def _write_npy_header(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    kind = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
 
 
 def _remove_stale(target: Path, pattern: str) -> None:

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 34
+MAX_COLUMNS = 80  # above, columns are too thin to tell apart
 Format = Callable[[float], str]
 
 
@@ -168,13 +169,15 @@ def sorted_sizes(sizes: np.ndarray, label: str) -> Markup:
         x_title="clusters, largest first",
         x_whole=True,
     )
-    step = max(1, math.ceil(count / 300))  # more columns than pixels say nothing more
-    for start in range(0, count, step):
-        part = order[start : start + step]
-        mean = float(sizes[part].mean())
-        ranks = f"clusters ranked {start + 1} to {start + len(part)}"
-        name = f"cluster {part[0]}" if step == 1 else ranks
-        plot.column(start, start + len(part), mean, f"{name}: {mean:,.0f} images")
+    if count <= MAX_COLUMNS:
+        for rank, cluster in enumerate(order):
+            title = f"cluster {cluster}: {sizes[cluster]:,} images"
+            plot.column(rank, rank + 1, float(sizes[cluster]), title)
+    else:
+        chosen = np.linspace(0, count - 1, 200).astype(int)
+        x = [0, *(chosen + 0.5), count, count, 0]
+        ends = [sizes[order[0]], *sizes[order[chosen]], sizes[order[-1]], 0, 0]
+        plot.line([float(v) for v in x], [float(v) for v in ends], "area")
     even = float(sizes.mean())
     plot.line([0, count], [even, even], "reference")
     plot.text(WIDTH - RIGHT, plot.py(even) - 4, f"even: {even:,.0f}", "end", "note")

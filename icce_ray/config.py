@@ -212,7 +212,8 @@ class ConsensusConfig(Node):
     Ghosh 2002. hbgf: Fern & Brodley 2004. dawid-skene: a confusion matrix per head, fitted by EM
     from MCLA's result."""
     max_rows: Positive = 200_000
-    """dawid-skene: rows the model is fitted on (a random subset); it is then applied to all."""
+    """dawid-skene, hbgf, hgpa: rows the model is fitted on (a random subset); it is then applied to
+    all."""
     iterations: Positive = 30
     """dawid-skene: EM steps at most."""
 
@@ -323,6 +324,16 @@ class Config(Node):
 # --- loading -------------------------------------------------------------------------------------
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: no setting is one, and a folder may well be named 2024-01-01."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in rules if not tag.endswith(":timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def golden_configs() -> dict[str, Path]:
     """Names and files of the configs that come with the package."""
     installed = Path(str(resources.files("icce_ray"))) / "configs"
@@ -338,6 +349,9 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         ConfigError: with every problem found, each as dotted key, value, reason and fix.
     """
     tree, name = _read(source)
+    one = tree.get("backbone") or {}
+    if isinstance(one, Mapping):  # so that backbone.name and backbone.0.name both work
+        tree["backbone"] = [dict(one)]
     for override in overrides:
         _apply(tree, override)
     if not tree.get("run_dir"):
@@ -368,7 +382,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
             f"{', '.join(known)}.{hint}"
         )
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -378,47 +392,53 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
-    if not sign or not key.strip():
-        raise ConfigError(f"{override!r} is not an override; write key.sub=value")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        value = text
-    node: Any = tree
     parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise ConfigError(f"{override!r} is not an override; write key.sub=value")
+    node: Any = tree
     for depth, part in enumerate(parts[:-1]):
-        child = _child(node, part, parts, depth)
-        if child is None:
-            child = node[part] = {}
-        node = child
-    last = parts[-1]
-    if isinstance(node, list):
-        node = _element(node, last, parts)
-    if not isinstance(node, dict):
-        raise ConfigError(f"{key} cannot be set: {'.'.join(parts[:-1])} holds a value, not a group")
-    node[last] = value
+        group = _group(node, parts, depth)
+        if group is not node and part.isdigit():
+            node = group  # `part` said which one of a list
+            continue
+        if group.get(part) is None:
+            group[part] = {}
+        node = group[part]
+    _group(node, parts, len(parts) - 1)[parts[-1]] = _value(parts, text)
 
 
-def _child(node: Any, part: str, parts: list[str], depth: int) -> Any:
+def _group(node: Any, parts: Sequence[str], depth: int) -> Any:
+    """The mapping that parts[depth] is looked up in; of a list, the element it speaks of."""
+    part, above = parts[depth], ".".join(parts[:depth])
     if isinstance(node, list):
         if part.isdigit() and int(part) < len(node):
-            return node[int(part)]
-        return _child(_element(node, part, parts), part, parts, depth)
+            node = node[int(part)]
+        elif part.isdigit() or len(node) != 1:
+            raise ConfigError(
+                f"{'.'.join(parts)}: {above} is a list of {len(node)}; say which one, "
+                f"from {above}.0 to {above}.{len(node) - 1}"
+            )
+        else:
+            node = node[0]  # so that backbone.name works where there is one backbone
     if not isinstance(node, dict):
-        raise ConfigError(
-            f"{'.'.join(parts)} cannot be set: {'.'.join(parts[:depth])} holds a value, not a group"
-        )
-    return node.get(part)
+        raise ConfigError(f"{'.'.join(parts)} cannot be set: {above} holds a value, not a group")
+    return node
 
 
-def _element(node: list[Any], part: str, parts: list[str]) -> Any:
-    """The only element of a list, so that backbone.name works where there is one backbone."""
-    if len(node) == 1:
-        return node[0]
-    raise ConfigError(
-        f"{'.'.join(parts)}: there are {len(node)} in this list; say which one, "
-        f"e.g. {parts[0]}.0.{part}"
-    )
+def _value(parts: Sequence[str], text: str) -> Any:
+    """What YAML reads, but text as it stands where the setting is text (run_dir=2024)."""
+    if text in ("", "None"):
+        return None
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+    key = ".".join(part for part in parts if not part.isdigit())
+    kinds = {name: field.annotation for name, field, _ in describe()}
+    quoted = text.lstrip().startswith(("'", '"'))
+    if value is not None and not quoted and kinds.get(key) in (str, str | None):
+        return text
+    return value
 
 
 def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
@@ -429,6 +449,8 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
         return f"{key}: unknown setting.{_suggest(location)}"
     if kind == "missing":
         return f"{key}: missing; add {key}=..."
+    if kind == "model_type":
+        return f"{key}: this is a group of settings (key: value), not {value!r}"
     message = problem["msg"].removeprefix("Value error, ")
     prefix = f"{key}: " if key else ""
     shown = "" if kind == "value_error" else f" (got {value!r})"

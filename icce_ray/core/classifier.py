@@ -46,7 +46,6 @@ WARMUP = 0.05  # share of the steps over which the learning rate rises
 STATISTICS_ROWS = 50_000  # rows that the input's mean and deviation are taken from
 PREDICT_ROWS = 8192  # rows per forward pass of a probe
 SMALL_EPOCH = 50  # with few rows, batches shrink until an epoch has this many steps
-SMALL_BATCH = 16  # ... but not below this
 CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the device
 CLIP = 1.0  # fine-tuning: largest norm of the gradient
 CROP = (0.6, 1.0)  # fine-tuning: share of the image's area that a random crop keeps
@@ -256,7 +255,7 @@ class _Meter:
 
 def probe_batch(rows: int, wanted: int) -> int:
     """Rows per step: as wanted, but fewer for small data, which would get too few steps."""
-    return min(wanted, max(SMALL_BATCH, math.ceil(rows / SMALL_EPOCH)))
+    return min(wanted, math.ceil(rows / SMALL_EPOCH))
 
 
 def probe_steps(rows: int, settings: ClassifierConfig) -> int:

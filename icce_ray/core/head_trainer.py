@@ -81,7 +81,7 @@ def fit_projection(embeddings: np.ndarray, components: int | None, seed: int) ->
     return Projection(features, components).fit(sample)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def project(embeddings: np.ndarray, projection: Projection, device: torch.device) -> Tensor:
     """All rows projected: float16 [N, P] on the device, without a copy of the embeddings."""
     projection = projection.to(device)
@@ -91,7 +91,7 @@ def project(embeddings: np.ndarray, projection: Projection, device: torch.device
     for start in range(0, len(out), ASSIGN_ROWS):
         part = np.asarray(embeddings[start : start + ASSIGN_ROWS], dtype=np.float32)
         out[start : start + len(part)] = projection(torch.from_numpy(part).to(device)).half()
-    return out.clone() if out.is_inference() else out
+    return out
 
 
 class HeadTrainer:
@@ -187,7 +187,7 @@ class HeadTrainer:
         return x, y
 
     def _views(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Student's log-probabilities and teacher's probabilities of both images, [H, 2B, K]."""
+        """Log-probabilities of student and teacher for both images of each pair, [H, 2B, K]."""
         rows = self.data.rows(torch.cat([x, y]))
         temperature = self.settings.temperature
         with self._autocast():
@@ -195,23 +195,23 @@ class HeadTrainer:
             with torch.no_grad():
                 teacher = self.teacher(rows) / temperature
         s = (student / temperature).log_softmax(-1)
-        if self.settings.sinkhorn:
-            group = None if self.by_heads else self.group
-            t = losses.sinkhorn(teacher, self.settings.sinkhorn_iterations, collective=group)
-        else:
-            t = teacher.softmax(-1)
-        return s, t
+        if not self.settings.sinkhorn:
+            return s, teacher.log_softmax(-1)
+        group = None if self.by_heads else self.group
+        return s, losses.sinkhorn(teacher, self.settings.sinkhorn_iterations, collective=group)
 
-    def _loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _loss(self, log_student: Tensor, log_teacher: Tensor) -> Tensor:
         """Mean loss per head over the batch, [H]."""
         s = self.settings
-        log_x, log_y = student.chunk(2, dim=1)
-        t_x, t_y = teacher.chunk(2, dim=1)
+        teacher = log_teacher.exp()
         self._update_marginal(teacher)
+        log_x, log_y = log_student.chunk(2, dim=1)
+        log_t_x, log_t_y = log_teacher.chunk(2, dim=1)
+        t_x, t_y = teacher.chunk(2, dim=1)
         total = torch.zeros_like(t_x[..., 0])
         if s.pmi_weight:
-            both = losses.pmi(log_x.exp(), t_y, self.marginal, s.beta) + losses.pmi(
-                log_y.exp(), t_x, self.marginal, s.beta
+            both = losses.pmi(log_x, log_t_y, self.marginal, s.beta) + losses.pmi(
+                log_y, log_t_x, self.marginal, s.beta
             )
             total = total - s.pmi_weight / 2 * both
         if s.cross_entropy:

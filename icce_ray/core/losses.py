@@ -13,17 +13,17 @@ from torch import Tensor
 
 from icce_ray.core.collective import Alone, Collective
 
-TINY = 1e-8  # keeps log and division finite
+TINY = 1e-8  # keeps logarithms finite
 
 
-def pmi(student: Tensor, teacher: Tensor, marginal: Tensor, beta: float) -> Tensor:
+def pmi(log_student: Tensor, log_teacher: Tensor, marginal: Tensor, beta: float) -> Tensor:
     """Pointwise mutual information of each pair (TEMI, eq. 5).
 
-    log sum_c (s(c|x) t(c|y))^beta / m(c), for student [H, B, K] of x, teacher [H, B, K] of y and
-    the running marginal m [H, K]. Returns [H, B].
+    log sum_c (s(c|x) t(c|y))^beta / m(c), for log-probabilities of the student of x and of the
+    teacher of y, [H, B, K] each, and the running marginal m [H, K]. Returns [H, B].
     """
-    joint = (student * teacher).clamp_min(TINY**2).pow(beta)
-    return torch.log((joint / marginal.unsqueeze(1).clamp_min(TINY)).sum(-1))
+    log_marginal = marginal.clamp_min(TINY).log().unsqueeze(1)
+    return torch.logsumexp(beta * (log_student + log_teacher) - log_marginal, dim=-1)
 
 
 def pair_agreement(teacher_x: Tensor, teacher_y: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def sinkhorn(
     prior: Tensor | None = None,
     collective: Collective | None = None,
 ) -> Tensor:
-    """Assignments with rows that sum to 1 and clusters used in proportion to `prior`.
+    """Log-assignments: rows sum to 1, clusters are used in proportion to `prior`.
 
     Args:
         logits: [H, B, K], already divided by the temperature.
@@ -60,19 +60,19 @@ def sinkhorn(
         collective: where B is one worker's slice of the batch, its group, so that columns are
             normalized over the whole batch.
 
-    Returns: [H, B, K].
+    Returns: logarithms of the assignments, [H, B, K].
     """
     group = collective or Alone()
     if prior is not None:
         log_prior = prior.clamp_min(TINY).log()
         target = log_prior if log_prior.dim() == 1 else log_prior.unsqueeze(1)
-    scores = logits - logits.amax(-1, keepdim=True)  # a row's own scale is divided out again
+    scores = logits.float()
     for _ in range(iterations):
         scores = scores - _log_column_sums(scores, group)
         if prior is not None:
             scores = scores + target
         scores = scores - scores.logsumexp(-1, keepdim=True)
-    return scores.exp()
+    return scores
 
 
 def _log_column_sums(scores: Tensor, group: Collective) -> Tensor:

@@ -141,15 +141,19 @@ def search_ivf(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Approximate top k of rows start..stop, themselves excluded. Shapes as `search`.
 
-    Where the visited lists hold fewer than k rows, the last found neighbor is repeated.
+    Where the lists visited hold too few rows, all are.
     """
-    index.nprobe = nprobe
     ids = np.empty((stop - start, k), np.int32)
     similarity = np.empty((stop - start, k), np.float32)
     for first in range(start, stop, QUERY_CHUNK):
         last = min(first + QUERY_CHUNK, stop)
         queries = np.asarray(matrix[first:last], dtype=np.float32)
+        index.nprobe = nprobe
         scores, found = index.search(queries, k + 1)
+        short = (found < 0).any(1)
+        if short.any():
+            index.nprobe = index.nlist
+            scores[short], found[short] = index.search(queries[short], k + 1)
         scores, found = drop_self(scores, found, first)
         ids[first - start : last - start] = found
         similarity[first - start : last - start] = scores
@@ -162,12 +166,8 @@ def drop_self(
     """Remove each query's own id from its k+1 results; the last result goes where it is absent."""
     own = ids == (query_start + np.arange(len(ids)))[:, None]
     own[~own.any(1), -1] = True
-    keep = ~own
-    scores = scores[keep].reshape(len(ids), -1)
-    ids = ids[keep].reshape(len(ids), -1)
-    valid = np.maximum((ids >= 0).sum(1), 1)
-    column = np.minimum(np.arange(ids.shape[1]), valid[:, None] - 1)
-    return np.take_along_axis(scores, column, 1), np.take_along_axis(ids, column, 1)
+    shape = (len(ids), ids.shape[1] - 1)
+    return scores[~own].reshape(shape), ids[~own].reshape(shape)
 
 
 # --- how many neighbors an image keeps -----------------------------------------------------------
@@ -212,7 +212,7 @@ def select(
     rows, most = ids.shape
     if rule == "fixed":
         counts = np.full(rows, min(k, most), np.int32)
-        threshold = None
+        threshold, min_neighbors = None, min(min_neighbors, k)
     else:
         if threshold is None:
             threshold = auto_threshold(similarity, min(k, most))

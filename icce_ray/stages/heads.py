@@ -59,12 +59,14 @@ def _load_data(run: RunDirectory, chosen: HeadsConfig, seed: int, device: torch.
 def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
     """The loop of one worker: resume, step, checkpoint, assign."""
     chosen = HeadsConfig.model_validate(config["heads"])
+    latest = worker.checkpoints.latest()
+    if latest == config["steps"] + 1:
+        return  # lost after its last checkpoint: nothing is left to do
     data = _load_data(worker.run, chosen, config["seed"], worker.device)
     trainer = HeadTrainer(
         data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
     )
     history = _History(trainer)
-    latest = worker.checkpoints.latest()
     worker.progress(latest or 0, "starting", force=True)
     if latest is None:
         trainer.start()
@@ -95,10 +97,10 @@ class _History:
         self.last = float("nan")
 
     def add(self, loss: Tensor) -> None:
+        self.last = float(loss.mean())
         if self.trainer.step_number % self.every == 0:
             self.steps.append(self.trainer.step_number)
             self.losses.append(loss.cpu())
-            self.last = float(loss.mean())
 
     def state(self) -> dict[str, Tensor]:
         heads = len(self.trainer.numbers)
@@ -121,7 +123,9 @@ def _run(context: Context) -> Outcome:
     rows = run.matrix("embeddings", "image_id").shape[0]
     steps = config.heads.steps or default_steps(config.num_classes)
     gpus = cluster.gpus_each(config.heads.num_gpus)
-    workers = min(cluster.workers(config.heads.num_workers, gpus), config.heads.count)
+    workers = cluster.workers(config.heads.num_workers, gpus)
+    if config.heads.split == "heads":
+        workers = min(workers, config.heads.count)
     checkpoints = training.Checkpoints(run, FOLDER)
     if checkpoints.latest() != steps + 1:
         training.fit(
@@ -154,7 +158,7 @@ def _write(
     components: int | None,
     seed: int,
 ) -> dict[str, Any]:
-    """heads.safetensors (the projection and the teachers), history.json and the assignments, in head order."""
+    """Write heads.safetensors (projection and teachers), history.json, assignments; head order."""
     from safetensors.torch import save
 
     assignments = torch.cat([s["assignments"] for s in states if "assignments" in s], 1)

@@ -17,6 +17,7 @@ from icce_ray.stages import Context, Need, Outcome, Size, Stage
 
 FOLDER = "neighbors"
 RAW = "top"  # working folder: what the tasks write, before the rule is applied
+ROWS_PER_FILE = 250_000
 EXACT_SECONDS = 3600.0  # search=auto: exact search where it is expected to take less
 CPU_FLOPS = 5e10  # float32 per core and second, as measured
 GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
@@ -59,7 +60,7 @@ def _search_task(
             ),
         }
     )
-    run.write_table(table, FOLDER, RAW, _shard(start))
+    run.write_table(table, FOLDER, RAW, _shard(start, stop))
     return stop - start
 
 
@@ -75,8 +76,9 @@ def _ivf_index(run: RunDirectory, matrix: np.ndarray) -> Any:
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
 
 
-def _shard(start: int) -> str:
-    return f"rows-{start:010d}.parquet"
+def _shard(start: int, stop: int) -> str:
+    """Both ends are named: a resumed run may cut the rows into shards of another size."""
+    return f"rows-{start:010d}-{stop:010d}.parquet"
 
 
 # --- in the driver -------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def _run(context: Context) -> Outcome:
         min_neighbors=config.neighbors.min_neighbors,
         mutual=config.neighbors.mutual,
     )
-    _write(run, selection, config.neighbors.query_rows)
+    _write(run, selection)
     run.delete(f"{FOLDER}/{RAW}")
     results = core.describe(selection, config.neighbors.min_neighbors)
     q = results["quantiles"]
@@ -114,9 +116,10 @@ def _run(context: Context) -> Outcome:
 def _search_shards(context: Context, rows: int, features: int, most: int) -> bool:
     """Run the missing query shards as Ray tasks. Returns whether the search is approximate."""
     config, run, cluster = context.config.neighbors, context.run, context.cluster
-    starts = list(range(0, rows, config.query_rows))
+    step = config.query_rows
+    shards = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     done = set(run.list(f"{FOLDER}/{RAW}", ".parquet"))
-    missing = [start for start in starts if _shard(start) not in done]
+    missing = [shard for shard in shards if _shard(*shard) not in done]
     ray = cluster.start()
     have = cluster.resources()
     gpus = cluster.gpus_each(config.num_gpus)
@@ -130,10 +133,9 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
         )
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(_search_task)
     refs = [
-        task.remote(run, s, min(s + config.query_rows, rows), most, ivf, config.nprobe, cpus)
-        for s in missing
+        task.remote(run, start, stop, most, ivf, config.nprobe, cpus) for start, stop in missing
     ]
-    finished = sum(min(config.query_rows, rows - s) for s in starts if s not in missing)
+    finished = rows - sum(stop - start for start, stop in missing)
     with context.reporter.bar("neighbors", rows, "images", done=finished) as bar:
         for _, count in completed(ray, refs):
             finished += count
@@ -152,11 +154,11 @@ def _read_shards(run: RunDirectory, rows: int, most: int) -> tuple[np.ndarray, n
     return ids, similarity
 
 
-def _write(run: RunDirectory, selection: core.Selection, rows_per_file: int) -> None:
+def _write(run: RunDirectory, selection: core.Selection) -> None:
     image_ids = run.matrix("embeddings", "image_id")
     schema = neighbors_schema(selection.ids.shape[1])
-    for part, start in enumerate(range(0, len(image_ids), rows_per_file)):
-        rows = slice(start, start + rows_per_file)
+    for part, start in enumerate(range(0, len(image_ids), ROWS_PER_FILE)):
+        rows = slice(start, start + ROWS_PER_FILE)
         columns = [
             pa.array(image_ids[rows]),
             tensor_column(selection.ids[rows], schema.field("ids").type),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from icce_ray.artifacts import Manifest, RunDirectory
 from icce_ray.cluster import Cluster
 from icce_ray.config import Config
 from icce_ray.core import metrics
-from icce_ray.errors import ArtifactError, IcceError
+from icce_ray.errors import ArtifactError
 from icce_ray.progress import duration
 from icce_ray.stages import Context, Need, Outcome, Size, Stage, evaluate
 
@@ -47,10 +46,11 @@ PARTS = (
 )
 SMALL = 40  # clusters or classes up to which the page shows everything open
 SIDE_MIN = 44  # pixels; smaller thumbnails show nothing
-PER_CLUSTER = 2_200  # bytes of markup around a cluster's images, generously
+PER_CLUSTER = 1_600  # bytes of markup around a cluster's images, generously
 FIXED = 350_000  # bytes of the page without any cluster
-PER_IMAGE = 330  # bytes of markup around a thumbnail, generously
+PER_IMAGE = 190  # bytes of markup around a thumbnail, generously
 QUALITY = 72  # of the thumbnails
+READ = 512  # images whose encoded bytes are in memory at once
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -114,11 +114,19 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "n": lambda value: f"{value:,.0f}",
-        "pct": lambda value, digits=1: f"{100 * value:.{digits}f}%",
+        "n": _count,
+        "pct": _percent,
         "duration": duration,
     }
     return environment.get_template("report.html.j2")
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}%"
 
 
 # --- what the run directory says -----------------------------------------------------------------
@@ -155,7 +163,7 @@ class Run:
 
 def load(config: Config, files: RunDirectory) -> Run:
     """Read what the page needs. Raises ArtifactError where a stage has not finished."""
-    manifests = {name: found for name, _ in PARTS if (found := files.manifest(name))}
+    manifests = {name: done for name, _ in PARTS if (done := files.manifest(name))}
     if "evaluation" not in manifests:
         raise ArtifactError(f"{files.path('evaluation')} is not finished; run that stage first")
     image_ids = np.asarray(files.matrix("embeddings", "image_id"))
@@ -211,14 +219,14 @@ def choose(
 
 @dataclass
 class Galleries:
-    """Thumbnails, filled rank by rank over all clusters until the page's budget is spent.
+    """Thumbnails, given out rank by rank over all clusters until the page's budget is spent.
 
     So every cluster shows equally many, whatever the number of clusters.
     """
 
     found: Run
     budget: float  # bytes
-    images: dict[int, dict[str, Any]] = field(default_factory=dict)  # by row
+    images: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown ones, by row
     ranks: list[np.ndarray] = field(default_factory=list)  # rows shown, one array per rank
     side: int = 0
 
@@ -239,19 +247,18 @@ class Galleries:
 
     def fill(self) -> None:
         """Read, shrink and add images while they fit."""
-        waiting = list(self._by_rank())
+        waiting = self._expected(list(self._by_rank()))
         if not waiting:
             return
-        self.side = self._fitting_side(waiting)
-        with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-            for rows in waiting:
-                batch = self._read(rows, pool)
-                cost = sum(_weight(image) for image in batch.values())
-                if cost > self.budget:
-                    return
-                self.budget -= cost
-                self.images |= batch
-                self.ranks.append(rows)
+        made = self._read(np.sort(np.concatenate(waiting)))
+        for rows in waiting:
+            batch = {int(row): made[int(row)] for row in rows}
+            cost = sum(_weight(image) for image in batch.values())
+            if cost > self.budget:
+                return
+            self.budget -= cost
+            self.images |= batch
+            self.ranks.append(rows)
 
     def drop(self) -> bool:
         """Give up the last rank. False where there is none left."""
@@ -279,30 +286,37 @@ class Galleries:
                 if rows:
                     yield np.array(rows)
 
-    def _fitting_side(self, waiting: Sequence[np.ndarray]) -> int:
-        """Smaller thumbnails where full ones would leave fewer than 9 per cluster."""
-        sample = waiting[0][:: max(1, len(waiting[0]) // 24)]
-        with ThreadPoolExecutor(4) as pool:
-            sizes = [_weight(image) for image in self._read(sample, pool).values()]
-        wanted = sum(len(rows) for rows in waiting[:9])
-        share = max(0.0, self.budget) / max(1.0, wanted * float(np.mean(sizes)))
-        return int(np.clip(self.side * min(1.0, share**0.7), min(SIDE_MIN, self.side), self.side))
+    def _expected(self, waiting: list[np.ndarray]) -> list[np.ndarray]:
+        """The ranks that should fit, judged by a sample; with smaller thumbnails where full ones
+        would leave fewer than 9 per cluster."""
+        if not waiting or self.budget <= 0:
+            return []
+        sample = waiting[0][:: max(1, len(waiting[0]) // 32)]
+        each = float(np.mean([_weight(image) for image in self._read(np.sort(sample)).values()]))
+        share = self.budget / (each * sum(len(rows) for rows in waiting[:9]))
+        full = self.side
+        self.side = int(np.clip(full * min(1.0, share**0.7), min(SIDE_MIN, full), full))
+        each *= (self.side / full) ** 1.3
+        total = np.cumsum([len(rows) for rows in waiting])
+        return waiting[: int(np.searchsorted(total, 1.15 * self.budget / each, side="right"))]
 
-    def _read(self, rows: np.ndarray, pool: ThreadPoolExecutor) -> dict[int, dict[str, Any]]:
-        places = [self._place(int(self.found.image_ids[row])) for row in rows]
-        reader = partial(_thumbnail, self.found.config, self.side)
-        sources = list(pool.map(reader, places))
-        return {
-            int(row): self._image(int(row), place, source)
-            for row, place, source in zip(rows, places, sources, strict=True)
-        }
+    def _read(self, rows: np.ndarray) -> dict[int, dict[str, Any]]:
+        """Thumbnails of these rows. In ascending order, so that a tar or a Parquet row group, which
+        holds neighboring images, is read once."""
+        made: dict[int, dict[str, Any]] = {}
+        for start in range(0, len(rows), READ):
+            part = rows[start : start + READ]
+            places = self._places(self.found.image_ids[part])
+            sources = thumbnails(self.found.config, places, self.side)
+            for row, place, source in zip(part, places, sources, strict=True):
+                made[int(row)] = self._image(int(row), place, source)
+        return made
 
-    def _place(self, image_id: int) -> dict[str, Any]:
-        """Where an image is: uri, offset, size."""
-        index = self.found.index
-        if index is None or image_id >= index.num_rows:
-            return {"uri": f"row {image_id}", "offset": None, "size": None}
-        return index.slice(image_id, 1).to_pylist()[0]
+    def _places(self, image_ids: np.ndarray) -> list[dict[str, Any]]:
+        """Where images are: uri, offset, size."""
+        if self.found.index is None:
+            return [{"uri": f"row {i}", "offset": None, "size": None} for i in image_ids]
+        return self.found.index.take(pa.array(image_ids)).to_pylist()
 
     def _image(self, row: int, place: dict[str, Any], source: str | None) -> dict[str, Any]:
         found = self.found
@@ -329,18 +343,32 @@ def _tail(uri: str, length: int = 60) -> str:
     return short if len(short) <= length else "…" + short[-length:]
 
 
-def _thumbnail(config: Config, side: int, place: dict[str, Any]) -> str | None:
-    """A square thumbnail as a data URI; None where there is no image, or it cannot be read."""
+def thumbnails(config: Config, places: Sequence[dict[str, Any]], side: int) -> list[str | None]:
+    """Square thumbnails as data URIs; None where there is no image, or it cannot be read.
+
+    A moved or deleted image must not cost the report: its name stands in its place.
+    """
     if config.data.embeddings:
-        return None
+        return [None] * len(places)
     from icce_ray import images
 
+    data = images.read_many(
+        *([place[key] for place in places] for key in ("uri", "offset", "size"))
+    )
+    shrink = partial(_thumbnail, side=side, max_pixels=config.embed.max_pixels)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(shrink, data))
+
+
+def _thumbnail(data: Any, side: int, max_pixels: int) -> str | None:
+    from icce_ray import images
+
+    if not isinstance(data, bytes):
+        return None
     try:
-        data = images.read_bytes(place["uri"], place["offset"], place["size"])
-        picture = images.decode(data, config.embed.max_pixels)
-        return data_uri(picture, side)
-    except (IcceError, OSError, ValueError, SyntaxError):
-        return None  # the page says so in its place; a moved image must not cost the report
+        return data_uri(images.decode(data, max_pixels), side)
+    except images.BadImage:
+        return None
 
 
 def data_uri(picture: Any, side: int) -> str:
@@ -531,7 +559,9 @@ def _size_chart(found: Run) -> dict[str, Any]:
 def _confidence_chart(found: Run) -> dict[str, Any]:
     counts, edges = np.histogram(np.clip(found.confidence, 0, 1), bins=20, range=(0, 1))
     free = found.scores["label_free"]
-    text = f"{free['confident']:.0%} of the images are at 90% or more; mean {free['confidence']:.0%}."
+    text = (
+        f"{free['confident']:.0%} of the images are at 90% or more; mean {free['confidence']:.0%}."
+    )
     drawing = charts.histogram(
         counts,
         edges,
@@ -636,7 +666,7 @@ def _confusion(found: Run) -> dict[str, Any] | None:
 
 
 def _pairs(found: Run, match: metrics.Matching, most: int = 12) -> list[dict[str, Any]]:
-    """The cells that cost most images: class, the cluster they went to, count, share of the class."""
+    """The cells that cost most images: class, where they went, count, share of the class."""
     wrong = found.contingency.copy() if found.contingency is not None else np.zeros((0, 0))
     per_class = np.maximum(1, wrong.sum(axis=1))
     own = np.flatnonzero(match.cluster_class >= 0)

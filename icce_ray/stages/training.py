@@ -43,9 +43,10 @@ class Checkpoints:
         name = f"rank-{rank:05d}-of-{world:05d}.safetensors"
         self.run.write_bytes(save(dict(state)), self.folder, _step_name(step), name)
 
-    def complete(self, step: int) -> None:
-        """Declare a checkpoint usable and remove the older ones."""
-        self.run.write_json({"step": step}, self.folder, _step_name(step), "complete.json")
+    def complete(self, step: int, world: int) -> None:
+        """Declare the checkpoint of `world` workers usable and remove the older ones."""
+        content = {"step": step, "world": world}
+        self.run.write_json(content, self.folder, _step_name(step), "complete.json")
         for old in self._steps():
             if old < step:
                 self.run.delete(f"{self.folder}/{_step_name(old)}")
@@ -64,7 +65,9 @@ class Checkpoints:
 
         folder = f"{self.folder}/{_step_name(step)}"
         states = []
-        for name in self.run.list(folder, ".safetensors"):
+        # A group of another size may have been lost while it saved the same step.
+        world = self.run.read_json(folder, "complete.json")["world"]
+        for name in self.run.list(folder, f"-of-{world:05d}.safetensors"):
             try:
                 states.append(load(self.run.read_bytes(folder, name)))
             except (SafetensorError, ValueError) as error:
@@ -129,7 +132,7 @@ class Worker:
         self.checkpoints.save(step, self.rank, self.world, state)
         self.barrier({"step": step})
         if self.rank == 0:
-            self.checkpoints.complete(step)
+            self.checkpoints.complete(step, self.world)
 
 
 def _device() -> torch.device:

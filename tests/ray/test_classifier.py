@@ -61,7 +61,7 @@ def make_run(tmp_path: Path, count: int, overrides: Sequence[str] = (), bad: int
 
 def _picture(root: Path, number: int, color: Any, rng: Any, bad: bool) -> str:
     path = root / "images" / f"{number:04d}.png"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.array(color) + rng.integers(-25, 25, (32, 32, 3))
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
     if bad:

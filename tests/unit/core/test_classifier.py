@@ -76,6 +76,13 @@ def test_wrong_labels_of_low_weight_are_ignored() -> None:
     assert accuracy(fooled, x, y) < 0.5
 
 
+def test_small_data_gets_small_batches() -> None:
+    assert C.probe_batch(1, 1024) == 1
+    assert C.probe_batch(1797, 1024) == 36
+    assert C.probe_batch(1_281_167, 1024) == 1024
+    assert C.probe_steps(1_281_167, ClassifierConfig(epochs=2)) == 2 * 1252
+
+
 def test_only_ratios_of_weights_matter() -> None:
     x, y = blobs(300, 3)
     weights = np.random.default_rng(0).random(300).astype(np.float32)
@@ -141,15 +148,15 @@ def test_bad_input_is_named() -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
-    x, y = blobs(160, 3)
-    order = torch.randperm(160, generator=torch.Generator().manual_seed(0))
+    x, y = blobs(800, 3)
+    order = torch.randperm(800, generator=torch.Generator().manual_seed(0))
     bad = int(order[16 * 4])  # first row of the fifth batch: step 4
     x[bad] = np.nan
     settings = ClassifierConfig(batch_size=16)
     model = C.Classifier("linear", 32, 3)  # statistics would spread the NaN to every step
     rows = C._Rows(x, torch.device("cpu"))
-    trainer = C._ProbeTrainer(model, rows, y, np.ones(160), settings, seed=0)
-    with pytest.raises(StageError, match=r"not finite at step 4 of 200"):
+    trainer = C._ProbeTrainer(model, rows, y, np.ones(800), settings, seed=0)
+    with pytest.raises(StageError, match=r"not finite at step 4 of 1000"):
         trainer.epoch(0, None)
 
 
@@ -181,8 +188,8 @@ class _Thread(Alone):
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_three_workers_get_what_one_gets(kind: str) -> None:
-    x, y = blobs(121, 4)  # the last batch has one row: two workers have none
-    weights = np.random.default_rng(0).random(121).astype(np.float32)
+    x, y = blobs(241, 4)  # batches of 5; the last has one row: two workers have none
+    weights = np.random.default_rng(0).random(241).astype(np.float32)
     options: dict[str, Any] = {"kind": kind, "epochs": 3, "batch_size": 24, "weights": weights}
     alone, history = fit(x, y, 4, **options)
     barrier, box, out = threading.Barrier(3), {}, {}

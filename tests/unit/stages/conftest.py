@@ -139,7 +139,9 @@ class SyntheticRun:
     def _noisy(self, errors: float) -> np.ndarray:
         """Labels under other names, most mistakes going to the next class."""
         wrong = self.rng.random(len(self.truth)) < errors
-        shift = np.where(self.rng.random(len(self.truth)) < 0.7, 1, self.rng.integers(1, self.k + 1))
+        shift = np.where(
+            self.rng.random(len(self.truth)) < 0.7, 1, self.rng.integers(1, self.k + 1)
+        )
         return (np.where(wrong, self.truth + shift, self.truth) + 3) % self.k
 
     def _heads(self, heads: int, errors: float) -> None:

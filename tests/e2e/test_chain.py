@@ -1,0 +1,183 @@
+"""The whole chain through the command line: real images, real weights, a local Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from icce_ray import pipeline
+from icce_ray.config import load
+from icce_ray.errors import ArtifactError
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SMALL = [
+    "data.limit=300",
+    "backbone.image_size=64",
+    "embed.shard_size=64",
+    "heads.count=6",
+    "heads.steps=120",
+    "heads.checkpoint_every=20",
+    "heads.num_workers=0",
+    "classifier.epochs=10",
+    "ray.num_cpus=2",
+]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "icce_ray.cli", *arguments]
+
+
+def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+def clusters(run: Path, stage: str = "consensus") -> np.ndarray:
+    table = pq.read_table(run / stage / "part-00000.parquet")
+    return table.sort_by("image_id")["cluster"].to_numpy()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished small quickstart in `run`."""
+    folder = tmp_path_factory.mktemp("chain")
+    done = cli("run", "quickstart", "run_dir=run", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    assert str(folder / "run" / "report" / "index.html") in done.stdout
+    return folder
+
+
+def test_every_stage_leaves_its_manifest_and_the_metrics(finished: Path) -> None:
+    for stage in pipeline.STAGES:
+        manifest = json.loads((finished / "run" / stage.folder / "manifest.json").read_text())
+        assert manifest["stage"] == stage.name
+    metrics = json.loads((finished / "run" / "evaluation" / "metrics.json").read_text())
+    for key in ("acc", "nmi", "ari"):
+        assert 0 <= metrics[key] <= 1
+    assert metrics["acc"] > 0.3  # chance is 0.1; a small run reaches 0.6 and more
+    assert not (finished / "run" / "heads" / "train").exists()
+
+
+def test_a_second_run_skips_all_stages(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("manifest.json")}
+    start = time.monotonic()
+    done = cli("run", "quickstart", "run_dir=run", *SMALL, cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 60  # measured: 5 s; without skipping it takes minutes
+    after = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("manifest.json")}
+    assert before == after
+    assert done.stderr.count("skip, done") == len(pipeline.STAGES)
+
+
+def test_a_changed_setting_names_what_it_invalidates(finished: Path) -> None:
+    done = cli("run", "quickstart", "run_dir=run", *SMALL, "consensus.method=mcla", cwd=finished)
+    assert done.returncode == ArtifactError.exit_code
+    assert "consensus.method: 'dawid-skene' -> 'mcla'" in done.stderr
+    assert "This invalidates: consensus, classifier, evaluate, report" in done.stderr
+    assert "--overwrite" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_predict_labels_new_images_as_the_classifier_does(finished: Path) -> None:
+    done = cli("predict", "run", "data/digits", "out=predicted", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(finished / "predicted", columns=["uri", "cluster", "confidence"])
+    assert len(table) == 1797
+    confidence = table["confidence"].to_numpy()
+    assert ((confidence > 0) & (confidence <= 1)).all()
+    index = pq.read_table(finished / "run" / "index", columns=["image_id", "uri"])
+    uris = index.sort_by("image_id")["uri"].to_pylist()
+    predicted = dict(zip(table["uri"].to_pylist(), table["cluster"].to_pylist(), strict=True))
+    own = clusters(finished / "run", "classifier")
+    same = np.mean([predicted[u] == c for u, c in zip(uris, own, strict=True)])
+    assert same > 0.98  # bfloat16 features depend a little on the batch they are computed in
+
+
+def test_status_and_report_read_a_finished_run(finished: Path) -> None:
+    status = cli("status", "run", cwd=finished)
+    assert status.returncode == 0
+    assert status.stdout.count("done") >= len(pipeline.STAGES)
+    report = cli("report", "run", cwd=finished)
+    assert report.returncode == 0
+    assert Path(report.stdout.strip()).is_file()
+
+
+def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    """SIGKILL a run, driver first, as soon as `ready()`; its local Ray dies with it."""
+    deadline = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("stage", "pattern"),
+    [("embed", "embeddings/part-00001.parquet"), ("heads", "heads/train/step-*/complete.json")],
+)
+def test_a_killed_run_goes_on_and_ends_the_same(
+    finished: Path, tmp_path: Path, stage: str, pattern: str
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["run", "quickstart", f"run_dir={run}", *SMALL]
+    with subprocess.Popen(
+        command(*arguments), cwd=finished, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
+        kill_when(process, lambda: any(run.glob(pattern)))
+    assert not (run / stage / "manifest.json").exists()
+    first = {p: p.stat().st_mtime_ns for p in run.glob("embeddings/part-*.parquet")}
+    assert cli("status", str(run), cwd=finished).returncode == 0
+    again = cli(*arguments, cwd=finished)
+    assert again.returncode == 0, again.stderr
+    assert "goes on from partial work" in again.stderr
+    for path, written in first.items():  # finished shards were not written again
+        assert path.stat().st_mtime_ns == written
+    assert (clusters(run) == clusters(finished / "run")).all()
+
+
+@pytest.fixture
+def embeddings(tmp_path: Path) -> Path:
+    """150 vectors around 3 directions, and their labels."""
+    generator = np.random.default_rng(0)
+    centers = generator.normal(size=(3, 16))
+    labels = np.arange(150) % 3
+    np.save(tmp_path / "x.npy", centers[labels] + 0.3 * generator.normal(size=(150, 16)))
+    np.save(tmp_path / "y.npy", labels)
+    np.save(tmp_path / "permuted.npy", generator.permutation(labels))
+    return tmp_path
+
+
+def run_embeddings(folder: Path, name: str, *overrides: str) -> Path:
+    tree = {"num_classes": 3, "data": {"embeddings": str(folder / "x.npy")}}
+    settings = [f"run_dir={folder / name}", "heads.num_workers=0", "heads.count=4"]
+    pipeline.run(load(tree, [*settings, "heads.steps=60", *overrides]), quiet=True)
+    return folder / name
+
+
+def test_ground_truth_changes_no_prediction(embeddings: Path, ray_session: None) -> None:
+    true = run_embeddings(embeddings, "true", f"data.labels={embeddings / 'y.npy'}")
+    wrong = run_embeddings(embeddings, "wrong", f"data.labels={embeddings / 'permuted.npy'}")
+    for stage in ("consensus", "classifier"):
+        first = pq.read_table(true / stage / "part-00000.parquet")
+        second = pq.read_table(wrong / stage / "part-00000.parquet")
+        assert first.equals(second)
+    accuracy = [
+        json.loads((run / "evaluation" / "metrics.json").read_text())["acc"] for run in (true, wrong)
+    ]
+    assert accuracy[0] == 1.0
+    assert accuracy[1] < 0.6
