@@ -87,6 +87,7 @@ def locate(uri: str) -> tuple[pafs.FileSystem, str]:
     query = options.group() if options else ""
     host, _, path = rest.removesuffix(query).partition("/")
     filesystem, root = _filesystem(f"{scheme}://{host}/{query}")
+    path = path.rstrip("/")
     return filesystem, f"{root.rstrip('/')}/{path}" if path else root
 
 
@@ -347,7 +348,9 @@ class Preprocess:
 
     size: int  # S
     resize: int  # side after scaling, before the crop
-    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "bicubic"
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = (
+        "bicubic"
+    )
     mode: Literal["center", "squash", "border"] = "center"
     fill: tuple[int, ...] = (0, 0, 0)  # of border
 
@@ -412,7 +415,9 @@ def preprocess_from(data_config: dict[str, Any]) -> Preprocess:
     """The Preprocess of timm's data config. Raises DataError where its input is not square."""
     _, height, width = data_config["input_size"]
     if height != width:
-        raise DataError(f"the model's input is {height} x {width}; only square inputs are supported")
+        raise DataError(
+            f"the model's input is {height} x {width}; only square inputs are supported"
+        )
     return Preprocess(
         size=height,
         resize=math.floor(height / data_config["crop_pct"]),

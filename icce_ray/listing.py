@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.artifacts import INDEX_SCHEMA
 from icce_ray.config import DataConfig
-from icce_ray.errors import DataError, IcceError
+from icce_ray.errors import DataError
 from icce_ray.images import REMOTE_THREADS, THREADS, join_uri, locate, row_uri
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
@@ -55,8 +55,6 @@ class Found:
 
 def absolute(uri: str) -> str:
     """A path that means the same on every worker; URIs stay as they are."""
-    from pathlib import Path
-
     return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
@@ -133,7 +131,7 @@ def find_files(path: str) -> Found:
         if info.type == pafs.FileType.NotFound:
             raise DataError(f"data.path={path}: there is no such file or folder")
         infos = filesystem.get_file_info(pafs.FileSelector(inside, recursive=True))
-        start = len(infos[0].path) - len(_relative(infos[0].path, inside)) if infos else 0
+        start = len(inside.rstrip("/")) + 1
         names = [i.path[start:] for i in infos if i.type == pafs.FileType.File]
     except UnicodeDecodeError as error:
         raise DataError(
@@ -142,10 +140,6 @@ def find_files(path: str) -> Found:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.path={path} cannot be listed: {_one_line(error)}") from None
     return Found(base, sorted(name for name in names if not _hidden(name)))
-
-
-def _relative(path: str, folder: str) -> str:
-    return path[len(folder.rstrip("/")) + 1 :] if folder else path
 
 
 def _hidden(name: str) -> bool:
@@ -177,13 +171,17 @@ def _kind(data: DataConfig, found: Found) -> str:
 
 def _nothing(data: DataConfig, kind: str, found: Found) -> DataError:
     kinds = FORMATS if kind == "auto" else {kind: FORMATS[kind]}
-    looked = "; ".join(f"{name}: {', '.join('.' + s for s in ends)}" for name, ends in kinds.items())
+    looked = "; ".join(
+        f"{name}: {', '.join('.' + s for s in ends)}" for name, ends in kinds.items()
+    )
     seen = sorted({_suffix(found.uri(name)) for name in found.names} - {""})
     text = f"data.path={data.path} holds no images. Looked for {looked}"
     if kind == "webdataset" and "tar" in seen:
         text += " with members KEY.jpg, KEY.png, ..., KEY being all before the first dot"
     if seen:
-        text += f". Found {len(found.names):,} files ending in {', '.join('.' + s for s in seen[:8])}"
+        text += (
+            f". Found {len(found.names):,} files ending in {', '.join('.' + s for s in seen[:8])}"
+        )
     if "gz" in seen or "tgz" in seen:
         text += " (compressed tars have to be unpacked: images are read out of tars by position)"
     return DataError(text + ".")
@@ -273,9 +271,7 @@ def _check_image_column(name: str, schema: pa.Schema, uri: str) -> None:
     fitting = [field.name for field in schema if _is_bytes(field.type)]
     hint = f"data.image_column={fitting[0]} would fit" if fitting else "no column holds image bytes"
     what = f"is of type {schema.field(name).type}" if name in schema.names else "does not exist"
-    raise DataError(
-        f"{uri}: column {name!r} {what}; columns are {', '.join(schema.names)}; {hint}"
-    )
+    raise DataError(f"{uri}: column {name!r} {what}; columns are {', '.join(schema.names)}; {hint}")
 
 
 def read_labels(parquet: pq.ParquetFile, column: str) -> Any:
@@ -345,6 +341,3 @@ def _members(uri: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
             if member.isreg():
                 yield member, lambda member=member: tar.extractfile(member).read()  # type: ignore
             tar.members = []  # else tarfile keeps all it has seen
-
-
-__all__ = ["DataError", "Found", "IcceError", "Listing", "evenly", "find_files", "list_images"]

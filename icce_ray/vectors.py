@@ -41,7 +41,9 @@ class Vectors:
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
         """Consecutive blocks of at most `rows` rows, float32 [., D]."""
         for file in self.files:
-            yield from _npy_blocks(file, rows) if file.endswith(".npy") else self._parquet(file, rows)
+            yield from (
+                _npy_blocks(file, rows) if file.endswith(".npy") else self._parquet(file, rows)
+            )
 
     def _parquet(self, file: str, rows: int) -> Iterator[np.ndarray]:
         filesystem, path = locate(file)

@@ -333,8 +333,8 @@ def _download(config: BackboneConfig) -> nn.Module:
             return _build(config, pretrained=True)
     except _HubError as error:
         raise ConfigError(
-            f"download of the weights of {config.name} failed ({error}). Give backbone.weights=FILE "
-            "(safetensors or a PyTorch state dict), or backbone.pretrained=false for random "
+            f"download of the weights of {config.name} failed ({error}). Give "
+            "backbone.weights=FILE (safetensors or a PyTorch state dict), or backbone.pretrained=false for random "
             "weights in a test."
         ) from None
 
@@ -391,7 +391,7 @@ def _file_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
     state = _unwrap(_read_file(path), path)
     module = import_module(type(model).__module__)
     convert = getattr(module, "checkpoint_filter_fn", None)
-    if convert is None or set(state) >= set(model.state_dict()) and _same_shapes(model, state):
+    if convert is None or (set(state) >= set(model.state_dict()) and _same_shapes(model, state)):
         return state
     try:  # timm's own conversion: names of the original authors, position embeddings of other sizes
         return dict(convert(state, model))

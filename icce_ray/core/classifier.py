@@ -26,6 +26,7 @@ A fine-tuned file with plain torch and timm, for pooling=auto (`images` prepared
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -46,7 +47,8 @@ WARMUP = 0.05  # share of the steps over which the learning rate rises
 STATISTICS_ROWS = 50_000  # rows that the input's mean and deviation are taken from
 PREDICT_ROWS = 8192  # rows per forward pass of a probe
 SMALL_EPOCH = 50  # with few rows, batches shrink until an epoch has this many steps
-CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the device
+CHECK_EVERY = 50  # steps at most between looks at the loss: each look waits for the device
+CHECK_SECONDS = 2.0  # ... and seconds at most
 CLIP = 1.0  # fine-tuning: largest norm of the gradient
 CROP = (0.6, 1.0)  # fine-tuning: share of the image's area that a random crop keeps
 
@@ -209,13 +211,14 @@ def _groups(named: Iterable[tuple[str, nn.Parameter]], peak: float) -> list[dict
 
 
 class _Meter:
-    """Sums over an epoch. Reads losses back from the device only every CHECK_EVERY steps."""
+    """Sums over an epoch. Reads losses back from the device only now and then."""
 
     def __init__(self, done: int, total: int, on_step: OnStep | None) -> None:
         self.done, self.total, self.on_step = done, total, on_step
         self.loss_sum = self.hits = self.rows = 0.0
         self._losses: list[Tensor] = []
         self._hits: list[Tensor] = []
+        self._looked = time.monotonic()
 
     def add(self, loss: Tensor, hits: Tensor, rows: int) -> None:
         """loss: mean over the `rows` rows of a step; hits: how many of them agree."""
@@ -223,13 +226,15 @@ class _Meter:
         self._hits.append(hits)
         self.rows += rows
         self.done += 1
-        if len(self._losses) >= CHECK_EVERY:
+        waited = time.monotonic() - self._looked
+        if len(self._losses) >= CHECK_EVERY or waited > CHECK_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Raises StageError that names the first step whose loss is not finite."""
         if not self._losses:
             return
+        self._looked = time.monotonic()
         losses = torch.stack(self._losses).double().cpu()
         bad = (~torch.isfinite(losses)).nonzero().flatten()
         if len(bad):

@@ -318,7 +318,8 @@ class HeadTrainer:
         out["marginal"] = self.marginal
         out["numbers"] = torch.tensor(self.numbers)
         out["step"] = torch.tensor(self.step_number)
-        return {k: v.detach().cpu().contiguous() for k, v in out.items()}
+        # copies: on a CPU these would go on changing with the next step
+        return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in out.items()}
 
     def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
         """Go on from the states of all workers of an earlier run, however many they were."""

@@ -14,10 +14,11 @@ Shapes: N rows, B batch, D features, K clusters, S image side.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,13 @@ from icce_ray.config import BackboneConfig, ClassifierConfig, Config, settings
 from icce_ray.core import backbone as backbones
 from icce_ray.core import classifier as core
 from icce_ray.core.collective import Collective
-from icce_ray.errors import ArtifactError, DataError, StageError
+from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
 from icce_ray.stages import Context, Need, Outcome, Size, Stage, training
 
 FOLDER = "classifier"
 WEIGHTS, DESCRIPTION = "classifier.safetensors", "classifier.json"
 HISTORY, OPINIONS, PROBE = "history.json", "part-00000.parquet", "probe.safetensors"
+_PARQUET_ROW = re.compile(r"#([^#]+/)?\d+$")
 POLL = 0.5  # seconds between looks at a Ray task
 BLOCK_ROWS = 256  # images per Ray Data block before decoding
 DECODE_ROWS = 32  # images per decoding task's batch
@@ -81,6 +83,15 @@ def _targets(run: RunDirectory, chosen: ClassifierConfig) -> tuple[np.ndarray, n
 # --- probes --------------------------------------------------------------------------------------
 
 
+def _probe_settings(chosen: ClassifierConfig) -> ClassifierConfig:
+    """The settings of the probe. Those of fine-tuning (few epochs, small batches) are not meant
+    for the probe it starts from, which has the default ones."""
+    if chosen.kind != "finetune":
+        return chosen
+    same = {name: getattr(chosen, name) for name in ("weight_decay", "confidence_weights")}
+    return ClassifierConfig(**same)
+
+
 def _fit_probe(
     run: RunDirectory,
     task: Mapping[str, Any],
@@ -89,7 +100,7 @@ def _fit_probe(
     device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Train a probe; its weights, history, and opinion of every row, as named tensors."""
-    chosen = ClassifierConfig.model_validate(task["classifier"])
+    chosen = _probe_settings(ClassifierConfig.model_validate(task["classifier"]))
     features = run.matrix("embeddings", "embedding")
     labels, weights = _targets(run, chosen)
     model, history = core.train_probe(
@@ -142,7 +153,7 @@ def _probe_task(run: RunDirectory, task: Mapping[str, Any]) -> bytes:
     return safetensors.save(_fit_probe(run, task, progress))
 
 
-def _probe_in_task(context: Context, task: Mapping[str, Any], total: int) -> dict[str, Tensor]:
+def _probe_in_task(context: Context, task: Mapping[str, Any]) -> dict[str, Tensor]:
     """Train a probe in one Ray task. What it returned is kept, for a restarted driver."""
     run, cluster, config = context.run, context.cluster, context.config
     if not run.exists(FOLDER, training.TRAIN, PROBE):
@@ -154,6 +165,8 @@ def _probe_in_task(context: Context, task: Mapping[str, Any], total: int) -> dic
             max_retries=config.ray.max_failures,
         )(_probe_task)
         ref = remote.remote(run, task)
+        rows = run.matrix("embeddings", "image_id").shape[0]
+        total = core.probe_steps(rows, _probe_settings(config.classifier))
         try:
             _watch(context, ray, ref, total)
         except BaseException:
@@ -192,9 +205,8 @@ def _probe_loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
     worker.save(len(result["history"]), result if worker.rank == 0 else {})
 
 
-def _probe_in_group(
-    context: Context, task: Mapping[str, Any], workers: int, total: int
-) -> dict[str, Tensor]:
+def _probe_in_group(context: Context, task: Mapping[str, Any], workers: int) -> dict[str, Tensor]:
+    rows = context.run.matrix("embeddings", "image_id").shape[0]
     checkpoints = training.Checkpoints(context.run, FOLDER)
     if checkpoints.latest() is None:
         training.fit(
@@ -205,7 +217,7 @@ def _probe_in_group(
             workers=workers,
             gpus_each=context.cluster.gpus_each(context.config.classifier.num_gpus),
             title="training the classifier",
-            total=total,
+            total=core.probe_steps(rows, context.config.classifier),
         )
     return checkpoints.load(_latest(context.run))[0]
 
@@ -229,12 +241,10 @@ def _as_module(result: Mapping[str, Tensor], chosen: ClassifierConfig) -> core.C
 
 def _run_probe(context: Context, task: Mapping[str, Any]) -> dict[str, Any]:
     chosen, run = context.config.classifier, context.run
-    rows = run.matrix("embeddings", "image_id").shape[0]
-    total = core.probe_steps(rows, chosen)
     if chosen.num_workers:
-        result = _probe_in_group(context, task, chosen.num_workers, total)
+        result = _probe_in_group(context, task, chosen.num_workers)
     else:
-        result = _probe_in_task(context, task, total)
+        result = _probe_in_task(context, task)
     model = _as_module(result, chosen)
     extra = _origin(context) | {"clusters": _sizes(run, model.num_clusters)}
     weights, description = core.save(model, extra)
@@ -299,40 +309,58 @@ def _rows_table(run: RunDirectory, chosen: ClassifierConfig) -> pa.Table:
     return table.drop_columns(["image_id"])
 
 
-def _dataset(table: pa.Table, backbone: BackboneConfig, max_pixels: int) -> Any:
+def _order(table: pa.Table, seed: int) -> np.ndarray:
+    """The order in which the rows are fed: random, so that no batch is of one class folder.
+
+    Images packed in tars or Parquet are read in stretches (one at a time would read a whole row
+    group for each), and only the stretches are shuffled: such files are random inside by custom.
+    """
+    rng = np.random.default_rng(seed)
+    packed = table["offset"][0].is_valid or _PARQUET_ROW.search(table["uri"][0].as_py())
+    if not packed:
+        return rng.permutation(len(table))
+    starts = rng.permutation(np.arange(0, len(table), BLOCK_ROWS))
+    every = (starts[:, None] + np.arange(BLOCK_ROWS)).reshape(-1)
+    return every[every < len(table)]
+
+
+def _dataset(context: Context, table: pa.Table) -> Any:
     """A Ray Data set that decodes the images of a table as it is read."""
     import ray
 
+    config = context.config
     blocks = [table.slice(i, BLOCK_ROWS) for i in range(0, len(table), BLOCK_ROWS)]
+    decode: Any = _decode
     return ray.data.from_arrow(blocks).map_batches(
-        _decode,
-        fn_kwargs={"transform": _transform(backbone), "max_pixels": max_pixels},
+        decode,
+        fn_kwargs={
+            "transform": backbones.preprocess(config.backbone[0]),
+            "max_pixels": config.embed.max_pixels,
+        },
         batch_size=DECODE_ROWS,
         batch_format="pyarrow",
+        num_cpus=min(1, context.cluster.resources().cpus / 2) or None,
     )
 
 
-def _transform(backbone: BackboneConfig) -> Callable[[Any], Tensor]:
-    """The model's own preparation of an image; needs no weights."""
-    bare = backbone.model_copy(update={"pretrained": False, "weights": None})
-    return backbones.load(bare).transform
-
-
 def _decode(
-    table: pa.Table, transform: Callable[[Any], Any], max_pixels: int
+    table: pa.Table, transform: images.Preprocess, max_pixels: int
 ) -> dict[str, np.ndarray]:
     """Rows of a table as arrays, with image uint8 [B, 3, S, S]. Unreadable images are left out:
     embedding has seen them all, so this is rare, and the driver counts what came back."""
+    places = [table[name].to_pylist() for name in ("uri", "offset", "size")]
     pictures, kept = [], []
-    for position, place in enumerate(table.select(["uri", "offset", "size"]).to_pylist()):
-        try:
-            data = images.read_bytes(place["uri"], place["offset"], place["size"])
-            pictures.append(np.asarray(transform(images.decode(data, max_pixels))))
-            kept.append(position)
-        except (DataError, OSError):
+    for position, data in enumerate(images.read_many(*places)):
+        if isinstance(data, images.BadImage):
             continue
-    rest = {name: table[name].to_numpy()[kept] for name in ("row", "label", "weight")}
-    return {"image": np.stack(pictures), **rest} if pictures else {}
+        with contextlib.suppress(images.BadImage):
+            pictures.append(transform(images.decode(data, max_pixels)))
+            kept.append(position)
+    size = transform.size
+    return {
+        "image": np.stack(pictures) if pictures else np.empty((0, 3, size, size), np.uint8),
+        **{name: table[name].to_numpy()[kept] for name in ("row", "label", "weight")},
+    }
 
 
 # --- fine-tuning: training -----------------------------------------------------------------------
@@ -450,13 +478,12 @@ def _run_finetune(context: Context, task: dict[str, Any]) -> dict[str, Any]:
     config, run, cluster = context.config, context.run, context.cluster
     table = _rows_table(run, config.classifier)
     task["rows"] = len(table)
-    _probe_in_task(context, task, core.probe_steps(len(table), config.classifier))
+    _probe_in_task(context, task)
     gpus = cluster.gpus_each(config.classifier.num_gpus)
-    workers = cluster.workers(config.classifier.num_workers, gpus)
+    workers = _workers(context, gpus)
     _, steps = _steps(len(table), config.classifier.batch_size, workers)
     if not run.exists(FOLDER, DESCRIPTION):
-        order = np.random.default_rng(config.seed).permutation(len(table))
-        shuffled = table.take(pa.array(order))
+        shuffled = table.take(pa.array(_order(table, config.seed)))
         training.fit(
             context,
             FOLDER,
@@ -466,11 +493,26 @@ def _run_finetune(context: Context, task: dict[str, Any]) -> dict[str, Any]:
             gpus_each=gpus,
             title="fine-tuning",
             total=steps * config.classifier.epochs,
-            datasets={"train": _dataset(shuffled, config.backbone[0], config.embed.max_pixels)},
+            datasets={"train": _dataset(context, shuffled)},
             spare_cpus=1,
         )
     _write_opinions(run, *_ask(context, table, gpus, max(1, workers)))
     return {"workers": workers, "gpus_per_worker": gpus}
+
+
+def _workers(context: Context, gpus: float) -> int:
+    """Ray Train workers; on a local Ray they must leave a core to decode images, or all wait."""
+    wanted, cluster = context.config.classifier.num_workers, context.cluster
+    workers = cluster.workers(wanted, gpus)
+    cores = cluster.resources().cpus
+    if not cluster.is_local or workers < cores:
+        return workers
+    if wanted is None:
+        return 0
+    raise ConfigError(
+        f"classifier.num_workers={wanted} leaves none of the {cores} CPU cores to decode images; "
+        f"use at most {cores - 1}, or 0 to train in the driver's process"
+    )
 
 
 # --- fine-tuning: the model's own opinion --------------------------------------------------------
@@ -504,7 +546,7 @@ def _ask(
     import ray
 
     config, total = context.config, len(table)
-    answers = _dataset(table, config.backbone[0], config.embed.max_pixels).map_batches(
+    answers = _dataset(context, table).map_batches(
         _Asker,
         fn_constructor_kwargs={
             "run": context.run,
@@ -513,6 +555,7 @@ def _ask(
         batch_size=config.embed.batch_size,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
         num_gpus=gpus or None,
+        num_cpus=None if gpus else max(0.5, context.cluster.cpus_each(actors, 0) - 1),
     )
     clusters = np.full(total, -1, np.int32)
     confidence = np.zeros(total, np.float32)

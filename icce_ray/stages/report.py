@@ -94,13 +94,20 @@ def render(config: Config, files: RunDirectory) -> tuple[bytes, int]:
     template = _template()
     content = _content(found)
     limit = config.report.max_megabytes * 10**6
-    galleries = Galleries(found, limit - FIXED - PER_CLUSTER * found.num_clusters)
+    content["listed"] = listed = _listed(found, limit)
+    galleries = Galleries(found, listed, limit - FIXED - PER_CLUSTER * len(listed))
     galleries.fill()
     while True:
-        cards = [_card(found, galleries, k) for k in range(found.num_clusters)]
+        cards = [_card(found, galleries, k) for k in listed]
         page = template.render(**content, clusters=cards, side=galleries.side).encode()
         if len(page) <= limit or not galleries.drop():
             return page, galleries.count
+
+
+def _listed(found: Run, limit: int) -> list[int]:
+    """Clusters the page lists, largest first: all, unless their list alone would fill the page."""
+    order = np.argsort(-np.array(found.table["size"]), kind="stable")
+    return order[: max(1, int(0.8 * limit / PER_CLUSTER))].tolist()
 
 
 def _template() -> Any:
@@ -225,6 +232,7 @@ class Galleries:
     """
 
     found: Run
+    listed: Sequence[int]  # clusters
     budget: float  # bytes
     images: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown ones, by row
     ranks: list[np.ndarray] = field(default_factory=list)  # rows shown, one array per rank
@@ -233,13 +241,14 @@ class Galleries:
     def __post_init__(self) -> None:
         report, found = self.found.config.report, self.found
         self.side = report.thumbnail
-        self.picks = choose(
+        picks = choose(
             found.clusters,
             found.confidence,
             found.num_clusters,
             report.images_per_cluster,
             found.config.seed,
         )
+        self.picks = {cluster: picks[cluster] for cluster in self.listed}
 
     @property
     def count(self) -> int:
@@ -282,7 +291,9 @@ class Galleries:
         for rank in range(most):
             turns = [(0, rank)] + ([(1, rank // 2)] if rank % 2 else [])
             for kind, place in turns:
-                rows = [pick[kind][place] for pick in self.picks if len(pick[kind]) > place]
+                rows = [
+                    pick[kind][place] for pick in self.picks.values() if len(pick[kind]) > place
+                ]
                 if rows:
                     yield np.array(rows)
 

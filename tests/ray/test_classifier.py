@@ -18,14 +18,18 @@ from icce_ray import artifacts, config
 from icce_ray.artifacts import Manifest, RunDirectory
 from icce_ray.cluster import Cluster
 from icce_ray.core import classifier as core
-from icce_ray.errors import DataError, StageError
+from icce_ray.errors import ConfigError, DataError, StageError
 from icce_ray.progress import Reporter
 from icce_ray.stages import Context, Outcome, classifier, training
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 COLORS = [(220, 40, 40), (40, 200, 60), (50, 60, 230)]
-BACKBONE = ["backbone.name=test_efficientnet", "backbone.pretrained=false", "backbone.image_size=32"]
+BACKBONE = [
+    "backbone.name=test_efficientnet",
+    "backbone.pretrained=false",
+    "backbone.image_size=32",
+]
 FINETUNE = [
     *BACKBONE,
     "classifier.kind=finetune",
@@ -83,7 +87,9 @@ def finish(context: Context, outcome: Outcome) -> RunDirectory:
 
 def loaded(run: RunDirectory) -> tuple[Any, dict[str, Any]]:
     description = run.read_json("classifier", "classifier.json")
-    return core.load(run.read_bytes("classifier", "classifier.safetensors"), description), description
+    return core.load(
+        run.read_bytes("classifier", "classifier.safetensors"), description
+    ), description
 
 
 # --- probes --------------------------------------------------------------------------------------
@@ -217,10 +223,38 @@ def test_images_that_vanish_after_training_are_named(tmp_path: Path) -> None:
     assert context.run.read_bytes("classifier", "classifier.safetensors") == written
 
 
+def test_workers_must_leave_a_core_for_decoding(tmp_path: Path) -> None:
+    context = make_run(tmp_path, 12, [*FINETUNE, "classifier.num_workers=4"])
+    with pytest.raises(ConfigError, match="at most 3"):
+        classifier._workers(context, 0)
+
+
+def test_packed_images_are_shuffled_in_stretches() -> None:
+    count = 20 * classifier.BLOCK_ROWS + 7
+    nothing, offset = pa.nulls(count, pa.int64()), pa.array(np.arange(count))
+    names = [f"p.parquet#{i}" for i in range(count)]
+    tables = {
+        "files": pa.table({"uri": ["a/1.png"] * count, "offset": nothing}),
+        "tar": pa.table({"uri": ["t.tar#1"] * count, "offset": offset}),
+        "parquet": pa.table({"uri": names, "offset": nothing}),
+    }
+    for kind, table in tables.items():
+        order = classifier._order(table, seed=1)
+        assert sorted(order) == list(range(count))
+        jumps = int((np.diff(order) != 1).sum())
+        assert (jumps <= 21) == (kind != "files")
+        assert jumps > 0
+
+
 @pytest.mark.slow
 def test_two_workers_survive_a_killed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """37 rows do not divide by two workers; one worker dies after the first epoch, once."""
-    options = [*FINETUNE, "classifier.num_workers=2", "classifier.batch_size=8", "embed.max_actors=1"]
+    options = [
+        *FINETUNE,
+        "classifier.num_workers=2",
+        "classifier.batch_size=8",
+        "embed.max_actors=1",
+    ]
     context = wide(make_run(tmp_path, 39, options))
     mark, loop = str(tmp_path / "died"), classifier._finetune_loop
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch.nn import functional as F
 
-from icce_ray.config import ClassifierConfig
+from icce_ray.config import BackboneConfig, ClassifierConfig
+from icce_ray.core import backbone
 from icce_ray.core import classifier as C
 from icce_ray.core.collective import Alone
 from icce_ray.errors import ArtifactError, DataError, StageError
@@ -165,7 +171,9 @@ def test_steps_are_reported() -> None:
     seen: list[tuple[int, int, float]] = []
     settings = ClassifierConfig(epochs=3, batch_size=10)
     C.train_probe(x, y, np.ones(2000), settings, 3, 0, on_step=lambda *step: seen.append(step))
-    assert [done for done, _, _ in seen] == list(range(50, 601, 50))
+    done = [done for done, _, _ in seen]
+    assert set(range(200, 601, 200)) <= set(done) and done == sorted(done)
+    assert 6 <= len(done) < 60
     assert {total for _, total, _ in seen} == {600}
 
 
@@ -256,3 +264,161 @@ def test_damaged_files_are_artifact_errors() -> None:
         C.load(weights, {**description, "num_clusters": 5})
     with pytest.raises(ArtifactError, match="lacks 'features'"):
         C.load(weights, {k: v for k, v in description.items() if k != "features"})
+
+
+# --- fine-tuning ---------------------------------------------------------------------------------
+
+TINY = BackboneConfig(name="test_efficientnet", pretrained=False, image_size=32)
+
+
+def pictures(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy images of three colors, uint8 [B, 3, S, S], and the color of each."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % 3
+    colors = torch.tensor([[200, 60, 60], [60, 200, 60], [60, 60, 200]])[labels]
+    noise = torch.randint(-50, 50, (rows, 3, 32, 32), generator=generator)
+    return (colors[:, :, None, None] + noise).clamp(0, 255).to(torch.uint8), labels
+
+
+@pytest.fixture
+def warm() -> tuple[C.FineTuned, torch.Tensor, torch.Tensor]:
+    """A model whose head is the probe trained on its own frozen features."""
+    torch.manual_seed(0)
+    network = backbone.load(TINY)
+    images, labels = pictures(96)
+    with torch.inference_mode():
+        features = backbone.normalize(network(images))
+    head, _ = fit(features.half().numpy(), labels.numpy(), 3)
+    return C.FineTuned(network, head).eval(), images, labels
+
+
+def batches(images: torch.Tensor, labels: torch.Tensor, rows: int = 16) -> list[dict[str, Any]]:
+    ones = torch.ones(len(labels))
+    parts = zip(images.split(rows), labels.split(rows), ones.split(rows), strict=True)
+    return [{"image": i, "label": y, "weight": w} for i, y, w in parts]
+
+
+def test_fine_tuning_starts_at_the_probe_and_improves(warm: Any) -> None:
+    model, images, labels = warm
+    with torch.inference_mode():
+        before = model(images)
+        start = F.cross_entropy(before, labels)
+        probe = model.head(backbone.normalize(model.backbone(images)))
+    torch.testing.assert_close(before, probe)
+    settings = ClassifierConfig(kind="finetune", backbone_lr=1e-3, lr=1e-2)
+    optimizer = C.finetune_optimizer(model, settings)
+    frozen = {k: v.clone() for k, v in model.state_dict().items() if "running_" in k}
+    seen: list[int] = []
+    for epoch in range(3):
+        result = C.finetune_epoch(
+            model,
+            optimizer,
+            batches(images, labels),
+            C.Position(epoch, 6, 3),
+            seed=0,
+            bfloat16=False,
+            on_step=lambda done, total, loss: seen.append(done),
+        )
+    assert result["epoch"] == 3 and result["agreement"] > 0.95 and seen[-1] == 18
+    with torch.inference_mode():
+        assert F.cross_entropy(model(images), labels) < start
+    assert frozen and all(torch.equal(v, model.state_dict()[k]) for k, v in frozen.items())
+
+
+def test_both_learning_rates_are_used_and_decay(warm: Any) -> None:
+    model, images, labels = warm
+    optimizer = C.finetune_optimizer(model, ClassifierConfig(backbone_lr=1e-5, lr=1e-2))
+    assert sorted({group["peak"] for group in optimizer.param_groups}) == [1e-5, 1e-2]
+    held = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert held == len(list(model.parameters()))
+    C.finetune_epoch(model, optimizer, batches(images, labels), C.Position(0, 6, 1), 0, False)
+    assert all(group["lr"] < 0.2 * group["peak"] for group in optimizer.param_groups)
+
+
+def test_weights_count_in_fine_tuning(warm: Any) -> None:
+    model, images, labels = warm
+    batch = {"image": images, "label": labels, "weight": torch.zeros(len(labels))}
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = C.finetune_optimizer(model, ClassifierConfig(weight_decay=0))
+    loss, hits = C.finetune_step(model, optimizer, batch, torch.Generator(), bfloat16=False)
+    assert loss == 0 and hits > 80
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+
+
+def test_a_diverging_fine_tuning_stops(warm: Any) -> None:
+    model, images, labels = warm
+    optimizer = C.finetune_optimizer(model, ClassifierConfig())
+    with torch.no_grad():
+        model.head.out.bias.fill_(torch.nan)
+    with pytest.raises(StageError, match="not finite at step 6 of 12"):
+        C.finetune_epoch(model, optimizer, batches(images, labels), C.Position(1, 6, 2), 0)
+
+
+def test_state_goes_on_exactly(warm: Any) -> None:
+    from safetensors.torch import load, save
+
+    model, images, labels = warm
+    settings = ClassifierConfig(backbone_lr=1e-3)
+    optimizer = C.finetune_optimizer(model, settings)
+    position = C.Position(0, 6, 2), C.Position(1, 6, 2)
+    C.finetune_epoch(model, optimizer, batches(images, labels), position[0], 0, False)
+    packed = load(save(C.pack_state(model, optimizer)))
+    C.finetune_epoch(model, optimizer, batches(images, labels), position[1], 0, False)
+    other = C.FineTuned(backbone.load(TINY), C.Classifier("linear", model.head.features, 3))
+    resumed = C.finetune_optimizer(other, settings)
+    C.unpack_state(packed, other, resumed)
+    C.finetune_epoch(other, resumed, batches(images, labels), position[1], 0, False)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[key], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ArtifactError, match="do not fit"):
+        C.unpack_state({"model.x": torch.zeros(1)}, other, resumed)
+
+
+def test_a_fine_tuned_file_loads_with_torch_and_timm_alone(warm: Any, tmp_path: Path) -> None:
+    """The example of the module's docstring, run as written."""
+    model, images, _ = warm
+    weights, description = C.save(model, {"backbone": [model.backbone.describe()]})
+    (tmp_path / "classifier.safetensors").write_bytes(weights)
+    (tmp_path / "classifier.json").write_text(json.dumps(description))
+    example = textwrap.dedent(C.__doc__.split("says):\n\n")[1])
+    prepared = (images.float() / 255 - model.backbone.mean) / model.backbone.std
+    script = (
+        "import json, sys, timm, torch, safetensors.torch\nfrom pathlib import Path\n"
+        "images = torch.load('images.pt', weights_only=True)\n"
+        f"with torch.inference_mode():\n{textwrap.indent(example, '    ')}\n"
+        "torch.save(logits, 'logits.pt')\n"
+        "assert not {'ray', 'icce_ray'} & set(sys.modules)\n"
+    )
+    torch.save(prepared, tmp_path / "images.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        expected = model(images)
+        again = C.load(weights, description)
+        torch.testing.assert_close(again(images), expected, atol=1e-4, rtol=1e-4)
+    plain = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(plain, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_augmentation_crops_and_mirrors() -> None:
+    ramp = torch.arange(32).mul(8).expand(3, 32, 32).to(torch.uint8)  # grows from left to right
+    out = C.augment(ramp.expand(256, 3, 32, 32), torch.Generator().manual_seed(0))
+    assert out.shape == (256, 3, 32, 32) and out.dtype == torch.uint8
+    row = out[:, 0, 16].float()
+    mirrored = row[:, 0] > row[:, -1]
+    assert 90 < mirrored.sum() < 166
+    kept = (row[:, 0] - row[:, -1]).abs() / (31 * 8)  # side of the crop
+    assert kept.min() > math.sqrt(C.CROP[0]) - 0.04 and kept.max() <= 1
+    assert kept.std() > 0.02
+    again = C.augment(ramp.expand(256, 3, 32, 32), torch.Generator().manual_seed(0))
+    assert torch.equal(out, again)
+
+
+def test_the_learning_rate_rises_then_falls() -> None:
+    factors = [C.lr_factor(step, 100) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+    assert factors[-1] < 0.01
+    assert C.lr_factor(0, 1) == 1.0

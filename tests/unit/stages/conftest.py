@@ -1,4 +1,4 @@
-"""Writes a finished run directory without running anything: what `evaluate` and `report` read.
+"""A finished run directory without running anything: what `evaluate` and `report` read.
 
 Shapes: N images, D features, M neighbors, H heads, K clusters.
 """
@@ -6,18 +6,22 @@ Shapes: N images, D features, M neighbors, H heads, K clusters.
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from icce_ray import artifacts
 from icce_ray import config as configs
 from icce_ray.artifacts import Manifest, RunDirectory
 from icce_ray.config import Config
+from icce_ray.progress import Reporter
+from icce_ray.stages import Context
 
 
 class SyntheticRun:
@@ -181,3 +185,54 @@ def plain_images(count: int, size: int = 12) -> list[Image.Image]:
     """Small images of one color each."""
     colors = np.random.default_rng(1).integers(0, 256, (count, 3))
     return [Image.new("RGB", (size, size), tuple(color)) for color in colors.tolist()]
+
+
+class LocalTasks:
+    """Stands in for Cluster: a Ray task is a plain call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def start(self) -> LocalTasks:
+        return self
+
+    def remote(self, **_: Any) -> Any:
+        def bind(function: Any) -> Any:
+            self.calls += 1
+            return types.SimpleNamespace(remote=function)
+
+        return bind
+
+    def get(self, value: Any) -> Any:
+        return value
+
+    def gpus_each(self, wanted: float | None) -> float:
+        return 0.0
+
+    def cpus_each(self, workers: int, gpus: float) -> float:
+        return 1
+
+
+def context_of(made: SyntheticRun) -> Context:
+    reporter = Reporter(made.run, quiet=True)
+    return Context(made.config, made.run, reporter, LocalTasks())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Any:
+    """make_run(N, K, names=..., images=True, **options of SyntheticRun) -> SyntheticRun."""
+
+    def make(count: int, clusters: int, names: Any = "plain", images: bool = True, **more: Any):
+        labels = np.arange(count) % clusters
+        if names == "plain":
+            names = [f"class-{code}" for code in range(clusters)]
+        pictures = plain_images(count) if images else []
+        return SyntheticRun(tmp_path, pictures, labels, names, **more)
+
+    return make
+
+
+@pytest.fixture
+def make_context() -> Any:
+    """make_context(SyntheticRun) -> Context without Ray."""
+    return context_of

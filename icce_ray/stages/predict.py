@@ -1,0 +1,344 @@
+"""Classify new images with a finished run.
+
+    predict("runs/quickstart", "new-images/", "predictions/")
+
+Writes part-*.parquet (PREDICTIONS_SCHEMA) in the order of the addresses, and manifest.json last;
+a killed call goes on from the shards it wrote. Nothing that is there already is ever deleted.
+Shapes: N images, B batch, K clusters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from icce_ray import config as configs
+from icce_ray import listing
+from icce_ray.artifacts import (
+    MANIFEST,
+    PARTIAL,
+    PREDICTIONS_SCHEMA,
+    Manifest,
+    RunDirectory,
+    fingerprint,
+)
+from icce_ray.cluster import Cluster
+from icce_ray.config import BackboneConfig, Config
+from icce_ray.errors import ArtifactError, ConfigError, StageError
+from icce_ray.progress import Reporter, duration
+from icce_ray.stages import streaming
+from icce_ray.stages.embed import Embedder
+from icce_ray.stages.streaming import Columns, Job, Loaded, Shards
+
+if TYPE_CHECKING:
+    import torch
+
+CLASSIFIER = "classifier"
+WEIGHTS, DESCRIPTION = "classifier.safetensors", "classifier.json"
+GROUPS = ("embed", "ray", "data")  # settings that a call may change
+SHOW = 3  # reasons of bad images that are shown
+
+
+def predict(
+    run_uri: str,
+    images: str,
+    out: str | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+    cluster: Cluster | None = None,
+) -> Manifest:
+    """Give every image below `images` a cluster and a confidence.
+
+    Args:
+        run_uri: a run directory with a finished classifier.
+        images: a folder, Parquet or WebDataset tars, as data.path.
+        out: folder or URI for the result; default: `predictions` in the run directory.
+        overrides: embed.*, ray.* and data.* settings for this call, as `key.sub=value`.
+
+    Returns: the result's manifest. An image that cannot be decoded has cluster -1 and a reason.
+
+    Raises:
+        ArtifactError: no finished classifier, or `out` holds something else.
+        ConfigError, DataError: settings or images that cannot be used.
+        StageError: workers failed; the same call again goes on.
+    """
+    run = RunDirectory(run_uri)
+    trained = run.manifest(CLASSIFIER)
+    if trained is None:
+        raise ArtifactError(f"{run.uri} has no finished classifier; run it first: icce-ray run")
+    description = run.read_json(CLASSIFIER, DESCRIPTION)
+    config = _config(run, images, overrides)
+    backbones = _backbones(description)
+    table = listing.list_images(config.data).table
+    folder, target = _target(out or f"{run.uri.rstrip('/')}/predictions")
+    mark = _mark(images, table, trained, config)
+    finished = _claim(target, folder, mark)
+    if finished is not None:
+        return finished
+    own = cluster or Cluster(config.ray)
+    work = _Work(run, config, description, backbones, table, target, folder, own, quiet)
+    try:
+        return work.run(mark)
+    finally:
+        if cluster is None:
+            own.stop()
+
+
+# --- what to do ----------------------------------------------------------------------------------
+
+
+def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
+    """The run's settings, with these images in place of its own."""
+    for override in overrides:
+        if override.partition(".")[0] not in GROUPS:
+            raise ConfigError(
+                f"{override}: predict takes {', '.join(f'{g}.*' for g in GROUPS)} settings alone; "
+                "all else is as the run was made"
+            )
+    tree = yaml.safe_load(run.read_bytes("config.yaml"))
+    before = tree.get("data") or {}
+    kept = {key: before[key] for key in ("image_column", "label_column") if key in before}
+    tree["data"] = {**kept, "path": images, "labels": "none"}
+    tree["evaluate"] = {}
+    return configs.load(tree, list(overrides))
+
+
+def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
+    found = description.get("backbone") or []
+    if not found:
+        raise ConfigError(
+            "this run was made from given embeddings: it knows no backbone for new images. "
+            "Classify their embeddings with classifier.safetensors (see core/classifier.py)."
+        )
+    fields = BackboneConfig.model_fields
+    each = [{key: value for key, value in one.items() if key in fields} for one in found]
+    if description["kind"] == "finetune":  # its weights are the classifier's own
+        each = [{**one, "pretrained": False, "weights": None} for one in each]
+    return tuple(BackboneConfig.model_validate(one) for one in each)
+
+
+def _target(out: str) -> tuple[str, RunDirectory]:
+    """The last folder of `out`, and what holds it."""
+    uri = listing.absolute(out).rstrip("/")
+    parent, _, folder = uri.rpartition("/")
+    if not folder or not parent or parent.endswith(":/"):
+        raise ConfigError(f"out={out} must name a folder below the bucket or the root")
+    return folder, RunDirectory(parent)
+
+
+def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> dict[str, Any]:
+    """What partial results must have been made for to be reused."""
+    digest = hashlib.sha256()
+    for buffer in table["uri"].combine_chunks().chunk(0).buffers()[1:]:
+        digest.update(buffer)
+    found = {
+        "images": listing.absolute(images),
+        "count": table.num_rows,
+        "sha256": digest.hexdigest(),
+        "precision": config.embed.precision,
+    }
+    inputs = {CLASSIFIER: trained.id}
+    print_ = fingerprint("predict", found, inputs)
+    return {"fingerprint": print_, "settings": found, "inputs": inputs}
+
+
+def _claim(target: RunDirectory, folder: str, mark: Mapping[str, Any]) -> Manifest | None:
+    """The manifest where all is done already. Raises ArtifactError where `out` is something else."""
+    where = target.path(folder)
+    done = target.manifest(folder)
+    if done is not None and done.fingerprint == mark["fingerprint"]:
+        return done
+    partial_ = target.partial(folder)
+    if done is None and partial_ is not None and partial_ == mark:
+        return None
+    if done is not None or partial_ is not None:
+        raise ArtifactError(
+            f"{where} holds predictions of other images, or by another classifier. "
+            "Choose another out=..., or remove it."
+        )
+    if target.list(folder):
+        raise ArtifactError(
+            f"{where} holds other files (no {MANIFEST}, no {PARTIAL}). Choose an empty out=..."
+        )
+    return None
+
+
+# --- in the actors -------------------------------------------------------------------------------
+
+
+class Predictor:
+    """A classifier on top of its backbones."""
+
+    def __init__(self, run: RunDirectory, embedder: Embedder, finetuned: bool) -> None:
+        self.run, self.embedder, self.finetuned = run, embedder, finetuned
+        self.classifier: Any = None
+
+    def load(self, device: torch.device) -> list[dict[str, Any]]:
+        from icce_ray.core import classifier as core
+
+        weights = self.run.read_bytes(CLASSIFIER, WEIGHTS)
+        self.classifier = core.load(weights, self.run.read_json(CLASSIFIER, DESCRIPTION))
+        described = (
+            [self.classifier.backbone.describe()] if self.finetuned else self.embedder.load(device)
+        )
+        self.classifier = self.classifier.to(device).eval()
+        return described
+
+    def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
+        """`cluster` int32 [B], `confidence` float32 [B], and `valid`: finite."""
+        import torch
+
+        with torch.inference_mode():
+            probability = self._logits(pixels).float().softmax(dim=1)
+            confidence, cluster = probability.max(dim=1)
+        found = confidence.cpu().numpy()
+        return {
+            "cluster": cluster.cpu().numpy().astype(np.int32),
+            "confidence": found,
+            "valid": np.isfinite(found),
+        }
+
+    def _logits(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        if not self.finetuned:
+            return self.classifier(self.embedder.embed(pixels))
+        half = self.embedder.precision == "bfloat16"
+        with torch.autocast(pixels[0].device.type, torch.bfloat16, half):
+            return self.classifier(pixels[0])
+
+
+# --- in the driver -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Work:
+    """One call."""
+
+    source: RunDirectory
+    config: Config
+    description: Mapping[str, Any]
+    backbones: tuple[BackboneConfig, ...]
+    table: pa.Table
+    target: RunDirectory
+    folder: str
+    cluster: Cluster
+    quiet: bool
+
+    def run(self, mark: dict[str, Any]) -> Manifest:
+        started = time.monotonic()
+        resumed = self.target.begin(self.folder, mark)
+        self.reporter = Reporter(RunDirectory(_below(self.target, self.folder)), self.quiet)
+        self.reporter.stage = "predict"
+        self.shards = self._open(resumed)
+        self.bad = 0
+        self.loaded = Loaded(() if self._finetuned else self._expected())
+        rate = self._gather()
+        self.shards.check()
+        return self._finish(mark, time.monotonic() - started, rate)
+
+    @property
+    def _finetuned(self) -> bool:
+        return self.description["kind"] == "finetune"
+
+    def _expected(self) -> list[Mapping[str, Any]]:
+        """Backbones with the hash of their weights, as the run had them."""
+        found = self.description["backbone"]
+        return list(found) if all("sha256" in one for one in found) else []
+
+    def _open(self, resumed: bool) -> Shards:
+        size, total = self.config.embed.shard_size, self.table.num_rows
+        shards = Shards.open(
+            self.target, self.folder, total, size, self._build, lambda _: {}, resumed=False
+        )
+        if resumed:
+            shards.read = partial(_read_ids, self.target, self.folder, shards)
+            shards.resume()
+        return shards
+
+    def _build(self, columns: Columns) -> pa.Table:
+        ids = columns["image_id"]
+        reasons = columns["reason"]
+        bad = reasons.astype(bool)
+        return pa.Table.from_arrays(
+            [
+                self.table["uri"].take(pa.array(ids)).combine_chunks(),
+                pa.array(np.where(bad, -1, columns["cluster"]).astype(np.int32)),
+                pa.array(np.where(bad, 0, columns["confidence"]).astype(np.float32)),
+                pa.array([reason or None for reason in reasons], pa.string()),
+            ],
+            schema=PREDICTIONS_SCHEMA,
+        )
+
+    def _gather(self) -> float:
+        missing, total = self.shards.missing, self.table.num_rows
+        if not len(missing):
+            return 0.0
+        if len(missing) < total:
+            self.reporter.say(f"{total - len(missing):,} of {total:,} images were done before")
+        preprocess, slots = streaming.preparations(self.backbones)
+        embedder = Embedder(self.backbones, slots, self.config.embed.precision)
+        job = Job(Predictor(self.source, embedder, self._finetuned), preprocess, self.config.embed)
+        batches = streaming.stream(self.cluster, self.table.take(pa.array(missing)), job)
+        done = total - len(missing)
+        return streaming.gather(batches, self._take, self.reporter, "classifying", done, total)
+
+    def _take(self, batch: Columns) -> int:
+        if self.loaded.see(batch["note"]):
+            for line in self.loaded.describe():
+                self.reporter.say(line)
+        bad = batch["reason"].astype(bool)
+        wrong = batch["image_id"][~bad & ~batch["valid"]]
+        if len(wrong):
+            uri = self.table["uri"][int(wrong[0])].as_py()
+            raise StageError(f"the classifier's output is not finite, first for {uri}")
+        for row in np.flatnonzero(bad)[: max(0, SHOW - self.bad)]:
+            uri = self.table["uri"][int(batch["image_id"][row])].as_py()
+            self.reporter.say(f"! {uri}: {batch['reason'][row]}")
+        self.bad += int(bad.sum())
+        kept = ("image_id", "cluster", "confidence", "reason")
+        return self.shards.add({name: batch[name] for name in kept}, np.ones(len(bad), bool))
+
+    def _finish(self, mark: dict[str, Any], seconds: float, rate: float) -> Manifest:
+        run, total = self.target, self.table.num_rows
+        found = run.read_table(self.folder, columns=["cluster"])["cluster"].to_numpy()
+        bad = int((found < 0).sum())
+        manifest = Manifest(
+            stage="predict",
+            fingerprint=mark["fingerprint"],
+            settings=mark["settings"],
+            inputs=mark["inputs"],
+            rows=total,
+            seconds=round(seconds, 3),
+            results={"bad": bad, "images_per_second": round(rate, 1), "run": self.source.uri},
+            resources=self.cluster.used(),
+        )
+        text = f"classified {total - bad:,} images in {duration(seconds)}"
+        text += f", {bad:,} could not be decoded" if bad else ""
+        self.reporter.say(f"{text}: {run.path(self.folder)}")
+        self.reporter.status("done")
+        self.reporter.flush()
+        run.finish(self.folder, manifest)
+        return manifest
+
+
+def _below(run: RunDirectory, folder: str) -> str:
+    return f"{run.uri.rstrip('/')}/{folder}"
+
+
+def _read_ids(run: RunDirectory, folder: str, shards: Shards, name: str) -> Columns:
+    """The ids of a file of predictions: all of its shard, or it is not complete."""
+    start = int(name.removeprefix("part-").removesuffix(".parquet")) * shards.size
+    rows = run.read_table(folder, name, columns=["cluster"]).num_rows
+    if rows != min(shards.size, shards.total - start):
+        raise ArtifactError(f"{name} is not complete")
+    return {"image_id": np.arange(start, start + rows)}

@@ -1,0 +1,501 @@
+"""The pipeline that `embed` and `predict` share: addresses in, one result per image out.
+
+Ray Data streams blocks of addresses through CPU tasks, which read and decode, to a pool of actors,
+each of which holds a model. The driver gathers results by id and writes a shard (a file of
+consecutive ids) as soon as all its rows are in, so a killed run loses only the shards in flight.
+
+Nothing here imports torch at the top: decoding tasks do without it.
+Shapes: N images, B batch, S side of the input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from icce_ray import images
+from icce_ray.artifacts import QUARANTINE_SCHEMA, RunDirectory
+from icce_ray.cluster import Cluster
+from icce_ray.config import BackboneConfig, EmbedConfig
+from icce_ray.errors import ArtifactError, DataError, IcceError, StageError
+from icce_ray.images import BadImage, Preprocess
+from icce_ray.progress import Reporter
+
+if TYPE_CHECKING:
+    import torch
+
+ADDRESS = ("image_id", "uri", "offset", "size")  # columns of the index that the pipeline reads
+TASK_ROWS = (64, 2048)  # images per decoding task, at least and at most
+TASKS_PER_CPU = 4  # decoding tasks per core, where the images suffice for that
+CHUNK_ROWS = 64  # images decoded between two outputs of a task, at most ...
+CHUNK_BYTES = 8 << 20  # ... and their pixels
+LAYOUT = "layout.json"  # ids per shard: a restart keeps the first run's
+BLOCK_BYTES = 32 << 20  # pixels per Ray Data block
+
+Columns = dict[str, np.ndarray]
+
+
+class Model(Protocol):
+    """What the actors compute. Travels to them unloaded."""
+
+    def load(self, device: torch.device) -> list[dict[str, Any]]:
+        """Load the weights; return Backbone.describe() of each backbone."""
+
+    def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
+        """Results [B, ...] of one uint8 batch [B, 3, S, S] per distinct preparation."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with each image, apart from where."""
+
+    model: Model
+    preprocess: tuple[Preprocess, ...]  # distinct ones
+    settings: EmbedConfig
+
+
+def preparations(backbones: Sequence[BackboneConfig]) -> tuple[tuple[Preprocess, ...], list[int]]:
+    """The distinct preparations of several backbones, and which of them each one uses."""
+    from icce_ray.core import backbone as core
+
+    each = [core.preprocess(config) for config in backbones]
+    distinct = tuple(dict.fromkeys(each))
+    return distinct, [distinct.index(one) for one in each]
+
+
+# --- decoding tasks ------------------------------------------------------------------------------
+
+
+def decode_rows(
+    table: pa.Table, preprocess: Sequence[Preprocess], max_pixels: int
+) -> Iterator[Columns]:
+    """Read and decode the images of a table of ADDRESS columns, a chunk at a time.
+
+    Yields image_id, reason ("" where all is well) and pixels0, pixels1, ...: uint8 [B, 3, S, S],
+    zeros where the image is bad.
+    """
+    size = sum(one.nbytes for one in preprocess)
+    step = max(1, min(CHUNK_ROWS, CHUNK_BYTES // size))
+    for start in range(0, table.num_rows, step):
+        part = table.slice(start, step)
+        addresses = (part[name].to_pylist() for name in ("uri", "offset", "size"))
+        pixels = [np.zeros((part.num_rows, 3, p.size, p.size), np.uint8) for p in preprocess]
+        reasons = [""] * part.num_rows
+        for row, data in enumerate(images.read_many(*addresses)):
+            try:
+                _prepare(data, row, preprocess, pixels, max_pixels)
+            except BadImage as error:
+                reasons[row] = str(error)
+        columns = {f"pixels{number}": array for number, array in enumerate(pixels)}
+        ids = part["image_id"].to_numpy()
+        yield {"image_id": ids, "reason": np.array(reasons, dtype=object), **columns}
+
+
+def _prepare(
+    data: bytes | BadImage,
+    row: int,
+    preprocess: Sequence[Preprocess],
+    pixels: Sequence[np.ndarray],
+    max_pixels: int,
+) -> None:
+    if isinstance(data, BadImage):
+        raise data
+    image = images.decode(data, max_pixels)
+    try:
+        for array, prepare in zip(pixels, preprocess, strict=True):
+            array[row] = prepare(image)
+    except (ValueError, OSError, MemoryError) as error:
+        raise BadImage(f"cannot be resized: {error}") from None
+
+
+# --- actors --------------------------------------------------------------------------------------
+
+
+class Worker:
+    """An actor of the pool: a model on its device."""
+
+    def __init__(self, model: Model, threads: int, gpu: bool) -> None:
+        import torch
+
+        self.model, self.note, self.error = model, "", None
+        if not gpu:
+            torch.set_num_threads(threads)
+        self.device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+        try:
+            self.note = json.dumps(model.load(self.device))
+        except IcceError as error:  # raised with the first batch: from here Ray would hide its type
+            self.error = error
+
+    def __call__(self, batch: Columns) -> Columns:
+        """Results of one batch; the first one carries what was loaded, as JSON, in `note`."""
+        import torch
+
+        if self.error is not None:
+            raise self.error
+        names = sorted(name for name in batch if name.startswith("pixels"))
+        pixels = [torch.from_numpy(np.array(batch[name])) for name in names]
+        found = self._compute(pixels)
+        notes = np.full(len(batch["image_id"]), "", dtype=object)
+        notes[0], self.note = self.note, ""
+        return {"image_id": batch["image_id"], "reason": batch["reason"], "note": notes, **found}
+
+    def _compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
+        """Halves the batch where the device's memory does not suffice."""
+        import torch
+
+        try:
+            return self.model.compute([p.to(self.device) for p in pixels])
+        except torch.OutOfMemoryError:
+            half = len(pixels[0]) // 2
+            if not half:
+                raise StageError(
+                    "the device's memory does not suffice for one image; use a smaller backbone or "
+                    "backbone.image_size"
+                ) from None
+            torch.cuda.empty_cache()
+        parts = [self._compute([p[s] for p in pixels]) for s in (slice(half), slice(half, None))]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How the cluster's devices are shared."""
+
+    least: int  # actors
+    most: int
+    gpus: float  # per actor
+    cpus: float  # reserved per actor
+    threads: int  # an actor's, on the CPU
+    decode_cpus: float  # reserved per decoding task
+    task_rows: int
+
+
+def share(cluster: Cluster, settings: EmbedConfig, rows: int) -> Pool:
+    """Actors and reservations for `rows` images.
+
+    Without GPUs all actors of a node together reserve half of its cores, so that decoding tasks
+    always find room, and use all cores as threads: the operating system balances better than a
+    fixed division, since either side waits for the other most of the time.
+    """
+    have = cluster.resources()
+    gpus = cluster.gpus_each(settings.num_gpus)
+    most = settings.max_actors or cluster.workers(None, gpus)
+    most = min(max(most, settings.min_actors), max(1, math.ceil(rows / settings.batch_size)))
+    cores = max(1.0, have.cpus / max(1, have.nodes))
+    per_node = math.ceil(most / max(1, have.nodes))
+    threads = max(1, min(int(cores), os.cpu_count() or 1) // per_node)
+    low, high = TASK_ROWS
+    wanted = math.ceil(rows / (TASKS_PER_CPU * max(1, have.cpus)))
+    return Pool(
+        least=min(settings.min_actors, most),
+        most=most,
+        gpus=gpus,
+        cpus=0.0 if gpus else _reservation(cores / 2 / per_node),
+        threads=threads,
+        decode_cpus=1.0 if cores >= 2 else 0.5,
+        task_rows=min(max(wanted, low), high),
+    )
+
+
+def _reservation(cpus: float) -> float:
+    """Whole cores from 2 on. Never what a decoding task reserves: Ray would run both in the actor,
+    one after the other."""
+    return float(int(cpus)) if cpus >= 2 else 0.9 * cpus
+
+
+# --- the driver's side ---------------------------------------------------------------------------
+
+
+def stream(cluster: Cluster, table: pa.Table, job: Job) -> Iterator[Columns]:
+    """Results of the images of a table of ADDRESS columns, in whatever order they come.
+
+    Yields image_id, reason, note and what the model computes.
+
+    Raises:
+        IcceError: what a task or actor raised of our own.
+        StageError: anything else that went wrong in them.
+    """
+    ray = cluster.start()
+    pool = share(cluster, job.settings, table.num_rows)
+    dataset = _dataset(ray, table, job, pool)
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
+    except IcceError:
+        raise
+    except Exception as error:
+        raise _translated(error) from None
+
+
+def _dataset(ray: Any, table: pa.Table, job: Job, pool: Pool) -> Any:
+    table = table.select(ADDRESS).combine_chunks()
+    blocks = [table.slice(i, pool.task_rows) for i in range(0, table.num_rows, pool.task_rows)]
+    dataset = ray.data.from_arrow(blocks)
+    dataset.context.target_max_block_size = BLOCK_BYTES
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    decoded = dataset.map_batches(
+        decode_rows,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"preprocess": job.preprocess, "max_pixels": job.settings.max_pixels},
+        num_cpus=pool.decode_cpus,
+    )
+    return decoded.map_batches(
+        Worker,
+        fn_constructor_kwargs={
+            "model": job.model,
+            "threads": pool.threads,
+            "gpu": pool.gpus > 0,
+        },
+        batch_size=job.settings.batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+    )
+
+
+def _translated(error: BaseException) -> IcceError:
+    """The error of ours that is behind one of Ray's, else a StageError with its last line."""
+    seen: BaseException | None = error
+    for _ in range(10):
+        if isinstance(seen, IcceError):
+            return seen
+        if seen is None:
+            break
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return StageError(f"a worker failed: {(lines or [type(error).__name__])[-1][:500]}")
+
+
+class Pace:
+    """Images per second since its creation."""
+
+    def __init__(self) -> None:
+        self.count, self.started = 0, time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        return self.count / max(1e-9, time.monotonic() - self.started)
+
+    def note(self, count: int) -> str:
+        """Add images; the rate as text for a progress bar."""
+        self.count += count
+        return f"{self.rate:,.0f} images/s"
+
+
+def gather(
+    batches: Iterator[Columns],
+    take: Callable[[Columns], int],
+    reporter: Reporter,
+    title: str,
+    done: int,
+    total: int,
+) -> float:
+    """Take in all batches, showing progress. Returns images per second, without the start.
+
+    `take` returns how many images of a batch are new; `done` is what an earlier run finished.
+    """
+    first = next(batches, None)  # takes long: workers start and load the model
+    if first is None:
+        return 0.0
+    done += take(first)
+    pace = Pace()
+    with reporter.bar(title, total, "images", done=done) as bar:
+        for batch in batches:
+            count = take(batch)
+            done += count
+            bar.update(done, pace.note(count))
+    return pace.rate
+
+
+class Loaded:
+    """What the actors say they loaded; all must have the same weights."""
+
+    def __init__(self, expected: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.backbones = [dict(one) for one in expected]
+        self._seen = False
+
+    def see(self, notes: np.ndarray) -> bool:
+        """Take in the notes of a batch. Returns True where they are the first of this process.
+
+        Raises:
+            StageError: an actor with other weights than the first, or than an earlier run.
+        """
+        first = False
+        for note in notes[notes.astype(bool)]:
+            found = json.loads(note)
+            first, self._seen = first or not self._seen, True
+            self.backbones = self.backbones or found
+            for one, other in zip(self.backbones, found, strict=True):
+                if one["sha256"] != other["sha256"]:
+                    raise StageError(
+                        f"the weights of {one['name']} differ: {one['sha256'][:12]} from "
+                        f"{one['source']} before, {other['sha256'][:12]} from {other['source']} "
+                        "now. All workers need the same file; after a change of weights add "
+                        "--overwrite, or choose another run_dir."
+                    )
+        return first
+
+    def describe(self) -> list[str]:
+        """One line per backbone."""
+        return [
+            f"backbone {one['name']}: {one['source']}, sha256 {one['sha256'][:12]}, "
+            f"D {one['features']}, {one['input_size']} x {one['input_size']} pixels"
+            for one in self.backbones
+        ]
+
+
+class Quarantine:
+    """Images that cannot be used, with the reason."""
+
+    def __init__(self, total: int, max_fraction: float, place: str) -> None:
+        self.total, self.max_fraction, self.place = total, max_fraction, place
+        self.ids: list[int] = []
+        self.reasons: list[str] = []
+
+    def add(self, ids: np.ndarray, reasons: np.ndarray) -> None:
+        self.ids += ids.tolist()
+        self.reasons += reasons.tolist()
+
+    @property
+    def too_many(self) -> bool:
+        return len(self.ids) > self.max_fraction * self.total
+
+    def table(self, uris: pa.ChunkedArray) -> pa.Table:
+        """QUARANTINE_SCHEMA, by id; `uris` are those of all images, by id."""
+        order = np.argsort(self.ids, kind="stable")
+        ids = pa.array(np.array(self.ids, np.int64)[order])
+        reasons = pa.array([self.reasons[i] for i in order], pa.string())
+        return pa.Table.from_arrays([ids, uris.take(ids), reasons], schema=QUARANTINE_SCHEMA)
+
+    def error(self, uris: pa.ChunkedArray) -> DataError:
+        """Why the run stops."""
+        first = self.table(uris).slice(0, 3).to_pylist()
+        shown = "; ".join(f"{row['uri']}: {row['reason']}" for row in first)
+        return DataError(
+            f"{len(self.ids):,} of {self.total:,} images ({len(self.ids) / self.total:.1%}) cannot "
+            f"be used, more than embed.max_bad_fraction={self.max_fraction:g} allows: {shown}. "
+            f"All found so far are listed in {self.place}. Repair or remove them, or raise "
+            "embed.max_bad_fraction; finished work is kept."
+        )
+
+
+class Shards:
+    """Rows by id -> Parquet files of consecutive ids, each written when all its rows are in.
+
+    Args:
+        total: N.
+        size: ids per file.
+        build: columns of a file's rows, by id -> its table.
+        read: a file -> its columns with image_id; ids it lacks (quarantined ones) are tried again.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        folder: str,
+        total: int,
+        size: int,
+        build: Callable[[Columns], pa.Table],
+        read: Callable[[str], Columns],
+    ) -> None:
+        self.run, self.folder, self.total, self.size = run, folder, total, size
+        self.build, self.read = build, read
+        self.have = np.zeros(total, bool)  # rows in files
+        self.seen = np.zeros(total, bool)  # rows that came in, or are in files
+        self._pieces: dict[int, list[Columns]] = {}
+        self._written: set[int] = set()
+
+    def name(self, shard: int) -> str:
+        return f"part-{shard:05d}.parquet"
+
+    def resume(self) -> None:
+        """Take in the files there are; ones that cannot be read, or hold other ids, are redone."""
+        names = set(self.run.list(self.folder, ".parquet"))
+        for shard in range(math.ceil(self.total / self.size)):
+            if self.name(shard) not in names:
+                continue
+            with contextlib.suppress(ArtifactError, KeyError):
+                ids = self.read(self.name(shard))["image_id"]
+                if len(ids) == 0 or ((ids // self.size == shard).all() and ids[-1] < self.total):
+                    self.have[ids] = True
+                    self._written.add(shard)
+        self.seen |= self.have
+
+    @classmethod
+    def open(
+        cls,
+        run: RunDirectory,
+        folder: str,
+        total: int,
+        size: int,
+        build: Callable[[Columns], pa.Table],
+        read: Callable[[str], Columns],
+        resumed: bool,
+    ) -> Shards:
+        """New shards; or those of an earlier run, of the size it chose, with what it finished."""
+        if resumed and run.exists(folder, LAYOUT):
+            size = run.read_json(folder, LAYOUT)["shard_size"]
+        run.write_json({"shard_size": size}, folder, LAYOUT)
+        shards = cls(run, folder, total, size, build, read)
+        if resumed:
+            shards.resume()
+        return shards
+
+    @property
+    def missing(self) -> np.ndarray:
+        """Ids still to be done."""
+        return np.flatnonzero(~self.seen)
+
+    @property
+    def rows(self) -> int:
+        """Rows in files."""
+        return int(self.have.sum())
+
+    def add(self, columns: Columns, keep: np.ndarray) -> int:
+        """Take in results with image_id; those with keep=False have arrived but get no row.
+
+        Returns how many were new: Ray may repeat work after a lost node.
+        """
+        ids = columns["image_id"]
+        fresh = ~self.seen[ids]
+        self.seen[ids] = True
+        for shard in np.unique(ids[fresh] // self.size):
+            chosen = fresh & keep & (ids // self.size == shard)
+            piece = {name: values[chosen] for name, values in columns.items()}
+            self._pieces.setdefault(int(shard), []).append(piece)
+            if self.seen[shard * self.size : (shard + 1) * self.size].all():
+                self._write(int(shard))
+        return int(fresh.sum())
+
+    def _write(self, shard: int) -> None:
+        pieces = self._pieces.pop(shard)
+        if shard in self._written:
+            if not sum(len(piece["image_id"]) for piece in pieces):
+                return  # what was bad before still is
+            pieces.append(self.read(self.name(shard)))
+        joined = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+        order = np.argsort(joined["image_id"], kind="stable")
+        columns = {name: values[order] for name, values in joined.items()}
+        self.run.write_table(self.build(columns), self.folder, self.name(shard))
+        self.have[columns["image_id"]] = True
+        self._written.add(shard)
+
+    def check(self) -> None:
+        """Raises StageError where rows never came back."""
+        missing = self.missing
+        if len(missing):
+            raise StageError(
+                f"{len(missing):,} of {self.total:,} images never came back from the workers, the "
+                f"first is number {missing[0]}. Run the same command again: it goes on from here."
+            )

@@ -1,0 +1,210 @@
+"""README and the golden configs say what is so: commands, settings, files and names exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from icce_ray import config as configs
+from icce_ray.cli import app
+
+GOLDEN = ("quickstart", "fashion-mnist", "cifar10", "cifar100", "stl10", "imagenet")
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+KEYS = {key for key, *_ in configs.describe()}
+NOT_SETTINGS = {"out"}  # predict's own argument
+
+
+@pytest.fixture(scope="module")
+def readme(repository: Path) -> str:
+    return (repository / "README.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [content for name, content in found if name == language]
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Words of each command in the bash blocks; comments and `uv run` dropped."""
+    for block in blocks(text, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                yield words[2:] if words[:2] == ["uv", "run"] else words
+
+
+def chain_arguments(words: list[str]) -> list[str] | None:
+    """Arguments of `icce-ray run`, given directly or through `ray job submit`; else None."""
+    if words[:2] == ["icce-ray", "run"]:
+        return words[2:]
+    if "jobs/pipeline.py" in words:
+        return words[words.index("jobs/pipeline.py") + 1 :]
+    return None
+
+
+# --- README --------------------------------------------------------------------------------------
+
+
+def test_the_two_commands_open_readme(readme: str) -> None:
+    first = [" ".join(words) for words in command_lines(readme)][:2]
+    assert first == ["icce-ray run quickstart", "pytest"]
+    assert "pip install uv" in readme[: readme.index("uv run icce-ray run quickstart")]
+
+
+def test_every_command_and_option_exists(readme: str) -> None:
+    used = re.findall(r"icce-ray ((?:[a-z]+)(?: [^`\n|]*)?)", readme)
+    assert {text.split()[0] for text in used} == set(COMMANDS)
+    known = {option for command in COMMANDS.values() for p in command.params for option in p.opts}
+    inline = re.findall(r"`(--[a-z-]+)[^`]*`", readme)
+    assert {"--plan", "--from", "--until", "--overwrite"} <= set(inline)
+    assert set(inline) <= known
+
+
+def test_run_commands_resolve(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (mine,) = blocks(readme, "yaml")
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(mine)
+    found = [arguments for words in command_lines(readme) if (arguments := chain_arguments(words))]
+    assert len(found) >= 7
+    for name, *overrides in found:
+        assert configs.load(name, overrides).num_classes >= 2
+
+
+def test_run_directories_of_the_examples_differ(readme: str) -> None:
+    """Two examples in one run directory would end in an error about other settings."""
+    seen = [a for words in command_lines(readme) if (a := chain_arguments(words))]
+    mine = [
+        next((word for word in arguments if word.startswith("run_dir=")), "default")
+        for arguments in seen
+        if arguments[0] == "mine.yaml"
+    ]
+    assert len(set(mine)) == len(mine)
+
+
+def test_settings_named_exist(readme: str) -> None:
+    named = set(re.findall(r"(?<![\w./-])([a-z_]+(?:\.[a-z_]+)*)=", "\n".join(_code(readme))))
+    assert len(named) > 10
+    assert named - NOT_SETTINGS - _python_names(readme) <= KEYS
+    dotted = set(
+        re.findall(r"`((?:embed|neighbors|heads|consensus|classifier|ray)\.[a-z_.]+)`", readme)
+    )
+    assert len(dotted) > 5
+    assert dotted <= KEYS
+
+
+def _code(text: str) -> list[str]:
+    return blocks(text, "bash") + re.findall(r"`([^`\n]+)`", text)
+
+
+def _python_names(text: str) -> set[str]:
+    return set(re.findall(r"(\w+)=", "\n".join(blocks(text, "python"))))
+
+
+def test_golden_configs_named_are_those_there_are(readme: str) -> None:
+    listed = readme[readme.index("Golden configs:") :].split("\n\n", maxsplit=1)[0]
+    assert tuple(re.findall(r"`([\w-]+)`", listed)) == GOLDEN
+
+
+def test_python_examples_name_what_exists(readme: str) -> None:
+    examples = blocks(readme, "python")
+    assert examples
+    for example in examples:
+        for node in ast.walk(ast.parse(example)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    if not hasattr(module, alias.name):
+                        importlib.import_module(f"{node.module}.{alias.name}")
+
+
+def test_output_tree_is_that_of_the_stages(readme: str) -> None:
+    from icce_ray.pipeline import STAGES
+
+    tree = next(block for block in blocks(readme, "") if block.startswith("RUN/"))
+    assert re.findall(r"^  (\w+)/", tree, re.MULTILINE) == [stage.folder for stage in STAGES]
+
+
+def test_links_lead_somewhere(readme: str, repository: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", readme)
+    assert targets
+    for target in targets:
+        assert target.startswith("https://") or (repository / target).is_file(), target
+
+
+def test_nothing_is_left_to_fill_in(readme: str, repository: Path) -> None:
+    texts = [readme, *(path.read_text() for path in configs.golden_configs().values())]
+    assert not [found for text in texts for found in re.findall(r"@@\w+@@", text)]
+
+
+def test_no_path_of_one_machine(readme: str) -> None:
+    assert not re.findall(r"(?<![\w.~])/(?:home|root|tmp|work|usr|opt|mnt)/\S*", readme)
+
+
+# --- golden configs ------------------------------------------------------------------------------
+
+
+def test_golden_configs_are_complete() -> None:
+    assert set(configs.golden_configs()) == set(GOLDEN)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_config_loads_and_keeps_the_defaults_of_the_method(name: str) -> None:
+    config = configs.load(name)
+    assert config.run_dir == f"runs/{name}"
+    tree = yaml.safe_load(configs.golden_configs()[name].read_text())
+    assert tree.get("consensus") is None
+    assert set(tree.get("heads", {})) <= {"count", "num_gpus", "num_workers"}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_config_opens_with_what_a_reader_needs(name: str) -> None:
+    text = configs.golden_configs()[name].read_text()
+    head = text[: text.index("\n\n")]
+    assert all(line.startswith("#") for line in head.splitlines())
+    title = head.splitlines()[0]
+    assert 20 < len(title) < 92, "the first line is the description that `icce-ray config` lists"
+    for label in ("paper:", "command:", "data:", "cost:", "published:", "measured:"):
+        assert re.search(rf"^# {label} +\S", head, re.MULTILINE), label
+    assert "https://arxiv.org/abs/2511.16213" in head
+    for key in re.findall(r"([a-z_]+(?:\.[a-z_]+)+)=", head):
+        assert key in KEYS, key
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_config_names_a_command_that_runs_it(name: str) -> None:
+    text = configs.golden_configs()[name].read_text().replace("\\\n#", " ")
+    assert re.search(rf"(icce-ray run|jobs/pipeline\.py) {name}\b", text)
+    for arguments in re.findall(rf"(?:icce-ray run|jobs/pipeline\.py) ({name}[^\n]*)", text):
+        first, *overrides = shlex.split(arguments)
+        configs.load(first, overrides)
+
+
+@pytest.mark.parametrize("name", [n for n in GOLDEN if n not in ("quickstart", "imagenet")])
+def test_public_data_sets_can_be_written_where_the_config_says(name: str) -> None:
+    from icce_ray import datasets
+
+    data = configs.load(name).data
+    assert data.dataset == name and data.path
+    datasets.check(data.dataset, data.path)
+
+
+# --- CI ------------------------------------------------------------------------------------------
+
+
+def test_ci_runs_what_readme_says(repository: Path, readme: str) -> None:
+    script = repository / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    ran = [line.strip() for line in script.read_text().splitlines() if line.startswith("uv run ")]
+    section = readme[readme.index("## Development") :]
+    said = [f"uv run {' '.join(words)}" for words in command_lines(section)]
+    assert ran[-1] == "uv run pytest", "its closing line comes last"
+    assert set(ran) <= set(said)
