@@ -245,11 +245,12 @@ class RunDirectory:
             raise ArtifactError(f"{self.path(*parts)} is damaged: {error}") from None
 
     def read_table(self, *parts: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A Parquet file, or all Parquet files of a folder, in name order."""
+        """A Parquet file, or all shards of a folder, in name order (quarantine left out)."""
         folder = parts[-1] if not parts[-1].endswith(".parquet") else None
         if folder is None:
             return self._read_parquet(self.path(*parts), columns)
         names = self.list("/".join(parts), ".parquet")
+        names = [name for name in names if not name.startswith("quarantine")]
         if not names:
             raise ArtifactError(f"{self.path(*parts)} holds no Parquet files")
         tables = [self._read_parquet(self.path(*parts, n), columns) for n in names]
@@ -397,7 +398,7 @@ class RunDirectory:
                         raise ArtifactError(f"{self.path(folder, name)} does not fit {names[0]}")
                     stream.write(np.ascontiguousarray(part).data)
                     start += len(part)
-            if start != rows:
+            if shape is None or start != rows:
                 raise ArtifactError(
                     f"{self.path(folder)} has {start} rows, its manifest {rows}. Run that stage "
                     "again (--overwrite)."

@@ -38,9 +38,7 @@ on a cluster: `ray job submit --working-dir . -- python jobs/pipeline.py imagene
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings, as in the YAML: heads.count=16 seed=1"
-    ),
+    typer.Argument(metavar="KEY=VALUE", help="Settings, as in the YAML: heads.count=16 seed=1"),
 ]
 
 
@@ -58,7 +56,10 @@ def run(
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option(help="Replace artifacts of other settings; with --from, redo those stages."),
+        typer.Option(
+            "--overwrite",
+            help="Replace artifacts of other settings; with --from, redo those stages.",
+        ),
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the end only.")] = False,
@@ -102,11 +103,16 @@ def _accuracy_line(metrics: dict[str, Any]) -> str:
 
 @app.command()
 def predict(
-    run_dir: Annotated[str, typer.Argument(help="A finished run.")],
-    images: Annotated[str, typer.Argument(help="New images: folder, Parquet, or tars.")],
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A finished run.")],
+    images: Annotated[
+        str, typer.Argument(metavar="NEW_IMAGES", help="Folder, Parquet, or WebDataset tars.")
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="out=FOLDER [KEY=VALUE]...", help="Where to, and embed.* settings."),
+        typer.Argument(
+            metavar="out=FOLDER KEY=VALUE",
+            help="Where the predictions go, and embed.* settings.",
+        ),
     ] = None,
 ) -> None:
     """Classify new images with a run's classifier, into Parquet with cluster and confidence."""
@@ -126,7 +132,9 @@ def _take_out(overrides: list[str]) -> tuple[str, list[str]]:
 
 
 @app.command()
-def status(run_dir: Annotated[str, typer.Argument(help="A run directory.")]) -> None:
+def status(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
+) -> None:
     """Show what a run has done, and how far it is."""
     from icce_ray.artifacts import RunDirectory
     from icce_ray.errors import ArtifactError
@@ -168,7 +176,9 @@ def _status_line(state: dict[str, Any]) -> str:
 
 
 @app.command()
-def report(run_dir: Annotated[str, typer.Argument(help="A run with an evaluation.")]) -> None:
+def report(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run with an evaluation.")],
+) -> None:
     """Build the report page again, and print where it is."""
     from icce_ray.stages import report as stage
 
@@ -178,7 +188,7 @@ def report(run_dir: Annotated[str, typer.Argument(help="A run with an evaluation
 @app.command()
 def config(
     name: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A golden config's name, or a file.")
+        str | None, typer.Argument(metavar="CONFIG", help="A golden config's name, or a file.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from icce_ray.config import RayConfig
 from icce_ray.errors import IcceError, StageError
+from icce_ray.quiet import filter_native_stderr
 
 # Ray's own chatter. Errors are raised as exceptions, so nothing is lost.
 _QUIET = {
@@ -18,7 +19,6 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
 
 
@@ -72,6 +72,7 @@ class Cluster:
         return ray
 
     def _connect(self, ray: Any) -> None:
+        filter_native_stderr()
         extra: dict[str, Any] = {}
         if self.is_local:
             extra = {"num_cpus": self.settings.num_cpus, "include_dashboard": False}

@@ -156,11 +156,11 @@ class HeadsConfig(Node):
     """First weights of linear heads. kmeans: centroids of k-means on a random part of the images
     and of the components, another one for each head. random: near zero."""
     batch_norm: bool = True
-    """Batch normalization after each hidden layer."""
+    """Batch normalization after each hidden layer (linear heads have none)."""
     steps: Positive | None = None
     """Training steps. Default: 600, and more with more classes (600 x sqrt(K / 10))."""
     batch_size: Positive | None = None
-    """Pairs per step, over all workers. Default: 32 per class, at least 1,024, at most 16,384."""
+    """Pairs per step, over all workers. Default: 8 per class, at least 1,024, at most 4,096."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate of AdamW; linear warm-up, then cosine decay."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -534,7 +534,10 @@ def _dump(tree: Any, prefix: str, depth: int, docs: Mapping[str, str], lines: li
 
 
 def _scalar(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0]
+    # Line breaks stay on one line between double quotes alone.
+    style = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=1_000_000)
+    return text.split("\n")[0]
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -38,7 +38,7 @@ THREADS = 4  # concurrent reads of local files
 REMOTE_THREADS = 32  # ... of an object store, where each read waits for the network
 GAP = 1 << 18  # bytes between two tar members that are read along rather than skipped
 RANGE = 1 << 25  # bytes read from a tar at once, at most (a larger member is read whole)
-# What PIL may try: no format that starts another program (EPS), and none that is not a raster image.
+# What PIL may try: raster images alone, and nothing that starts another program (EPS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 MAX_ASPECT = 8  # thinner images lose their ends before scaling, see Preprocess
 ORIENTATION = 0x0112  # EXIF tag
@@ -348,9 +348,7 @@ class Preprocess:
 
     size: int  # S
     resize: int  # side after scaling, before the crop
-    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = (
-        "bicubic"
-    )
+    interpolation: str = "bicubic"  # the name of one of PIL's filters
     mode: Literal["center", "squash", "border"] = "center"
     fill: tuple[int, ...] = (0, 0, 0)  # of border
 
@@ -415,9 +413,7 @@ def preprocess_from(data_config: dict[str, Any]) -> Preprocess:
     """The Preprocess of timm's data config. Raises DataError where its input is not square."""
     _, height, width = data_config["input_size"]
     if height != width:
-        raise DataError(
-            f"the model's input is {height} x {width}; only square inputs are supported"
-        )
+        raise DataError(f"its input is {height} x {width}; only square inputs are supported")
     return Preprocess(
         size=height,
         resize=math.floor(height / data_config["crop_pct"]),

@@ -171,20 +171,20 @@ def _kind(data: DataConfig, found: Found) -> str:
 
 def _nothing(data: DataConfig, kind: str, found: Found) -> DataError:
     kinds = FORMATS if kind == "auto" else {kind: FORMATS[kind]}
-    looked = "; ".join(
-        f"{name}: {', '.join('.' + s for s in ends)}" for name, ends in kinds.items()
-    )
+    looked = "; ".join(f"{name}: {_dotted(ends)}" for name, ends in kinds.items())
     seen = sorted({_suffix(found.uri(name)) for name in found.names} - {""})
     text = f"data.path={data.path} holds no images. Looked for {looked}"
     if kind == "webdataset" and "tar" in seen:
         text += " with members KEY.jpg, KEY.png, ..., KEY being all before the first dot"
     if seen:
-        text += (
-            f". Found {len(found.names):,} files ending in {', '.join('.' + s for s in seen[:8])}"
-        )
+        text += f". Found {len(found.names):,} files ending in {_dotted(seen[:8])}"
     if "gz" in seen or "tgz" in seen:
         text += " (compressed tars have to be unpacked: images are read out of tars by position)"
     return DataError(text + ".")
+
+
+def _dotted(suffixes: Sequence[str]) -> str:
+    return ", ".join(f".{suffix}" for suffix in suffixes)
 
 
 def _one_line(error: BaseException) -> str:
@@ -340,4 +340,4 @@ def _members(uri: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
         for member in tar:
             if member.isreg():
                 yield member, lambda member=member: tar.extractfile(member).read()  # type: ignore
-            tar.members = []  # else tarfile keeps all it has seen
+            tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all it has seen

@@ -187,7 +187,7 @@ _STATE_TEXT = {
 }
 
 
-def _show_plan(context: Context, steps: Sequence[Step], size: Size) -> None:
+def _show_plan(context: Context, steps: Sequence[Step], size: Size, log: bool = True) -> None:
     config = context.config
     needs = {s.stage.name: s.stage.estimate(config, size, context.cluster) for s in steps}
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -199,10 +199,10 @@ def _show_plan(context: Context, steps: Sequence[Step], size: Size) -> None:
         table.add_row(
             step.stage.name, text, _gigabytes(need.memory), _gigabytes(need.disk), need.where
         )
-    known = f"N {size.images:,}" if size.images else "N not known yet"
-    known += f" images, D {size.features or '?'}, H {config.heads.count}, K {config.num_classes}"
+    known = f"N {size.images:,} images" if size.images else "N not known yet"
+    known += f", D {size.features or '?'}, H {config.heads.count}, K {config.num_classes}"
     where = "a local Ray" if context.cluster.is_local else f"Ray at {context.cluster.address}"
-    context.reporter.say(f"{known}; run directory {context.run.uri}; on {where}")
+    context.reporter.say(f"{known}; run directory {context.run.uri}; on {where}", log)
     if not context.reporter.quiet:
         context.reporter.console.print(table)
 
@@ -252,7 +252,7 @@ def run(
     cluster = Cluster(config.ray)
     context = Context(config, directory, reporter, cluster)
     if plan_only:
-        _show_plan(context, steps, _size(config, directory))
+        _show_plan(context, steps, _size(config, directory), log=False)
         return {}
     with _exclusive(directory), _terminable():
         try:

@@ -41,6 +41,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def _encode(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")  # file names need not be text
+
+
 class Bar:
     """One long step: how far, how fast, how long still."""
 
@@ -78,11 +82,12 @@ class Reporter:
 
     # messages
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, log: bool = True) -> None:
         """A line for the user and the log."""
         if not self.quiet:
             self.console.print(text, markup=False)
-        self._log(text)
+        if log:
+            self._log(text)
 
     def event(self, text: str) -> None:
         """Something the user should find again in the report: a lost worker, a resumed stage."""
@@ -95,8 +100,8 @@ class Reporter:
         if self.run.is_local:
             path = self.run.path("log")
             os.makedirs(self.run.root, exist_ok=True)  # noqa: PTH103
-            with contextlib.suppress(OSError), open(path, "a") as stream:  # noqa: PTH123
-                stream.write(line)
+            with contextlib.suppress(OSError), open(path, "ab") as stream:  # noqa: PTH123
+                stream.write(_encode(line))
         else:
             self._lines.append(line)
 
@@ -104,7 +109,7 @@ class Reporter:
         """Put the log of a remote run beside its other files (objects cannot be appended to)."""
         if self._lines and not self.run.is_local:
             old = self.run.read_bytes("log") if self.run.exists("log") else b""
-            self.run.write_bytes(old + "".join(self._lines).encode(), "log")
+            self.run.write_bytes(old + _encode("".join(self._lines)), "log")
             self._lines.clear()
 
     # status

@@ -41,9 +41,8 @@ class Vectors:
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
         """Consecutive blocks of at most `rows` rows, float32 [., D]."""
         for file in self.files:
-            yield from (
-                _npy_blocks(file, rows) if file.endswith(".npy") else self._parquet(file, rows)
-            )
+            read = _npy_blocks if file.endswith(".npy") else self._parquet
+            yield from read(file, rows)
 
     def _parquet(self, file: str, rows: int) -> Iterator[np.ndarray]:
         filesystem, path = locate(file)

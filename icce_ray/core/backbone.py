@@ -334,8 +334,8 @@ def _download(config: BackboneConfig) -> nn.Module:
     except _HubError as error:
         raise ConfigError(
             f"download of the weights of {config.name} failed ({error}). Give "
-            "backbone.weights=FILE (safetensors or a PyTorch state dict), or backbone.pretrained=false for random "
-            "weights in a test."
+            "backbone.weights=FILE (safetensors or a PyTorch state dict), or "
+            "backbone.pretrained=false for random weights in a test."
         ) from None
 
 

@@ -508,7 +508,8 @@ def finetune_epoch(
         loss, hits = finetune_step(model, optimizer, batch, generator, bfloat16)
         meter.add(loss, hits, rows=len(batch["label"]))
     meter.flush()
-    sums = torch.tensor([meter.loss_sum, meter.hits, meter.rows], device=_device_of(model))
+    values = [meter.loss_sum, meter.hits, meter.rows]
+    sums = torch.tensor(values, dtype=torch.float64, device=_device_of(model))
     group.all_reduce_sum_([sums])
     loss_sum, all_hits, all_rows = sums.tolist()
     return {

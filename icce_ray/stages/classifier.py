@@ -14,11 +14,10 @@ Shapes: N rows, B batch, D features, K clusters, S image side.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from icce_ray import images
 from icce_ray.artifacts import CONSENSUS_SCHEMA, RunDirectory
 from icce_ray.cluster import Cluster, fetch
 from icce_ray.config import BackboneConfig, ClassifierConfig, Config, settings
@@ -35,15 +33,16 @@ from icce_ray.core import backbone as backbones
 from icce_ray.core import classifier as core
 from icce_ray.core.collective import Collective
 from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
-from icce_ray.stages import Context, Need, Outcome, Size, Stage, training
+from icce_ray.stages import Context, Need, Outcome, Size, Stage, streaming, training
+from icce_ray.stages.embed import Embedder
+from icce_ray.stages.predict import Predictor
 
 FOLDER = "classifier"
 WEIGHTS, DESCRIPTION = "classifier.safetensors", "classifier.json"
 HISTORY, OPINIONS, PROBE = "history.json", "part-00000.parquet", "probe.safetensors"
 _PARQUET_ROW = re.compile(r"#([^#]+/)?\d+$")
 POLL = 0.5  # seconds between looks at a Ray task
-BLOCK_ROWS = 256  # images per Ray Data block before decoding
-DECODE_ROWS = 32  # images per decoding task's batch
+BLOCK_ROWS = 256  # images per decoding task
 SHUFFLE_BATCHES = 8  # batches in a worker's shuffle buffer; the rows are permuted once before
 
 
@@ -146,7 +145,7 @@ def _probe_task(run: RunDirectory, task: Mapping[str, Any]) -> bytes:
         if time.monotonic() - reported < every:
             return
         reported = time.monotonic()
-        state = {"done": done, "total": total, "note": f"loss {loss:.3f}"}
+        state = {"done": done, "total": total, "note": f"loss {loss:.3f}" if done else "starting"}
         run.write_json(state, FOLDER, training.TRAIN, "probe.json")
 
     progress(0, 0, math.nan)
@@ -295,18 +294,14 @@ def _write_opinions(run: RunDirectory, clusters: np.ndarray, confidence: np.ndar
 # --- fine-tuning: data ---------------------------------------------------------------------------
 
 
-def _rows_table(run: RunDirectory, chosen: ClassifierConfig) -> pa.Table:
-    """Where each embedded image is, with its row number, pseudo-label and weight."""
-    index = run.read_table("index", columns=["image_id", "uri", "offset", "size"])
+def _addresses(run: RunDirectory) -> pa.Table:
+    """Where each embedded image is: the columns that decoding needs, [N]."""
+    index = run.read_table("index", columns=list(streaming.ADDRESS))
     image_ids = np.asarray(run.matrix("embeddings", "image_id"))
     table = index.take(pa.array(image_ids))  # image_id is the position in the index
     if not np.array_equal(table["image_id"].to_numpy(), image_ids):
         raise ArtifactError(f"{run.path('index')} is not in the order of image_id")
-    labels, weights = _targets(run, chosen)
-    columns = {"row": np.arange(len(image_ids)), "label": labels, "weight": weights}
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values))
-    return table.drop_columns(["image_id"])
+    return table
 
 
 def _order(table: pa.Table, seed: int) -> np.ndarray:
@@ -325,42 +320,44 @@ def _order(table: pa.Table, seed: int) -> np.ndarray:
 
 
 def _dataset(context: Context, table: pa.Table) -> Any:
-    """A Ray Data set that decodes the images of a table as it is read."""
-    import ray
+    """A Ray Data set that decodes the images of a table as it is read: image_id, reason, pixels0.
 
-    config = context.config
+    Labels are not in it: workers look them up by image_id, in arrays that a node's workers share.
+    """
+    ray, config = context.cluster.start(), context.config
     blocks = [table.slice(i, BLOCK_ROWS) for i in range(0, len(table), BLOCK_ROWS)]
-    decode: Any = _decode
-    return ray.data.from_arrow(blocks).map_batches(
-        decode,
-        fn_kwargs={
-            "transform": backbones.preprocess(config.backbone[0]),
-            "max_pixels": config.embed.max_pixels,
-        },
-        batch_size=DECODE_ROWS,
+    dataset = ray.data.from_arrow(blocks)
+    dataset.context.target_max_block_size = streaming.BLOCK_BYTES
+    preprocess, _ = streaming.preparations(config.backbone)
+    return dataset.map_batches(
+        streaming.decode_rows,
+        batch_size=None,
         batch_format="pyarrow",
-        num_cpus=min(1, context.cluster.resources().cpus / 2) or None,
+        fn_kwargs={"preprocess": preprocess, "max_pixels": config.embed.max_pixels},
+        num_cpus=1.0 if context.cluster.resources().cpus >= 2 else 0.5,
     )
 
 
-def _decode(
-    table: pa.Table, transform: images.Preprocess, max_pixels: int
-) -> dict[str, np.ndarray]:
-    """Rows of a table as arrays, with image uint8 [B, 3, S, S]. Unreadable images are left out:
-    embedding has seen them all, so this is rare, and the driver counts what came back."""
-    places = [table[name].to_pylist() for name in ("uri", "offset", "size")]
-    pictures, kept = [], []
-    for position, data in enumerate(images.read_many(*places)):
-        if isinstance(data, images.BadImage):
-            continue
-        with contextlib.suppress(images.BadImage):
-            pictures.append(transform(images.decode(data, max_pixels)))
-            kept.append(position)
-    size = transform.size
-    return {
-        "image": np.stack(pictures) if pictures else np.empty((0, 3, size, size), np.uint8),
-        **{name: table[name].to_numpy()[kept] for name in ("row", "label", "weight")},
-    }
+class _Labeler:
+    """Adds pseudo-labels and weights to decoded images."""
+
+    def __init__(self, run: RunDirectory, chosen: ClassifierConfig) -> None:
+        self.image_ids = np.asarray(run.matrix("embeddings", "image_id"))
+        self.labels, self.weights = _targets(run, chosen)
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """image uint8 [B, 3, S, S], label int64 [B], weight float32 [B].
+
+        Embedding has read every image, so one that cannot be read now is rare. It gets weight 0:
+        left out, it would leave the workers with unequal numbers of steps.
+        """
+        rows = np.searchsorted(self.image_ids, batch["image_id"])
+        good = np.array([not reason for reason in batch["reason"]])
+        return {
+            "image": torch.from_numpy(np.array(batch["pixels0"])),
+            "label": torch.from_numpy(self.labels[rows]),
+            "weight": torch.from_numpy(np.where(good, self.weights[rows], np.float32(0))),
+        }
 
 
 # --- fine-tuning: training -----------------------------------------------------------------------
@@ -383,31 +380,28 @@ def _finetune_loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
     history = _resume(worker, model, optimizer)
     # Some backbones have parameters that the chosen pooling leaves out.
     wrapped = prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
-    each, steps = _steps(task["rows"], chosen.batch_size, worker.world)
+    labeler = _Labeler(worker.run, chosen)
+    each, steps = _steps(len(labeler.labels), chosen.batch_size, worker.world)
     worker.progress(len(history) * steps, force=True)
     for epoch in range(len(history), chosen.epochs):
         position = core.Position(epoch, steps, chosen.epochs)
-        history.append(_epoch(worker, wrapped, optimizer, position, each, task))
+        batches = _batches(worker, labeler, each, task["seed"] + epoch)
+        history.append(_epoch(worker, wrapped, optimizer, batches, position, task))
         state = core.pack_state(model, optimizer) if worker.rank == 0 else {}
         if worker.rank == 0:
             state["history"] = _pack_history(history)
-        worker.save(_epoch_mark(epoch, steps), state)
+        worker.save(epoch + 1, state)  # not in steps, whose number changes with that of workers
     if worker.rank == 0:
         _write_finetuned(worker.run, model, task, history)
     worker.barrier({"epoch": len(history)})
-
-
-def _epoch_mark(epoch: int, steps: int) -> int:
-    """The number of a checkpoint: steps done."""
-    return (epoch + 1) * steps
 
 
 def _epoch(
     worker: training.Worker,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    batches: Iterable[Mapping[str, Tensor]],
     position: core.Position,
-    rows: int,
     task: Mapping[str, Any],
 ) -> dict[str, float]:
     def progress(done: int, total: int, loss: float) -> None:
@@ -416,7 +410,7 @@ def _epoch(
     return core.finetune_epoch(
         model,
         optimizer,
-        _batches(worker, rows, task["seed"] + position.epoch),
+        batches,
         position,
         task["seed"],
         bfloat16=task["bfloat16"],
@@ -425,12 +419,14 @@ def _epoch(
     )
 
 
-def _batches(worker: training.Worker, rows: int, seed: int) -> Iterator[Mapping[str, Tensor]]:
+def _batches(
+    worker: training.Worker, labeler: _Labeler, rows: int, seed: int
+) -> Iterable[Mapping[str, Tensor]]:
     from ray import train
 
-    shard = train.get_dataset_shard("train")
-    yield from shard.iter_torch_batches(
+    return train.get_dataset_shard("train").iter_torch_batches(
         batch_size=rows,
+        collate_fn=labeler,
         local_shuffle_buffer_size=SHUFFLE_BATCHES * rows,
         local_shuffle_seed=seed,
         prefetch_batches=2,
@@ -474,15 +470,14 @@ def _write_finetuned(
     run.write_json(description, FOLDER, DESCRIPTION)
 
 
-def _run_finetune(context: Context, task: dict[str, Any]) -> dict[str, Any]:
+def _run_finetune(context: Context, task: Mapping[str, Any]) -> dict[str, Any]:
     config, run, cluster = context.config, context.run, context.cluster
-    table = _rows_table(run, config.classifier)
-    task["rows"] = len(table)
-    _probe_in_task(context, task)
+    table = _addresses(run)
     gpus = cluster.gpus_each(config.classifier.num_gpus)
     workers = _workers(context, gpus)
     _, steps = _steps(len(table), config.classifier.batch_size, workers)
     if not run.exists(FOLDER, DESCRIPTION):
+        _probe_in_task(context, task)
         shuffled = table.take(pa.array(_order(table, config.seed)))
         training.fit(
             context,
@@ -496,7 +491,7 @@ def _run_finetune(context: Context, task: dict[str, Any]) -> dict[str, Any]:
             datasets={"train": _dataset(context, shuffled)},
             spare_cpus=1,
         )
-    _write_opinions(run, *_ask(context, table, gpus, max(1, workers)))
+    _write_opinions(run, *_ask(context, table))
     return {"workers": workers, "gpus_per_worker": gpus}
 
 
@@ -518,54 +513,28 @@ def _workers(context: Context, gpus: float) -> int:
 # --- fine-tuning: the model's own opinion --------------------------------------------------------
 
 
-class _Asker:
-    """A Ray Data actor that holds the fine-tuned model."""
-
-    def __init__(self, run: RunDirectory, bfloat16: bool) -> None:
-        description = run.read_json(FOLDER, DESCRIPTION)
-        self.device = core.default_device()
-        self.model = core.load(run.read_bytes(FOLDER, WEIGHTS), description).to(self.device)
-        self.bfloat16 = bfloat16
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        pixels = torch.from_numpy(np.array(batch["image"])).to(self.device)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
-        with torch.inference_mode(), autocast:
-            value, index = self.model(pixels).float().softmax(1).max(1)
-        return {
-            "row": batch["row"],
-            "cluster": index.cpu().numpy().astype(np.int32),
-            "confidence": value.cpu().numpy(),
-        }
-
-
-def _ask(
-    context: Context, table: pa.Table, gpus: float, actors: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster and confidence of every row by the fine-tuned model."""
-    import ray
-
+def _ask(context: Context, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster int32 [N] and confidence float32 [N] of every row by the fine-tuned model."""
     config, total = context.config, len(table)
-    answers = _dataset(context, table).map_batches(
-        _Asker,
-        fn_constructor_kwargs={
-            "run": context.run,
-            "bfloat16": config.embed.precision == "bfloat16",
-        },
-        batch_size=config.embed.batch_size,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
-        num_gpus=gpus or None,
-        num_cpus=None if gpus else max(0.5, context.cluster.cpus_each(actors, 0) - 1),
+    preprocess, slots = streaming.preparations(config.backbone)
+    embedder = Embedder(config.backbone, slots, config.embed.precision)  # for its precision alone
+    model = Predictor(context.run, embedder, finetuned=True)
+    batches = streaming.stream(
+        context.cluster, table, streaming.Job(model, preprocess, config.embed)
     )
+    image_ids = table["image_id"].to_numpy()
     clusters = np.full(total, -1, np.int32)
     confidence = np.zeros(total, np.float32)
-    done = 0
-    with context.reporter.bar("classifying the training images", total, "images") as bar:
-        for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
-            clusters[batch["row"]] = batch["cluster"]
-            confidence[batch["row"]] = batch["confidence"]
-            done += len(batch["row"])
-            bar.update(done)
+
+    def take(batch: streaming.Columns) -> int:
+        good = np.array([not reason for reason in batch["reason"]])
+        rows = np.searchsorted(image_ids, batch["image_id"])[good]
+        clusters[rows] = batch["cluster"][good]
+        confidence[rows] = batch["confidence"][good]
+        return len(good)
+
+    title = "classifying the training images"
+    streaming.gather(batches, take, context.reporter, title, 0, total)
     _check_answers(clusters, table)
     return clusters, confidence
 

@@ -219,7 +219,7 @@ def _table(columns: Columns) -> pa.Table:
     return pa.Table.from_arrays([pa.array(columns["image_id"]), tensors], schema=schema)
 
 
-def _read(run: RunDirectory, name: str) -> Columns:
+def _read(run: RunDirectory, name: str, start: int, stop: int) -> Columns:
     table = run.read_table(FOLDER, name)
     return {
         "image_id": table["image_id"].to_numpy(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -209,7 +210,8 @@ def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
     widths = [inputs, *config.heads.hidden, config.num_classes]
     weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.heads.count
     pairs = config.heads.batch_size or default_batch(config.num_classes)
-    batch = 2 * pairs * config.heads.count
+    own = math.ceil(config.heads.count / max(1, config.heads.num_workers or 1))
+    batch = 2 * pairs * own
     activations = batch * (sum(widths[1:]) + 4 * config.num_classes) * 4 * 2
     matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4)
     assigned = images * config.heads.count * 2

@@ -152,7 +152,7 @@ def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> di
 
 
 def _claim(target: RunDirectory, folder: str, mark: Mapping[str, Any]) -> Manifest | None:
-    """The manifest where all is done already. Raises ArtifactError where `out` is something else."""
+    """The manifest where all is done. Raises ArtifactError where `out` is something else."""
     where = target.path(folder)
     done = target.manifest(folder)
     if done is not None and done.fingerprint == mark["fingerprint"]:
@@ -257,13 +257,8 @@ class _Work:
 
     def _open(self, resumed: bool) -> Shards:
         size, total = self.config.embed.shard_size, self.table.num_rows
-        shards = Shards.open(
-            self.target, self.folder, total, size, self._build, lambda _: {}, resumed=False
-        )
-        if resumed:
-            shards.read = partial(_read_ids, self.target, self.folder, shards)
-            shards.resume()
-        return shards
+        read = partial(_read_ids, self.target, self.folder)
+        return Shards.open(self.target, self.folder, total, size, self._build, read, resumed)
 
     def _build(self, columns: Columns) -> pa.Table:
         ids = columns["image_id"]
@@ -335,10 +330,8 @@ def _below(run: RunDirectory, folder: str) -> str:
     return f"{run.uri.rstrip('/')}/{folder}"
 
 
-def _read_ids(run: RunDirectory, folder: str, shards: Shards, name: str) -> Columns:
-    """The ids of a file of predictions: all of its shard, or it is not complete."""
-    start = int(name.removeprefix("part-").removesuffix(".parquet")) * shards.size
-    rows = run.read_table(folder, name, columns=["cluster"]).num_rows
-    if rows != min(shards.size, shards.total - start):
+def _read_ids(run: RunDirectory, folder: str, name: str, start: int, stop: int) -> Columns:
+    """The ids of a file of predictions, which has a row for each."""
+    if run.read_table(folder, name, columns=["cluster"]).num_rows != stop - start:
         raise ArtifactError(f"{name} is not complete")
-    return {"image_id": np.arange(start, start + rows)}
+    return {"image_id": np.arange(start, stop)}

@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,11 +229,35 @@ def stream(cluster: Cluster, table: pa.Table, job: Job) -> Iterator[Columns]:
     pool = share(cluster, job.settings, table.num_rows)
     dataset = _dataset(ray, table, job, pool)
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
+        batches = iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+        with _hushed():
+            first = next(batches, None)
+        if first is not None:
+            yield first
+            yield from batches
     except IcceError:
         raise
     except Exception as error:
         raise _translated(error) from None
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Drop what native code writes to stderr while workers start.
+
+    Ray prints an error-like line for every pool of actors (ray-project/ray#53727), whatever its
+    logging settings. Failures come as exceptions, so nothing is lost.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as sink:  # noqa: PTH123
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _dataset(ray: Any, table: pa.Table, job: Job, pool: Pool) -> Any:
@@ -397,7 +422,8 @@ class Shards:
         total: N.
         size: ids per file.
         build: columns of a file's rows, by id -> its table.
-        read: a file -> its columns with image_id; ids it lacks (quarantined ones) are tried again.
+        read: a file's name and its first and last-plus-one id -> its columns with image_id; ids it
+            lacks (quarantined ones) are tried again. May raise ArtifactError: it is redone.
     """
 
     def __init__(
@@ -407,7 +433,7 @@ class Shards:
         total: int,
         size: int,
         build: Callable[[Columns], pa.Table],
-        read: Callable[[str], Columns],
+        read: Callable[[str, int, int], Columns],
     ) -> None:
         self.run, self.folder, self.total, self.size = run, folder, total, size
         self.build, self.read = build, read
@@ -426,11 +452,15 @@ class Shards:
             if self.name(shard) not in names:
                 continue
             with contextlib.suppress(ArtifactError, KeyError):
-                ids = self.read(self.name(shard))["image_id"]
-                if len(ids) == 0 or ((ids // self.size == shard).all() and ids[-1] < self.total):
+                ids = self._read(shard)["image_id"]
+                if (ids // self.size == shard).all() and (ids < self.total).all():
                     self.have[ids] = True
                     self._written.add(shard)
         self.seen |= self.have
+
+    def _read(self, shard: int) -> Columns:
+        start = shard * self.size
+        return self.read(self.name(shard), start, min(start + self.size, self.total))
 
     @classmethod
     def open(
@@ -440,7 +470,7 @@ class Shards:
         total: int,
         size: int,
         build: Callable[[Columns], pa.Table],
-        read: Callable[[str], Columns],
+        read: Callable[[str, int, int], Columns],
         resumed: bool,
     ) -> Shards:
         """New shards; or those of an earlier run, of the size it chose, with what it finished."""
@@ -483,7 +513,7 @@ class Shards:
         if shard in self._written:
             if not sum(len(piece["image_id"]) for piece in pieces):
                 return  # what was bad before still is
-            pieces.append(self.read(self.name(shard)))
+            pieces.append(self._read(shard))
         joined = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
         order = np.argsort(joined["image_id"], kind="stable")
         columns = {name: values[order] for name, values in joined.items()}

@@ -167,10 +167,34 @@ def wide(context: Context) -> Context:
     return context
 
 
+def test_labels_follow_the_images_and_unreadable_ones_weigh_nothing(tmp_path: Path) -> None:
+    context = make_run(tmp_path, 12)
+    labeler = classifier._Labeler(context.run, context.config.classifier)
+    batch = {
+        "image_id": np.array([7, 2, 11]),
+        "reason": np.array(["", "not found", ""], dtype=object),
+        "pixels0": np.zeros((3, 3, 4, 4), np.uint8),
+    }
+    out = labeler(batch)
+    assert out["label"].tolist() == [(7 + 1) % 3, 0, 0]
+    _, weights = classifier._targets(context.run, context.config.classifier)
+    np.testing.assert_allclose(out["weight"], [weights[5], 0, weights[9]])
+    assert out["image"].dtype == torch.uint8 and out["label"].dtype == torch.int64
+
+
 def test_finetune_in_process(tmp_path: Path) -> None:
+    """At first with an image that was embedded, but can no longer be read."""
     context = wide(make_run(tmp_path, 62, [*FINETUNE, "classifier.num_workers=0"]))
+    lost = tmp_path / "images" / "0007.png"
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(StageError, match=r"1 images.*0007\.png.*classifier is kept"):
+        classifier.STAGE.run(context)
+    weights = context.run.read_bytes("classifier", "classifier.safetensors")
+    lost.write_bytes(content)
     outcome = classifier.STAGE.run(context)
     run = finish(context, outcome)
+    assert run.read_bytes("classifier", "classifier.safetensors") == weights
     assert outcome.rows == 60 and outcome.results["kind"] == "finetune"
     history = run.read_json("classifier", "history.json")
     assert [entry["epoch"] for entry in history] == [1, 2]
@@ -207,20 +231,6 @@ def test_finetune_goes_on_after_the_last_epoch(
     classifier.STAGE.run(context)
     assert epochs == [0, 1, 1]
     assert [e["epoch"] for e in context.run.read_json("classifier", "history.json")] == [1, 2]
-
-
-def test_images_that_vanish_after_training_are_named(tmp_path: Path) -> None:
-    context = wide(make_run(tmp_path, 38, [*FINETUNE, "classifier.num_workers=0"]))
-    lost = tmp_path / "images" / "0007.png"
-    content = lost.read_bytes()
-    lost.unlink()
-    with pytest.raises(StageError, match=r"1 images.*0007\.png"):
-        classifier.STAGE.run(context)
-    written = context.run.read_bytes("classifier", "classifier.safetensors")
-    lost.write_bytes(content)
-    outcome = classifier.STAGE.run(context)
-    assert outcome.rows == 36
-    assert context.run.read_bytes("classifier", "classifier.safetensors") == written
 
 
 def test_workers_must_leave_a_core_for_decoding(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The trainer against the formula in plain loops, against itself split over workers, and resumed."""
+"""The trainer against the formula in loops, and against itself: split over workers, resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 POISON = 10**9  # an id that no row has: reading it raises
 
 
-def blobs(rows=240, features=12, clusters=3, most=6, noise=0.05, seed=0):
+def blobs(rows=240, features=12, clusters=3, most=6, noise=0.2, seed=0):
     """Unit rows around orthogonal centers, neighbors by brute force, labels. Counts vary; ids
     beyond a row's count are poisoned."""
     rng = np.random.default_rng(seed)
@@ -196,7 +196,7 @@ def test_by_data_the_workers_share_out_the_batch(run_workers, batch):
         x, y = make(batch_size=batch, split="data", group=group)._draw_pairs()
         return list(zip(x.tolist(), y.tolist(), strict=True))
 
-    assert sorted(sum(run_workers(3, work), [])) == whole
+    assert sorted(pair for part in run_workers(3, work) for pair in part) == whole
 
 
 # --- what it finds -------------------------------------------------------------------------------
@@ -212,11 +212,9 @@ def test_separated_blobs_are_found(options):
     trainer.start()
     train(trainer)
     assignments = trainer.assign()
-    perfect = 0
     for column in assignments.T:
         pairs = set(zip(column.tolist(), LABELS.tolist(), strict=True))
-        perfect += len(pairs) == 3 == len({cluster for cluster, _ in pairs})
-    assert perfect >= 3  # a head may fall into a local optimum; an ensemble stands that
+        assert len(pairs) == 3 == len({cluster for cluster, _ in pairs})
 
 
 def test_training_lowers_the_loss_and_keeps_clusters_alive():
@@ -411,9 +409,9 @@ class CountOps(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{}, {"hidden": (16, 8)}], ids=str)
-def test_a_step_of_many_heads_makes_no_more_calls_than_of_one(options):
+def test_a_step_of_many_heads_makes_no_more_calls_than_of_two(options):
     counts = []
-    for heads in (1, 2, 9):
+    for heads in (2, 9, 17):
         trainer = make(count=heads, **options)
         trainer.step()
         with CountOps() as ops:
@@ -505,13 +503,13 @@ def test_many_clusters_need_wider_numbers():
 @pytest.mark.parametrize(("count", "world"), [(5, 1), (5, 2), (16, 3), (3, 3)])
 def test_heads_are_shared_out_once_and_evenly(count, world):
     shares = [core.own_heads(count, rank, world) for rank in range(world)]
-    assert sorted(sum(shares, [])) == list(range(count))
+    assert sorted(n for share in shares for n in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_defaults_grow_with_the_number_of_classes():
     assert [core.default_steps(k) for k in (2, 10, 1000)] == [600, 600, 6000]
-    assert [core.default_batch(k) for k in (2, 100, 1000)] == [1024, 3200, 16_384]
+    assert [core.default_batch(k) for k in (2, 100, 900)] == [1024, 1024, 4096]
 
 
 @pytest.mark.parametrize("components", [None, 4, 99])

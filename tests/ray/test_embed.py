@@ -1,0 +1,334 @@
+"""Embedding and prediction through Ray Data, with a tiny random model."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from icce_ray import config as configs
+from icce_ray.artifacts import PREDICTIONS_SCHEMA, Manifest, RunDirectory
+from icce_ray.cluster import Cluster
+from icce_ray.config import Config
+from icce_ray.core import backbone as backbones
+from icce_ray.core import classifier as classifiers
+from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
+from icce_ray.progress import Reporter
+from icce_ray.stages import Context, embed, index, predict, streaming
+
+BACKBONE = {"name": "test_resnet", "pretrained": False, "image_size": 32}
+
+
+def write_images(folder: Path, count: int, start: int = 0) -> None:
+    rng = np.random.default_rng(start)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(start, start + count):
+        values = rng.integers(0, 256, (rng.integers(8, 60), rng.integers(8, 60), 3), np.uint8)
+        Image.fromarray(values).save(folder / f"{number:04d}.png")
+
+
+def make(tmp_path: Path, *overrides: str, **tree: Any) -> Config:
+    base = {
+        "num_classes": 2,
+        "run_dir": str(tmp_path / "run"),
+        "data": {"path": str(tmp_path / "images")},
+        "backbone": BACKBONE,
+        "embed": {"precision": "float32", "shard_size": 16, "batch_size": 8},
+    }
+    return configs.load({**base, **tree}, overrides)
+
+
+def start(config: Config, resumed: bool = False) -> tuple[Context, Any]:
+    """Index, then embed."""
+    run = RunDirectory(config.run_dir)
+    context = Context(config, run, Reporter(run, quiet=True), Cluster(config.ray))
+    if not resumed:
+        outcome = index.STAGE.run(context)
+        run.finish("index", Manifest("index", "x", {}, {}, outcome.rows, 0.0, outcome.results))
+    context.resumed = run.begin("embeddings", {"fingerprint": "x"})
+    return context, embed.STAGE.run(context)
+
+
+def finish(context: Context, outcome: Any) -> np.ndarray:
+    manifest = Manifest("embed", "x", {}, {}, outcome.rows, 0.0, outcome.results)
+    context.run.finish("embeddings", manifest)
+    return context.run.matrix("embeddings", "embedding")
+
+
+def reference(config: Config, paths: list[Path]) -> np.ndarray:
+    """The same features, one image at a time, without Ray."""
+    spaces = []
+    for one in config.backbone:
+        model = backbones.load(one)
+        arrays = [model.transform(Image.open(path).convert("RGB")) for path in paths]
+        spaces.append(torch.cat([model.embed(torch.from_numpy(a)[None]) for a in arrays]))
+    return backbones.join(spaces).numpy()
+
+
+# --- without Ray ---------------------------------------------------------------------------------
+
+
+def test_cores_are_shared_so_that_both_sides_run() -> None:
+    class Fake(Cluster):
+        def __init__(self, cpus: int, gpus: int, nodes: int) -> None:
+            super().__init__()
+            self.have = (cpus, gpus, nodes)
+
+        def resources(self) -> Any:
+            cpus, gpus, nodes = self.have
+            return type("R", (), {"cpus": cpus, "gpus": gpus, "nodes": nodes})
+
+    for cpus, gpus, nodes, actors in (
+        *((1, 0, 1, 1), (2, 0, 1, 1), (4, 0, 1, 1), (64, 0, 1, 1), (2, 0, 1, 8), (64, 0, 4, 4)),
+        *((16, 8, 1, None), (64, 4, 4, None), (0, 0, 1, 1)),
+    ):
+        settings = configs.EmbedConfig(max_actors=actors)
+        pool = streaming.share(Fake(cpus, gpus, nodes), settings, rows=10**6)
+        assert pool.most == (actors or gpus)
+        assert pool.cpus != pool.decode_cpus  # else Ray fuses both into one actor
+        free = max(1, cpus) - pool.cpus * pool.most
+        assert free >= pool.decode_cpus, "no room for decoding: deadlock"
+        assert pool.threads >= 1
+    few = streaming.share(Fake(16, 8, 1), configs.EmbedConfig(batch_size=256), rows=300)
+    assert few.most == 2  # no more actors than batches
+
+
+def test_given_embeddings(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(37, 5)).astype(np.float32)
+    values[3] *= 1e30  # its squares overflow
+    np.save(tmp_path / "e.npy", values)
+    pq.write_table(pa.table({"embedding": list(values)}), tmp_path / "e.parquet", row_group_size=10)
+    unit = values.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    for name, limit in (("e.npy", None), ("e.parquet", None), ("e.npy", 20), ("e.parquet", 20)):
+        data = {"embeddings": str(tmp_path / name), "limit": limit}
+        config = make(tmp_path, data=data, run_dir=str(tmp_path / f"{name}{limit}"))
+        matrix = finish(*start(config))
+        expected = unit[np.arange(limit) * 37 // limit] if limit else unit
+        assert matrix.dtype == np.float16
+        np.testing.assert_allclose(matrix, expected, atol=1e-3)
+        assert embed.features(config) == 5
+
+
+def test_given_embeddings_that_are_bad(tmp_path: Path) -> None:
+    values = np.ones((40, 3))
+    values[[5, 20, 30]] = [[np.nan, 1, 1], [0, 0, 0], [1, np.inf, 1]]
+    np.save(tmp_path / "e.npy", values)
+    with pytest.raises(DataError, match=r"3 rows are zero or .*rows 5, 20, 30"):
+        start(make(tmp_path, data={"embeddings": str(tmp_path / "e.npy")}))
+
+
+def test_shards_accept_any_order_and_repetitions(tmp_path: Path) -> None:
+    run, rng = RunDirectory(str(tmp_path)), np.random.default_rng(0)
+    values = rng.normal(size=(50, 3)).astype(np.float16)
+    shards = streaming.Shards(run, "s", 50, 8, embed._table, lambda *_: {})
+    order = rng.permutation(50)
+    bad = np.isin(np.arange(50), [0, 8, 9, 10, 11, 12, 13, 14, 15, 49])  # a whole shard among them
+    for part in [*np.array_split(order, 7), order[:20]]:
+        shards.add({"image_id": part, "embedding": values[part]}, ~bad[part])
+    shards.check()
+    assert shards.rows == 40
+    table = run.read_table("s")
+    assert table["image_id"].to_pylist() == np.flatnonzero(~bad).tolist()
+    assert len(run.list("s")) == 7
+
+
+def test_settings_that_change_nothing_are_left_out(tmp_path: Path) -> None:
+    a = embed.STAGE.settings(make(tmp_path))
+    assert a == embed.STAGE.settings(make(tmp_path, "embed.shard_size=3", "embed.batch_size=1"))
+    assert a == embed.STAGE.settings(make(tmp_path, "embed.max_bad_fraction=0.5"))
+    assert a != embed.STAGE.settings(make(tmp_path, "embed.precision=bfloat16"))
+    assert a != embed.STAGE.settings(make(tmp_path, "backbone.image_size=64"))
+
+
+def test_preflight(tmp_path: Path) -> None:
+    embed.preflight(make(tmp_path))
+    with pytest.raises(ConfigError, match="no model"):
+        embed.preflight(make(tmp_path, "backbone.name=nope"))
+    assert embed.features(make(tmp_path)) == 96
+
+
+# --- with Ray ------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_features_quarantine_and_prediction(tmp_path: Path, ray_session: None) -> None:
+    """One pass over good and bad images, two backbones; then the same images classified."""
+    folder = tmp_path / "images"
+    write_images(folder, 45)
+    (folder / "0007.png").write_bytes(b"")
+    (folder / "0020.png").write_bytes((folder / "0020.png").read_bytes()[:200])
+    two = [BACKBONE, {**BACKBONE, "name": "test_vit", "image_size": 48}]
+    config = make(tmp_path, "embed.max_bad_fraction=0.1", backbone=two)
+    context, outcome = start(config)
+    matrix = finish(context, outcome)
+
+    good = [i for i in range(45) if i not in (7, 20)]
+    assert outcome.rows == 43
+    assert context.run.matrix("embeddings", "image_id").tolist() == good
+    expected = reference(config, [folder / f"{i:04d}.png" for i in good])
+    np.testing.assert_allclose(matrix, expected, atol=2e-3)
+    assert len(context.run.list("embeddings", ".parquet")) == 4  # 3 shards, quarantine
+    bad = context.run.read_table("embeddings", "quarantine.parquet").to_pylist()
+    assert [(row["image_id"], row["reason"]) for row in bad][0] == (7, "empty file")
+    assert bad[1]["uri"].endswith("0020.png") and bad[1]["reason"]
+    results = outcome.results
+    assert (results["features"], results["quarantined"]) == (160, 2)
+    assert [one["features"] for one in results["backbones"]] == [96, 64]
+    assert len(results["backbones"][0]["sha256"]) == 64
+
+    check_prediction(tmp_path, context, results, expected)
+
+
+def check_prediction(tmp_path: Path, context: Context, results: Any, expected: np.ndarray) -> None:
+    torch.manual_seed(0)
+    model = classifiers.Classifier("linear", 160, 5)
+    torch.nn.init.normal_(model.out.weight, std=10)
+    weights, description = classifiers.save(model, {"backbone": results["backbones"]})
+    run, out = context.run, str(tmp_path / "out")
+    run.write_bytes(weights, "classifier", "classifier.safetensors")
+    run.write_json(description, "classifier", "classifier.json")
+    run.write_bytes(configs.to_yaml(context.config).encode(), "config.yaml")
+    run.finish("classifier", Manifest("classifier", "x", {}, {}, 43, 0.0))
+    arguments = (run.uri, str(tmp_path / "images"), out)
+    done = predict.predict(*arguments, quiet=True)
+
+    with torch.inference_mode():
+        probability = model(torch.from_numpy(expected)).softmax(1)
+    table = RunDirectory(str(tmp_path)).read_table("out")
+    assert table.schema.equals(PREDICTIONS_SCHEMA)
+    assert [Path(uri).name for uri in table["uri"].to_pylist()] == [
+        f"{i:04d}.png" for i in range(45)
+    ]
+    cluster = table["cluster"].to_numpy()
+    assert np.flatnonzero(cluster < 0).tolist() == [7, 20] and done.results["bad"] == 2
+    assert table["reason"].to_pylist()[7] == "empty file"
+    assert np.array_equal(cluster[cluster >= 0], probability.argmax(1).numpy())
+    confidence = table["confidence"].to_numpy()[cluster >= 0]
+    np.testing.assert_allclose(confidence, probability.amax(1), atol=1e-4)
+
+    assert predict.predict(*arguments, quiet=True) == done  # nothing is done twice
+    Path(out, "manifest.json").rename(tmp_path / "kept.json")
+    before = {
+        name: (tmp_path / "out" / name).stat().st_mtime_ns for name in ("part-00001.parquet",)
+    }
+    with pytest.raises(ArtifactError, match="other files"):
+        predict.predict(*arguments, quiet=True)
+    assert before == {n: (tmp_path / "out" / n).stat().st_mtime_ns for n in before}
+    with pytest.raises(ArtifactError, match="other predictions"):
+        (tmp_path / "kept.json").rename(Path(out, "manifest.json"))
+        predict.predict(run.uri, str(tmp_path / "images"), out, overrides=["data.limit=5"])
+    with pytest.raises(ConfigError, match="alone"):
+        predict.predict(*arguments, overrides=["heads.count=3"])
+
+
+@pytest.mark.ray
+def test_restart_does_only_what_is_missing(tmp_path: Path, ray_session: None) -> None:
+    folder = tmp_path / "images"
+    write_images(folder, 40)
+    config = make(tmp_path, "embed.max_bad_fraction=0.1")
+    broken, whole = folder / "0005.png", (folder / "0005.png").read_bytes()
+    broken.write_bytes(b"")
+    context, outcome = start(config)
+    assert outcome.rows == 39
+    parts = Path(context.run.path("embeddings"))
+    untouched = (parts / "part-00001.parquet").stat().st_mtime_ns
+    (parts / "part-00002.parquet").write_bytes(b"damaged")
+    broken.write_bytes(whole)  # repaired by the user: the restart takes it in
+
+    again = make(tmp_path, "embed.shard_size=5")  # where and how fast, so the old size holds
+    context, outcome = start(again, resumed=True)
+    assert context.resumed and outcome.rows == 40
+    assert (parts / "part-00001.parquet").stat().st_mtime_ns == untouched
+    matrix = finish(context, outcome)
+    assert context.run.matrix("embeddings", "image_id").tolist() == list(range(40))
+    paths = [folder / f"{i:04d}.png" for i in range(40)]
+    np.testing.assert_allclose(matrix, reference(config, paths), atol=2e-3)
+    assert not context.run.read_table("embeddings", "quarantine.parquet").num_rows
+
+
+@pytest.mark.ray
+def test_too_many_bad_images(tmp_path: Path, ray_session: None) -> None:
+    folder = tmp_path / "images"
+    write_images(folder, 20)
+    for number in range(0, 20, 4):
+        (folder / f"{number:04d}.png").write_bytes(b"nonsense")
+    message = r"5 of 20 images \(25\.0%\).*0000\.png: not an image.*quarantine\.parquet"
+    with pytest.raises(DataError, match=message):
+        start(make(tmp_path))
+    bad = RunDirectory(str(tmp_path / "run")).read_table("embeddings", "quarantine.parquet")
+    assert bad["image_id"].to_pylist() == [0, 4, 8, 12, 16]
+
+
+@pytest.mark.ray
+def test_errors_of_the_workers_keep_their_type(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "images", 4)
+    with pytest.raises(ConfigError, match=r"does not suit test_vit") as caught:
+        start(make(tmp_path, "backbone.name=test_vit", "backbone.image_size=7"))
+    assert "Traceback" not in str(caught.value)
+
+    state = backbones.load(make(tmp_path).backbone[0]).model.state_dict()
+    state["stem.conv1.weight" if "stem.conv1.weight" in state else next(iter(state))].fill_(
+        float("nan")
+    )
+    torch.save(state, tmp_path / "nan.pth")
+    weights = {**BACKBONE, "pretrained": True, "weights": str(tmp_path / "nan.pth")}
+    with pytest.raises(StageError, match=r"test_resnet gave .* zero or not finite.*\.png"):
+        start(make(tmp_path, backbone=weights, run_dir=str(tmp_path / "other")))
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+import test_embed
+config = test_embed.make(Path({folder!r}), "ray.num_cpus={cpus}", "embed.shard_size=64")
+context, outcome = test_embed.start(config, resumed=len(sys.argv) > 1)
+print("rows", outcome.rows, "resumed", context.resumed)
+context.cluster.stop()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_killed_in_the_middle_on_few_cores(tmp_path: Path, cpus: int) -> None:
+    """SIGKILL in mid-embed, then the same call: shards that were finished stay as they are."""
+    write_images(tmp_path / "images", 1500)
+    here = str(Path(__file__).resolve().parent)
+    script = SCRIPT.format(here=here, folder=str(tmp_path), cpus=cpus)
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    parts = tmp_path / "run" / "embeddings"
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 180
+        while not list(parts.glob("part-*.parquet")):
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*.parquet")}
+    assert 0 < len(kept) < 24, "the kill came too late to show anything"
+    again = subprocess.run(
+        [*command, "again"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert re.search("rows 1500 resumed True", again.stdout), again.stderr[-3000:]
+    assert kept == {name: (parts / name).stat().st_mtime_ns for name in kept}
+    ids = RunDirectory(str(tmp_path / "run")).read_table("embeddings", columns=["image_id"])
+    assert ids["image_id"].to_pylist() == list(range(1500))
