@@ -242,7 +242,10 @@ class RunDirectory:
         try:
             return json.loads(self.read_bytes(*parts))
         except ValueError as error:
-            raise ArtifactError(f"{self.path(*parts)} is damaged: {error}") from None
+            raise ArtifactError(
+                f"{self.path(*parts)} is damaged ({error}). Delete the folder it is in, and run again "
+                "to have it made anew."
+            ) from None
 
     def read_table(self, *parts: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file, or all shards of a folder, in name order (quarantine left out)."""

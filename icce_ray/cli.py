@@ -111,7 +111,7 @@ def predict(
         list[str] | None,
         typer.Argument(
             metavar="out=FOLDER KEY=VALUE",
-            help="Where the predictions go, and embed.* settings.",
+            help="Where to (default: RUN_DIR/predictions); embed.* and data.* settings.",
         ),
     ] = None,
 ) -> None:
@@ -122,13 +122,11 @@ def predict(
     stage.predict(run_dir, images, out, overrides=rest)
 
 
-def _take_out(overrides: list[str]) -> tuple[str, list[str]]:
-    from icce_ray.errors import ConfigError
-
+def _take_out(overrides: list[str]) -> tuple[str | None, list[str]]:
+    """The last out=..., and the other overrides."""
     found = [text[4:] for text in overrides if text.startswith("out=")]
-    if len(found) != 1 or not found[0]:
-        raise ConfigError("say where the predictions go: out=FOLDER (or out=s3://...)")
-    return found[0], [text for text in overrides if not text.startswith("out=")]
+    rest = [text for text in overrides if not text.startswith("out=")]
+    return (found[-1] if found else None) or None, rest
 
 
 @app.command()

@@ -28,6 +28,6 @@ class ArtifactError(IcceError):
 
 
 class StageError(IcceError):
-    """A stage failed while it ran (workers lost for good, a loss that is not finite, a full disk)."""
+    """A stage failed while it ran: workers lost for good, a loss not finite, a full disk."""
 
     exit_code = 5

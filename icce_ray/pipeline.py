@@ -19,7 +19,7 @@ from typing import Any
 from rich.table import Table
 
 from icce_ray import config as configs
-from icce_ray.artifacts import Manifest, RunDirectory, differing_keys, fingerprint
+from icce_ray.artifacts import PARTIAL, Manifest, RunDirectory, differing_keys, fingerprint
 from icce_ray.cluster import Cluster
 from icce_ray.config import Config
 from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError
@@ -97,6 +97,8 @@ def _classify(
             return step("run")
         if partial["fingerprint"] == print_ and not fresh & set(stage.needs):
             return step("resume", "half done")
+        if run.list(stage.folder) == [PARTIAL]:
+            return step("run")  # begun with other settings, but there is nothing to lose
         return _changed(step, partial["settings"], stage.settings(config), "half done")
     if done.fingerprint != print_:
         return _changed(step, done.settings, stage.settings(config), "done")
@@ -305,7 +307,7 @@ def _run_chain(context: Context, chosen: Sequence[str]) -> None:
 def _run_stage(context: Context, step: Step) -> None:
     stage, run, reporter = step.stage, context.run, context.reporter
     reporter.stage, reporter.events = stage.name, []
-    mark = {
+    mark: dict[str, Any] = {
         "fingerprint": step.fingerprint,
         "settings": stage.settings(context.config),
         "inputs": {need: _id(run, need) for need in stage.needs},

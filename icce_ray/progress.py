@@ -136,7 +136,8 @@ class Reporter:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=self.console, transient=True) as self._progress:
+            with Progress(*columns, console=self.console, transient=True) as progress:
+                self._progress = progress
                 self._task = self._progress.add_task(title, total=total, completed=done, note="")
                 try:
                     yield bar

@@ -37,10 +37,8 @@ class BatchedLinear(nn.Module):
             weight.uniform_(-bound, bound, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 2:
-            out = self._shared_input(x)
-        else:
-            out = torch.bmm(x, self.weight.to(x.dtype))
+        shared = x.dim() == 2
+        out = self._shared_input(x) if shared else torch.bmm(x, self.weight.to(x.dtype))
         return out if self.bias is None else out + self.bias
 
     def _shared_input(self, x: Tensor) -> Tensor:

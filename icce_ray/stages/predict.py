@@ -138,8 +138,8 @@ def _target(out: str) -> tuple[str, RunDirectory]:
 def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> dict[str, Any]:
     """What partial results must have been made for to be reused."""
     digest = hashlib.sha256()
-    for buffer in table["uri"].combine_chunks().chunk(0).buffers()[1:]:
-        digest.update(buffer)
+    for batch in table.select(["uri"]).to_batches(max_chunksize=65_536):
+        digest.update("\n".join(batch.column(0).to_pylist()).encode() + b"\n")
     found = {
         "images": listing.absolute(images),
         "count": table.num_rows,

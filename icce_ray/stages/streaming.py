@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from icce_ray import images
+from icce_ray import errors, images
 from icce_ray.artifacts import QUARANTINE_SCHEMA, RunDirectory
 from icce_ray.cluster import Cluster
 from icce_ray.config import BackboneConfig, EmbedConfig
@@ -127,27 +128,38 @@ class Worker:
     def __init__(self, model: Model, threads: int, gpu: bool) -> None:
         import torch
 
-        self.model, self.note, self.error = model, "", None
+        self.model, self.note = model, ""
         if not gpu:
             torch.set_num_threads(threads)
         self.device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+        self.error: IcceError | None = None
         try:
             self.note = json.dumps(model.load(self.device))
-        except IcceError as error:  # raised with the first batch: from here Ray would hide its type
+        except IcceError as error:
             self.error = error
 
     def __call__(self, batch: Columns) -> Columns:
-        """Results of one batch; the first one carries what was loaded, as JSON, in `note`."""
+        """Results of one batch; the first one carries what was loaded, as JSON, in `note`.
+
+        An error of ours comes back as data: Ray would hide its type behind one of its own.
+        """
+        notes = np.full(len(batch["image_id"]), "", dtype=object)
+        common = {"image_id": batch["image_id"], "reason": batch["reason"], "note": notes}
+        try:
+            found = self._results(batch)
+        except IcceError as error:
+            notes[0] = json.dumps({"error": type(error).__name__, "message": str(error)})
+            return common
+        notes[0], self.note = self.note, ""
+        return {**common, **found}
+
+    def _results(self, batch: Columns) -> Columns:
         import torch
 
         if self.error is not None:
             raise self.error
         names = sorted(name for name in batch if name.startswith("pixels"))
-        pixels = [torch.from_numpy(np.array(batch[name])) for name in names]
-        found = self._compute(pixels)
-        notes = np.full(len(batch["image_id"]), "", dtype=object)
-        notes[0], self.note = self.note, ""
-        return {"image_id": batch["image_id"], "reason": batch["reason"], "note": notes, **found}
+        return self._compute([torch.from_numpy(np.array(batch[name])) for name in names])
 
     def _compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
         """Halves the batch where the device's memory does not suffice."""
@@ -222,10 +234,11 @@ def stream(cluster: Cluster, table: pa.Table, job: Job) -> Iterator[Columns]:
     Yields image_id, reason, note and what the model computes.
 
     Raises:
-        IcceError: what a task or actor raised of our own.
-        StageError: anything else that went wrong in them.
+        IcceError: what an actor raised of our own.
+        StageError: anything else that went wrong in tasks or actors.
     """
     ray = cluster.start()
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as exceptions
     pool = share(cluster, job.settings, table.num_rows)
     dataset = _dataset(ray, table, job, pool)
     try:
@@ -233,12 +246,28 @@ def stream(cluster: Cluster, table: pa.Table, job: Job) -> Iterator[Columns]:
         with _hushed():
             first = next(batches, None)
         if first is not None:
-            yield first
-            yield from batches
+            yield _checked(first)
+            yield from map(_checked, batches)
     except IcceError:
         raise
     except Exception as error:
-        raise _translated(error) from None
+        raise StageError(f"a worker failed: {_reason(error)}") from None
+
+
+def _checked(batch: Columns) -> Columns:
+    """Raise the error that a batch brings."""
+    for note in batch["note"][batch["note"].astype(bool)]:
+        found = json.loads(note)
+        if isinstance(found, dict):
+            raise getattr(errors, found["error"], StageError)(found["message"])
+    return batch
+
+
+def _reason(error: BaseException) -> str:
+    """The line that matters in Ray's report of an exception."""
+    text = str(error).split("The above exception was the direct cause")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1][:500]
 
 
 @contextlib.contextmanager
@@ -287,19 +316,6 @@ def _dataset(ray: Any, table: pa.Table, job: Job, pool: Pool) -> Any:
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
     )
-
-
-def _translated(error: BaseException) -> IcceError:
-    """The error of ours that is behind one of Ray's, else a StageError with its last line."""
-    seen: BaseException | None = error
-    for _ in range(10):
-        if isinstance(seen, IcceError):
-            return seen
-        if seen is None:
-            break
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return StageError(f"a worker failed: {(lines or [type(error).__name__])[-1][:500]}")
 
 
 class Pace:

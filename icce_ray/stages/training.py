@@ -161,7 +161,8 @@ def _worker_main(config: Mapping[str, Any]) -> None:
         config["loop"](worker, config["config"])
     except IcceError as error:
         _write_error(run, config, type(error).__name__, str(error))
-        raise
+        if worker.world > 1:  # the others wait for this one; alone, ending is enough
+            raise
     except Exception:
         _write_error(run, config, "", traceback.format_exc())
         raise
@@ -210,6 +211,9 @@ def fit(
     with context.reporter.bar(title, total, unit, done=0) as bar:
         _watch(context, folder, token, thread, bar.update, done)
     thread.join()
+    ours = _written_error(context.run, folder, token)
+    if ours is not None:
+        raise ours
     if outcome:
         raise _explain(context.run, folder, token, outcome[0])
 
@@ -285,6 +289,9 @@ def _watch(
     poll = POLL if run.is_local else REMOTE_POLL
     while thread.is_alive():
         thread.join(poll)
+        ours = _written_error(run, folder, token)
+        if ours is not None:  # Ray would start the group again, to fail in the same way
+            raise ours
         state = _read_progress(run, folder)
         if state is None or state.get("token") != token:
             if attempts == 0 and time.monotonic() > deadline:
@@ -309,18 +316,28 @@ def _say_attempt(context: Context, state: Mapping[str, Any], before: int, resume
         context.reporter.event(f"resumed from the checkpoint at {resumed:,}")
 
 
-def _explain(run: RunDirectory, folder: str, token: str, error: BaseException) -> BaseException:
-    """Turn Ray's error into the one that the loop raised, where it did."""
-    if isinstance(error, IcceError):
-        return error
+def _read_error(run: RunDirectory, folder: str, token: str) -> dict[str, str]:
     try:
         written = run.read_json(folder, TRAIN, "error.json")
     except (ArtifactError, OSError):
-        written = {}
-    if written.get("token") == token and written.get("kind"):
-        kind = getattr(errors, written["kind"], StageError)
-        return kind(written["text"])
-    detail = written.get("text") if written.get("token") == token else None
+        return {}
+    return written if written.get("token") == token else {}
+
+
+def _written_error(run: RunDirectory, folder: str, token: str) -> IcceError | None:
+    """The error of ours that a worker of this fit raised, if one did."""
+    written = _read_error(run, folder, token)
+    if not written.get("kind"):
+        return None
+    kind: type[IcceError] = getattr(errors, written["kind"], StageError)
+    return kind(written["text"])
+
+
+def _explain(run: RunDirectory, folder: str, token: str, error: BaseException) -> BaseException:
+    """Ray's error, with what the worker said."""
+    if isinstance(error, IcceError):
+        return error
+    detail = _read_error(run, folder, token).get("text")
     reason = detail or str(error) or type(error).__name__
     return StageError(
         f"training in {folder} failed, after {type(error).__name__}. Run the same command again "

@@ -177,7 +177,8 @@ def test_ground_truth_changes_no_prediction(embeddings: Path, ray_session: None)
         second = pq.read_table(wrong / stage / "part-00000.parquet")
         assert first.equals(second)
     accuracy = [
-        json.loads((run / "evaluation" / "metrics.json").read_text())["acc"] for run in (true, wrong)
+        json.loads((run / "evaluation" / "metrics.json").read_text())["acc"]
+        for run in (true, wrong)
     ]
     assert accuracy[0] == 1.0
     assert accuracy[1] < 0.6

@@ -113,22 +113,15 @@ def test_a_resumed_search_may_cut_the_rows_anew(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, brute(20), atol=2e-3)
 
 
-def test_done_shards_are_not_searched_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_done_shards_are_not_searched_again(tmp_path: Path) -> None:
     context = make_run(tmp_path, ["neighbors.query_rows=300"])
     for start in (0, 300):
         neighbors._search_task(context.run, start, start + 300, 20, False, 1, 1)
-    monkeypatch.setattr(neighbors, "_search_task", None)  # a task of it could not even be made
-    assert context.run.list("neighbors/top") == [
-        "rows-0000000000-0000000300.parquet",
-        "rows-0000000300-0000000600.parquet",
-    ]
-    monkeypatch.undo()
-    before = (tmp_path / "neighbors/top/rows-0000000000-0000000300.parquet").stat().st_mtime_ns
+    shards = sorted((tmp_path / "neighbors" / "top").iterdir())
+    before = [shard.stat().st_mtime_ns for shard in shards]
     neighbors._search_shards(context, ROWS, FEATURES, 20)
-    after = (tmp_path / "neighbors/top/rows-0000000000-0000000300.parquet").stat().st_mtime_ns
-    assert before == after
+    assert sorted((tmp_path / "neighbors" / "top").iterdir()) == shards
+    assert [shard.stat().st_mtime_ns for shard in shards] == before and len(before) == 2
 
 
 def test_one_image_has_no_neighbors(tmp_path: Path) -> None:
@@ -146,8 +139,9 @@ def test_training_in_process_finds_the_blobs_and_writes_all(tmp_path: Path) -> N
     assignments, outcome = trained(context)
     run, (_, labels) = context.run, blobs()
     assert assignments.shape == (ROWS, HEADS) and assignments.dtype == np.int16
-    right = [len(set(zip(column, labels, strict=True))) == CLUSTERS for column in assignments.T]
-    assert sum(right) >= 3
+    tables = [np.histogram2d(column, labels, bins=CLUSTERS)[0] for column in assignments.T]
+    purity = [table.max(1).sum() / ROWS for table in tables]
+    assert np.median(purity) > 0.9, purity
     assert outcome.rows == ROWS and outcome.results["workers"] == 0
     assert outcome.results["clusters_used"] == [CLUSTERS] * HEADS
     assert len(outcome.results["final_loss"]) == HEADS
@@ -167,10 +161,9 @@ def test_training_in_process_finds_the_blobs_and_writes_all(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["heads"])
-def test_two_workers_find_exactly_what_one_process_does(tmp_path: Path, split: str) -> None:
-    alone, _ = trained(with_neighbors(tmp_path / "alone", [f"heads.split={split}"]))
-    context = with_neighbors(tmp_path / "two", ["heads.num_workers=2", f"heads.split={split}"])
+def test_two_workers_find_exactly_what_one_process_does(tmp_path: Path) -> None:
+    alone, _ = trained(with_neighbors(tmp_path / "alone"))
+    context = with_neighbors(tmp_path / "two", ["heads.num_workers=2"])
     together, outcome = trained(context)
     assert outcome.results["workers"] == 2
     assert (together == alone).all()
@@ -251,7 +244,7 @@ def test_an_error_of_ours_keeps_its_kind_and_text(tmp_path: Path) -> None:
 
 def save(checkpoints: training.Checkpoints, step: int, world: int) -> None:
     for rank in range(world):
-        numbers = torch.arange(6)[rank::world]
+        numbers = torch.arange(6)[rank::world].contiguous()
         checkpoints.save(step, rank, world, {"numbers": numbers, "w": numbers * 1.0})
 
 
