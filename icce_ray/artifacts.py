@@ -243,8 +243,8 @@ class RunDirectory:
             return json.loads(self.read_bytes(*parts))
         except ValueError as error:
             raise ArtifactError(
-                f"{self.path(*parts)} is damaged ({error}). Delete the folder it is in, and run again "
-                "to have it made anew."
+                f"{self.path(*parts)} is damaged ({error}). Delete its folder, and run again to "
+                "have it made anew."
             ) from None
 
     def read_table(self, *parts: str, columns: Sequence[str] | None = None) -> pa.Table:

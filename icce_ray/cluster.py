@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from icce_ray.quiet import filter_native_stderr
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "1",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives a failed run must not start Ray anew
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
@@ -76,6 +79,8 @@ class Cluster:
         extra: dict[str, Any] = {}
         if self.is_local:
             extra = {"num_cpus": self.settings.num_cpus, "include_dashboard": False}
+        main = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address=self.address,
@@ -91,6 +96,8 @@ class Cluster:
                 f"{reason[0] if reason else type(error).__name__}"
             ) from None
         self._owned = True
+        if main:  # Ray's own handler would end the process without a word to the user
+            signal.signal(signal.SIGTERM, handler)
 
     def stop(self) -> None:
         """Disconnect; a local Ray that this object started ends with it."""

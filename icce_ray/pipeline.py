@@ -261,7 +261,7 @@ def run(
             if first and overwrite:
                 _drop(directory, chosen)
             _run_chain(context, chosen)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the latter from Ray, for a signal while it starts
             reporter.say("stopped; the same command goes on from here")
             reporter.status("stopped")
             raise
@@ -295,6 +295,7 @@ def _run_chain(context: Context, chosen: Sequence[str]) -> None:
             size = _size(config, run)  # the number of images is known once index is done
             _show_plan(context, steps, size)
             _check_disk(context, steps, size)
+            evaluate.preflight(context)
             shown = True
         step = steps[position]
         if step.state not in ("done", "excluded"):

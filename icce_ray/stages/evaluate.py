@@ -92,6 +92,22 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
     return Truth(codes, [str(name) for name in names]) if (codes >= 0).any() else None
 
 
+def preflight(context: Context) -> None:
+    """Check the ground truth against the index, before anything expensive. Raises DataError."""
+    from icce_ray.stages.index import load_labels
+
+    if context.run.manifest("index") is not None:
+        _require(context.config, load_labels(context.config, context.run) is not None)
+
+
+def _require(config: Config, known: bool) -> None:
+    if config.evaluate.require_labels and not known:
+        raise DataError(
+            "evaluate.require_labels=true, but there is no ground truth. Give data.labels=FILE, "
+            "use class folders or a label column, or drop require_labels."
+        )
+
+
 def column(run: RunDirectory, folder: str, name: str, rows: int) -> np.ndarray:
     """A column of a finished stage, checked to have one row per embedding."""
     values = run.matrix(folder, name)
@@ -117,11 +133,7 @@ def run(context: Context) -> Outcome:
     """
     config, files = context.config, context.run
     known = truth(config, files, files.matrix("embeddings", "image_id"))
-    if known is None and config.evaluate.require_labels:
-        raise DataError(
-            "evaluate.require_labels=true, but there is no ground truth. Give data.labels=FILE, "
-            "use class folders or a label column, or drop require_labels."
-        )
+    _require(config, known is not None)
     rows = len(files.matrix("embeddings", "image_id"))
     clusters = np.asarray(column(files, "consensus", "cluster", rows))
     confidence = np.asarray(column(files, "consensus", "confidence", rows))

@@ -266,6 +266,26 @@ def test_by_heads_a_step_exchanges_the_pair_weights_alone(run_workers):
         assert trainer.group.calls == 0
 
 
+@pytest.mark.parametrize(("count", "world"), [(4, 3), (5, 2), (3, 3), (16, 5)])
+def test_heads_are_gathered_in_their_own_order(run_workers, count, world):
+    def work(group):
+        trainer = make(count=count, group=group)
+        return trainer._gather_heads(torch.tensor(trainer.numbers).unsqueeze(1))
+
+    for full in run_workers(world, work):
+        assert full.flatten().tolist() == list(range(count))
+
+
+def test_by_data_the_gradient_is_that_of_the_whole_batch(run_workers):
+    def work(group=None):  # AdamW hides a wrong scale
+        trainer = train(make(split="data", group=group, instance_weights=False), 1)
+        return trainer.student.last.weight.grad
+
+    whole = work()
+    for found in run_workers(2, work):
+        np.testing.assert_allclose(found, whole, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("hidden", [(), (16,)])
 def test_by_data_two_workers_are_close_to_one(run_workers, hidden, batch_norm):
