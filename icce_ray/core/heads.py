@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 BN_MOMENTUM = 0.1
 BN_EPSILON = 1e-5
+SEEDED = 100  # clusters up to which k-means is seeded with care
 LINEAR_START = 0.1  # of torch's usual deviation
 
 
@@ -185,13 +186,29 @@ def kmeans_start(sample: np.ndarray, clusters: int, seed: int) -> Tensor:
     return (sums / counts.unsqueeze(1)).T.contiguous()
 
 
+def _seeds(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
+    """Rows to begin from, [K, P]: k-means++ (Arthur & Vassilvitskii 2007); random for large K,
+    where its K passes cost more than k-means itself."""
+    if clusters > SEEDED or len(x) <= clusters:
+        picks = generator.choice(len(x), clusters, replace=len(x) < clusters)
+        return x[torch.from_numpy(picks)].clone()
+    rows = [int(generator.integers(len(x)))]
+    nearest = (x - x[rows[0]]).square().sum(1)
+    for _ in range(clusters - 1):
+        odds = nearest.double().numpy()
+        total = odds.sum()
+        p = odds / total if total > 0 else None  # all rows are alike: any will do
+        rows.append(int(generator.choice(len(x), p=p)))
+        nearest = torch.minimum(nearest, (x - x[rows[-1]]).square().sum(1))
+    return x[rows].clone()
+
+
 def lloyd(x: Tensor, clusters: int, generator: np.random.Generator, iterations: int = 20) -> Tensor:
-    """Centroids of plain k-means from random rows, [K, P]; empty clusters get random rows.
+    """Centroids of plain k-means, [K, P]; empty clusters get random rows.
 
     A start for the heads needs no better k-means, and this one runs wherever torch does.
     """
-    picks = generator.choice(len(x), clusters, replace=len(x) < clusters)
-    centroids = x[torch.from_numpy(picks)].clone()
+    centroids = _seeds(x, clusters, generator)
     for _ in range(iterations):
         nearest = torch.cdist(x, centroids).argmin(1)
         counts = torch.bincount(nearest, minlength=clusters)

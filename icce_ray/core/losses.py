@@ -66,7 +66,8 @@ def sinkhorn(
     if prior is not None:
         log_prior = prior.clamp_min(TINY).log()
         target = log_prior if log_prior.dim() == 1 else log_prior.unsqueeze(1)
-    scores = logits.float()
+    # A row's own scale would be divided out in the end; without it, few iterations get nearer.
+    scores = logits.float().log_softmax(-1)
     for _ in range(iterations):
         scores = scores - _log_column_sums(scores, group)
         if prior is not None:

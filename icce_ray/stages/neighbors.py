@@ -67,12 +67,14 @@ def _search_task(
 def _ivf_index(run: RunDirectory, matrix: np.ndarray) -> Any:
     """The node's index file, built by the first task that needs it."""
     import faiss
+    import torch
 
     done = run.manifest("embeddings")
     path = run.node_file(f"ivf-{done.id if done else 'none'}.faiss")
     with run.node_lock(path):
         if not path.exists():
             core.build_ivf(matrix, path, seed=0)
+    faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
 
 

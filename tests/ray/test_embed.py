@@ -243,6 +243,56 @@ def test_other_weights_than_before(tmp_path: Path, in_process: list[int]) -> Non
         start(config, resumed=True)
 
 
+def trained(config: Config, weights: bytes, description: dict[str, Any]) -> RunDirectory:
+    """A run directory with a finished classifier and nothing else."""
+    run = RunDirectory(config.run_dir)
+    run.write_bytes(weights, "classifier", "classifier.safetensors")
+    run.write_json(description, "classifier", "classifier.json")
+    run.write_bytes(configs.to_yaml(config).encode(), "config.yaml")
+    run.finish("classifier", Manifest("classifier", "x", {}, {}, 43, 0.0))
+    return run
+
+
+def test_prediction_by_a_finetuned_model_and_restart(tmp_path: Path, in_process: list[int]) -> None:
+    write_images(tmp_path / "new", 40)
+    config = make(tmp_path)
+    backbone = backbones.load(config.backbone[0])
+    next(backbone.model.parameters()).data.mul_(1.5)  # as if trained
+    head = classifiers.Classifier("linear", backbone.features, 3)
+    torch.nn.init.normal_(head.out.weight, std=3)
+    model = classifiers.FineTuned(backbone, head)
+    saved = classifiers.save(model, {"backbone": [config.backbone[0].model_dump(mode="json")]})
+    run = trained(config, *saved)
+    done = predict.predict(run.uri, str(tmp_path / "new"), quiet=True)
+    found = run.read_table("predictions")["cluster"].to_numpy()
+    paths = sorted((tmp_path / "new").iterdir())
+    arrays = [backbone.transform(Image.open(path).convert("RGB")) for path in paths]
+    with torch.inference_mode():
+        odds = torch.cat([model(torch.from_numpy(array)[None]) for array in arrays]).softmax(1)
+    assert found.tolist() == odds.argmax(1).tolist()
+    confidence = run.read_table("predictions")["confidence"].to_numpy()
+    np.testing.assert_allclose(confidence, odds.amax(1), atol=1e-4)
+    assert confidence.std() > 1e-3 and confidence.max() < 1
+
+    mark = {key: getattr(done, key) for key in ("fingerprint", "settings", "inputs")}
+    run.write_json(mark, "predictions", "partial.json")
+    for name in ("manifest.json", "part-00001.parquet"):
+        Path(run.path("predictions", name)).unlink()
+    predict.predict(run.uri, str(tmp_path / "new"), quiet=True)
+    assert in_process[40:] == list(range(16, 32))
+    assert run.read_table("predictions")["cluster"].to_numpy().tolist() == found.tolist()
+
+
+def test_prediction_needs_a_classifier_of_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "new", 2)
+    with pytest.raises(ArtifactError, match="no finished classifier"):
+        predict.predict(str(tmp_path / "run"), str(tmp_path / "new"))
+    saved = classifiers.save(classifiers.Classifier("linear", 4, 2))
+    run = trained(make(tmp_path), *saved)
+    with pytest.raises(ConfigError, match="given embeddings"):
+        predict.predict(run.uri, str(tmp_path / "new"))
+
+
 # --- with Ray ------------------------------------------------------------------------------------
 
 
@@ -280,11 +330,7 @@ def check_prediction(tmp_path: Path, context: Context, results: Any, expected: n
     model = classifiers.Classifier("linear", 160, 5)
     torch.nn.init.normal_(model.out.weight, std=10)
     weights, description = classifiers.save(model, {"backbone": results["backbones"]})
-    run, out = context.run, str(tmp_path / "out")
-    run.write_bytes(weights, "classifier", "classifier.safetensors")
-    run.write_json(description, "classifier", "classifier.json")
-    run.write_bytes(configs.to_yaml(context.config).encode(), "config.yaml")
-    run.finish("classifier", Manifest("classifier", "x", {}, {}, 43, 0.0))
+    run, out = trained(context.config, weights, description), str(tmp_path / "out")
     arguments = (run.uri, str(tmp_path / "images"), out)
     done = predict.predict(*arguments, quiet=True)
 
@@ -308,7 +354,7 @@ def check_prediction(tmp_path: Path, context: Context, results: Any, expected: n
     with pytest.raises(ArtifactError, match="other files"):
         predict.predict(*arguments, quiet=True)
     assert before == Path(out, "part-00001.parquet").stat().st_mtime_ns
-    with pytest.raises(ArtifactError, match="other predictions"):
+    with pytest.raises(ArtifactError, match="predictions of other images"):
         (tmp_path / "kept.json").rename(Path(out, "manifest.json"))
         predict.predict(run.uri, str(tmp_path / "images"), out, overrides=["data.limit=5"])
     with pytest.raises(ConfigError, match="alone"):
