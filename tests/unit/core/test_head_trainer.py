@@ -69,7 +69,7 @@ def softmax(values):
 
 
 def slow_sinkhorn(rows, iterations):
-    q = [[math.exp(v) for v in row] for row in rows]
+    q = [softmax(row) for row in rows]
     for _ in range(iterations):
         sums = [sum(column) for column in zip(*q, strict=True)]
         q = [[v / s for v, s in zip(row, sums, strict=True)] for row in q]

@@ -1,0 +1,76 @@
+"""What only a GPU can show. Run with `pytest -m gpu`; without a CUDA device these fail, loudly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from icce_ray.config import ClassifierConfig, HeadsConfig
+from icce_ray.core import classifier, neighbors
+from icce_ray.core.head_trainer import Data, HeadTrainer, fit_projection, project
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.fail("the gpu tests need a CUDA device, and there is none")
+    return torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def blobs() -> tuple[np.ndarray, np.ndarray]:
+    """Unit rows float16 [2000, 64] around 8 directions, and which one each belongs to."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(2000) % 8
+    rows = generator.normal(size=(8, 64))[labels] + 0.5 * generator.normal(size=(2000, 64))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16), labels
+
+
+def test_search_finds_what_the_cpu_finds(
+    device: torch.device, blobs: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbors, "BASE_CHUNK", 700)
+    matrix, _ = blobs
+    _, expected = neighbors.search(matrix, 0, len(matrix), 10)
+    ids, found = neighbors.search(matrix, 0, len(matrix), 10, device)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert not (ids == np.arange(len(ids))[:, None]).any()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_heads_train_on_the_device(
+    device: torch.device, blobs: tuple[np.ndarray, np.ndarray], precision: str
+) -> None:
+    matrix, labels = blobs
+    ids, _ = neighbors.search(matrix, 0, len(matrix), 10, device)
+    features = project(matrix, fit_projection(matrix, 32, 0), device)
+    counts = torch.full((len(ids),), 10, dtype=torch.int32, device=device)
+    data = Data(features, torch.from_numpy(ids).to(device), counts, device)
+    trainer = HeadTrainer(data, HeadsConfig(count=4, precision=precision), 8, 0, 200)
+    trainer.start()
+    for _ in range(200):
+        trainer.step()
+    assigned = trainer.assign()
+    table = np.zeros((8, 8), int)
+    np.add.at(table, (labels, assigned[:, 0]), 1)
+    assert table.max(1).sum() > 0.9 * len(labels)
+
+
+def test_probe_trains_on_the_device(
+    device: torch.device, blobs: tuple[np.ndarray, np.ndarray]
+) -> None:
+    matrix, labels = blobs
+    model, _ = classifier.train_probe(
+        matrix,
+        labels.astype(np.int64),
+        np.ones(len(labels), np.float32),
+        ClassifierConfig(epochs=5),
+        8,
+        0,
+        device=device,
+    )
+    predicted, _ = classifier.predict(model, matrix, device)
+    assert (predicted == labels).mean() > 0.95
