@@ -89,7 +89,7 @@ class Cluster:
                 configure_logging=True,
                 **extra,
             )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except Exception as error:  # Ray raises plain ones, too
             reason = str(error).strip().splitlines()
             raise StageError(
                 f"cannot {'start Ray here' if self.is_local else f'join Ray at {self.address}'}: "

@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,12 +241,7 @@ def stream(cluster: Cluster, table: pa.Table, job: Job) -> Iterator[Columns]:
     pool = share(cluster, job.settings, table.num_rows)
     dataset = _dataset(ray, table, job, pool)
     try:
-        batches = iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))
-        with _hushed():
-            first = next(batches, None)
-        if first is not None:
-            yield _checked(first)
-            yield from map(_checked, batches)
+        yield from map(_checked, dataset.iter_batches(batch_size=None, batch_format="numpy"))
     except IcceError:
         raise
     except Exception as error:
@@ -268,25 +262,6 @@ def _reason(error: BaseException) -> str:
     text = str(error).split("The above exception was the direct cause")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines or [type(error).__name__])[-1][:500]
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Drop what native code writes to stderr while workers start.
-
-    Ray prints an error-like line for every pool of actors (ray-project/ray#53727), whatever its
-    logging settings. Failures come as exceptions, so nothing is lost.
-    """
-    sys.stderr.flush()
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "w") as sink:  # noqa: PTH123
-            os.dup2(sink.fileno(), 2)
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 def _dataset(ray: Any, table: pa.Table, job: Job, pool: Pool) -> Any:
