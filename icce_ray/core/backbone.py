@@ -254,7 +254,9 @@ def _data_config(config: BackboneConfig, cfg: Any) -> dict[str, Any]:
     from timm.data import resolve_data_config
 
     size = config.image_size
-    args = {"input_size": (3, size, size)} if size else {}
+    args: dict[str, Any] = {"input_size": (3, size, size)} if size else {}
+    if config.crop:
+        args["crop_pct"] = config.crop
     return resolve_data_config(args, pretrained_cfg=cfg.to_dict())
 
 

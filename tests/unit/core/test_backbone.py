@@ -244,3 +244,10 @@ def test_models_without_pretrained_weights() -> None:
     name = next(n for n in timm.list_models() if not timm.get_pretrained_cfg(n).has_weights)
     with pytest.raises(ConfigError, match="no pretrained weights"):
         core.check(config(name, pretrained=True))
+
+
+def test_crop_says_how_much_of_the_image_is_kept():
+    own = BackboneConfig(name="tf_efficientnet_lite0", image_size=112, pretrained=False)
+    assert core.preprocess(own).resize == 128  # the model's own 0.875
+    whole = own.model_copy(update={"crop": 1.0})
+    assert core.preprocess(whole).resize == 112
