@@ -401,7 +401,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for depth, part in enumerate(parts[:-1]):
         group = _group(node, parts, depth)
-        if group is not node and part.isdigit():
+        if group is not node and part.isdecimal():
             node = group  # `part` said which one of a list
             continue
         if group.get(part) is None:
@@ -414,9 +414,9 @@ def _group(node: Any, parts: Sequence[str], depth: int) -> Any:
     """The mapping that parts[depth] is looked up in; of a list, the element it speaks of."""
     part, above = parts[depth], ".".join(parts[:depth])
     if isinstance(node, list):
-        if part.isdigit() and int(part) < len(node):
+        if part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
-        elif part.isdigit() or len(node) != 1:
+        elif part.isdecimal() or len(node) != 1:
             raise ConfigError(
                 f"{'.'.join(parts)}: {above} is a list of {len(node)}; say which one, "
                 f"from {above}.0 to {above}.{len(node) - 1}"
@@ -436,7 +436,7 @@ def _value(parts: Sequence[str], text: str) -> Any:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
-    key = ".".join(part for part in parts if not part.isdigit())
+    key = ".".join(part for part in parts if not part.isdecimal())
     kinds = {name: field.annotation for name, field, _ in describe()}
     quoted = text.lstrip().startswith(("'", '"'))
     if value is not None and not quoted and kinds.get(key) in (str, str | None):

@@ -1,0 +1,103 @@
+"""The command line's own part: help, errors, status."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from icce_ray import cli
+from icce_ray.artifacts import RunDirectory
+from icce_ray.errors import ArtifactError, ConfigError, DataError
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error."""
+    code: int | str | None = 0
+    try:
+        cli.main(list(arguments))
+    except SystemExit as leave:
+        code = leave.code
+    shown = capsys.readouterr()
+    return int(code or 0), shown.out, shown.err
+
+
+def test_bare_and_help_teach(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, err = call(capsys)
+    assert "icce-ray run quickstart" in out + err
+    for name in ("run", "predict", "status", "report", "config"):
+        code, out, _ = call(capsys, name, "--help")
+        assert code == 0 and "Usage" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        (("run", "quikstart"), ConfigError, "Did you mean 'quickstart'"),
+        (("run", "quickstart", "heads.cuont=3"), ConfigError, "heads.count"),
+        (("run", "quickstart", "num_classes=1"), ConfigError, "num_classes"),
+        (("run", "quickstart", "heads.lr=fast"), ConfigError, "heads.lr"),
+        (("run", "quickstart", "backbone.name=tf_efficientnet_lit0"), ConfigError, "lite0"),
+        (("run", "imagenet", "data.path=nowhere"), DataError, "nowhere"),
+        (("run", "quickstart", "--until", "hedas"), ConfigError, "the stages are"),
+        (("status", "nowhere"), ArtifactError, "not a run directory"),
+        (("predict", "nowhere", "images", "out=x"), ArtifactError, "classifier"),
+        (("report", "nowhere"), ArtifactError, "not a run directory"),
+    ],
+)
+def test_mistakes_give_one_error_and_no_traceback(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    kind: type[ConfigError],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, *arguments)
+    assert code == kind.exit_code
+    assert err.startswith("error: ") and text in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_config_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "config")
+    assert {"quickstart", "imagenet"} <= {line.split()[0] for line in out.splitlines()}
+    _, out, _ = call(capsys, "config", "quickstart", "heads.count=5")
+    assert "count: 5" in out and "# H: clustering heads" in out
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({"state": "done"}, "done"),
+        ({"state": "failed", "error": "why"}, "failed: why"),
+        ({"state": "running", "stage": "heads", "time": 0}, "no sign of life"),
+        (
+            {
+                "state": "running",
+                "stage": "embed",
+                "step": "embedding",
+                "done": 10,
+                "total": 1000,
+                "unit": "images",
+                "remaining_seconds": 90,
+                "time": 1e12,
+            },
+            "running embed: embedding 10 of 1,000 images, 1 min 30 s left",
+        ),
+    ],
+)
+def test_status_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, state: dict[str, object], expected: str
+) -> None:
+    RunDirectory(str(tmp_path)).write_json(state, "status.json")
+    code, out, _ = call(capsys, "status", str(tmp_path))
+    assert code == 0 and expected in out
+    assert out.count("to do") == 8
+
+
+def test_a_fresh_sign_of_life_is_believed() -> None:
+    assert "no sign" not in cli._status_line({"state": "running", "time": time.time()})
