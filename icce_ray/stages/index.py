@@ -92,7 +92,7 @@ def _run(context: Context) -> Outcome:
         run.write_table(found.table.slice(start, ROWS_PER_FILE), FOLDER, f"part-{part:05d}.parquet")
     labeled = found.table.num_rows - found.table["label"].null_count
     kind = f"{found.table.num_rows:,} of {found.found:,} images ({found.kind})"
-    context.reporter.say(f"{kind}, {labeled:,} with a label" if labeled else f"{kind}, no labels")
+    context.reporter.say(f"{kind}, {labeled:,} with a label" if labeled else kind)
     return Outcome(
         found.table.num_rows, {"kind": found.kind, "found": found.found, "labeled": labeled}
     )
