@@ -30,6 +30,7 @@ from icce_ray.core.head_trainer import (
     merge_states,
     project,
 )
+from icce_ray.core.heads import Projection
 from icce_ray.errors import ArtifactError
 from icce_ray.stages import Context, Need, Outcome, Size, Stage, training
 
@@ -49,9 +50,8 @@ def _settings(config: Config) -> dict[str, Any]:
 # --- in the workers ------------------------------------------------------------------------------
 
 
-def _load_data(run: RunDirectory, chosen: HeadsConfig, seed: int, device: torch.device) -> Data:
+def _load_data(run: RunDirectory, projection: Projection, device: torch.device) -> Data:
     matrix = run.matrix("embeddings", "embedding")
-    projection = fit_projection(matrix, chosen.pca, seed)
     ids = torch.from_numpy(np.array(run.matrix("neighbors", "ids"))).to(device)
     counts = torch.from_numpy(np.array(run.matrix("neighbors", "count"))).to(device)
     return Data(project(matrix, projection, device), ids, counts, device)
@@ -63,7 +63,9 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
     latest = worker.checkpoints.latest()
     if latest == config["steps"] + 1:
         return  # lost after its last checkpoint: nothing is left to do
-    data = _load_data(worker.run, chosen, config["seed"], worker.device)
+    embeddings = worker.run.matrix("embeddings", "embedding")
+    projection = fit_projection(embeddings, chosen.pca, config["seed"])
+    data = _load_data(worker.run, projection, worker.device)
     trainer = HeadTrainer(
         data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
     )
@@ -84,6 +86,8 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
     final = trainer.state() | history.state()
     if trainer.by_heads or worker.rank == 0:
         final["assignments"] = torch.from_numpy(trainer.assign())
+    if worker.rank == 0:
+        final |= {f"projection.{k}": v.cpu() for k, v in projection.state_dict().items()}
     worker.save(trainer.steps + 1, final)
 
 
@@ -147,33 +151,24 @@ def _run(context: Context) -> Outcome:
     final = checkpoints.latest()
     if final is None:
         raise ArtifactError(f"{run.path(FOLDER)} has no checkpoint after training")
-    results = _write(run, checkpoints.load(final), rows, config.heads.pca, config.seed)
+    results = _write(run, checkpoints.load(final), rows)
     run.delete(f"{FOLDER}/{training.TRAIN}")
     return Outcome(rows, {**results, "steps": steps, "workers": workers, "gpus_per_worker": gpus})
 
 
-def _write(
-    run: RunDirectory,
-    states: list[dict[str, Tensor]],
-    rows: int,
-    components: int | None,
-    seed: int,
-) -> dict[str, Any]:
+def _write(run: RunDirectory, states: list[dict[str, Tensor]], rows: int) -> dict[str, Any]:
     """Write heads.safetensors (projection and teachers), history.json, assignments; head order."""
     from safetensors.torch import save
 
-    assignments = torch.cat([s["assignments"] for s in states if "assignments" in s], 1)
-    for state in states:
-        state.pop("assignments", None)
+    assignments = torch.cat([s.pop("assignments") for s in states if "assignments" in s], 1)
+    heads = {key: state.pop(key) for state in states for key in list(state) if "projection." in key}
     merged = merge_states(states)
     order = merged["numbers"].argsort()
-    heads = {
+    heads |= {
         key.removeprefix("teacher."): value[order]
         for key, value in merged.items()
         if key.startswith("teacher.")
     }
-    projection = fit_projection(run.matrix("embeddings", "embedding"), components, seed)
-    heads |= {f"projection.{k}": v for k, v in projection.state_dict().items()}
     run.write_bytes(
         save({k: v.contiguous() for k, v in heads.items()}), FOLDER, "heads.safetensors"
     )
