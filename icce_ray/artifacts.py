@@ -10,6 +10,7 @@ Shapes: N images, D features, M neighbors, H heads, K clusters.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import errno
 import fcntl
@@ -21,11 +22,11 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,10 +35,13 @@ import pyarrow.parquet as pq
 
 from icce_ray.config import environment_cache
 from icce_ray.errors import ArtifactError, StageError
+from icce_ray.storage import absolute, is_full, join_uri, locate, patiently
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARTIAL = "partial.json"
+
+T = TypeVar("T")
 
 
 # --- schemas -------------------------------------------------------------------------------------
@@ -110,29 +114,13 @@ def to_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     return array.to_numpy(zero_copy_only=False)
 
 
-# --- file systems --------------------------------------------------------------------------------
-
-
-def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow file system and the path in it of a local path or an s3://, gs:// URI.
-
-    Raises:
-        ArtifactError: for a scheme pyarrow does not know.
-    """
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
-    try:
-        return pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
-        raise ArtifactError(f"cannot open {uri}: {error}") from None
-
-
-def _full_disk(error: OSError, where: str) -> StageError | None:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+def _full_disk(error: OSError, where: str, elsewhere: str = "") -> StageError | None:
+    """The error for a full disk; `elsewhere` says how to use another one."""
+    if not is_full(error):
         return None
     return StageError(
-        f"no disk space left while writing {where}. Free some and run the same command again: "
-        "finished work is kept."
+        f"no disk space left while writing {where}. Free some{elsewhere} and run the same command "
+        "again: finished work is kept."
     )
 
 
@@ -190,7 +178,7 @@ class RunDirectory:
     """A run's files. Holds only its address, so that it travels to Ray workers."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri if "://" in uri else str(Path(uri).expanduser().resolve())
+        self.uri = absolute(uri)
         self._opened: tuple[pafs.FileSystem, str] | None = None
 
     def __getstate__(self) -> dict[str, str]:
@@ -202,7 +190,7 @@ class RunDirectory:
     @property
     def filesystem(self) -> pafs.FileSystem:
         if self._opened is None:
-            self._opened = open_filesystem(self.uri)
+            self._opened = locate(self.uri)
         return self._opened[0]
 
     @property
@@ -219,26 +207,51 @@ class RunDirectory:
         """The path of a file inside this directory's file system."""
         return "/".join([self.root.rstrip("/"), *parts])
 
-    # reading
+    def address(self, *parts: str) -> str:
+        """The path or URI of a file, as a user would give it."""
+        return join_uri(self.uri, *parts)
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        return patiently(work, self.uri)
+
+    # reading; a storage that fails for a while is waited for
 
     def exists(self, *parts: str) -> bool:
-        return self.filesystem.get_file_info(self.path(*parts)).type != pafs.FileType.NotFound
+        path = self.path(*parts)
+        info = self._patiently(lambda: self.filesystem.get_file_info(path))
+        return info.type != pafs.FileType.NotFound
 
     def list(self, folder: str, suffix: str = "") -> list[str]:
         """Sorted names of the files directly inside a folder; empty where there is none."""
+        names = self._names(folder, pafs.FileType.File)
+        return [n for n in names if n.endswith(suffix) and not n.startswith(".tmp-")]
+
+    def folders(self, folder: str) -> builtins.list[str]:
+        """Sorted names of the folders directly inside one; empty where there is none."""
+        return self._names(folder, pafs.FileType.Directory)
+
+    def _names(self, folder: str, kind: pafs.FileType) -> builtins.list[str]:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
-        files = [info.base_name for info in found if info.type == pafs.FileType.File]
-        return sorted(n for n in files if n.endswith(suffix) and not n.startswith(".tmp-"))
+        found = self._patiently(lambda: self.filesystem.get_file_info(selector))
+        return sorted(info.base_name for info in found if info.type == kind)
 
     def read_bytes(self, *parts: str) -> bytes:
+        path = self.path(*parts)
         try:
-            with self.filesystem.open_input_stream(self.path(*parts)) as stream:
-                return stream.read()
+            return self._patiently(lambda: self._read(path))
         except FileNotFoundError:
-            raise ArtifactError(f"{self.path(*parts)} is missing") from None
+            raise ArtifactError(f"{path} is missing") from None
+
+    def _read(self, path: str) -> bytes:
+        # Not a stream: that is read in several requests, between which the object may change.
+        with self.filesystem.open_input_file(path) as file:
+            return file.read()
 
     def read_json(self, *parts: str) -> Any:
+        try:
+            return json.loads(self.read_bytes(*parts))
+        except ValueError:
+            pass  # an object may have been replaced by a longer one after its size was asked for
         try:
             return json.loads(self.read_bytes(*parts))
         except ValueError as error:
@@ -260,9 +273,13 @@ class RunDirectory:
         return pa.concat_tables(tables)
 
     def _read_parquet(self, path: str, columns: Sequence[str] | None) -> pa.Table:
-        try:
-            chosen = list(columns) if columns is not None else None
+        chosen = None if columns is None else [*columns]
+
+        def read() -> pa.Table:
             return pq.read_table(path, columns=chosen, filesystem=self.filesystem)
+
+        try:
+            return self._patiently(read)
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing") from None
         except (pa.ArrowInvalid, OSError) as error:
@@ -273,8 +290,9 @@ class RunDirectory:
     def write_bytes(self, data: bytes | memoryview, *parts: str) -> None:
         """Write a file so that a reader sees all of it or nothing."""
         path = self.path(*parts)
+        write = self._write_local if self.is_local else self._write_remote
         try:
-            self._write_local(path, data) if self.is_local else self._write_remote(path, data)
+            self._patiently(lambda: write(path, data))
         except OSError as error:
             raise _full_disk(error, path) or error from None
 
@@ -306,10 +324,15 @@ class RunDirectory:
 
     def delete(self, folder: str) -> None:
         """Remove a folder and everything in it, the manifest first."""
+        self._delete_file(folder, MANIFEST)
+        path = self.path(folder)
         with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_file(self.path(folder, MANIFEST))
+            self._patiently(lambda: self.filesystem.delete_dir(path))
+
+    def _delete_file(self, *parts: str) -> None:
+        path = self.path(*parts)
         with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_dir(self.path(folder))
+            self._patiently(lambda: self.filesystem.delete_file(path))
 
     # manifests
 
@@ -347,8 +370,7 @@ class RunDirectory:
 
     def finish(self, folder: str, manifest: Manifest) -> None:
         self.write_json(vars(manifest), folder, MANIFEST)
-        with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_file(self.path(folder, PARTIAL))
+        self._delete_file(folder, PARTIAL)
 
     # big matrices
 
@@ -361,13 +383,18 @@ class RunDirectory:
         done = self.manifest(folder)
         if done is None:
             raise ArtifactError(f"{self.path(folder)} is not finished; run that stage first")
-        target = self.node_file(f"{folder}-{column}-{done.id}.npy")
+        name = self.matrix_name(folder)
+        target = self.node_file(f"{name}-{column}-{done.id}.npy")
         if not target.exists():
             with self.node_lock(target):
                 if not target.exists():
-                    _remove_stale(target, f"{folder}-{column}-*.npy")
+                    _remove_stale(target, f"{name}-{column}-*.npy")
                     self._build_matrix(folder, column, done.rows, target)
         return np.load(target, mmap_mode="r", allow_pickle=False)
+
+    def matrix_name(self, folder: str) -> str:
+        """What the node files of a folder's matrices are called."""
+        return folder
 
     def node_file(self, name: str) -> Path:
         """Where this node keeps something that is derived from the run and can be rebuilt."""
@@ -375,15 +402,51 @@ class RunDirectory:
             folder = Path(self.root) / ".cache"
         else:
             folder = environment_cache() / hashlib.sha256(self.uri.encode()).hexdigest()[:12]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._cache_error(error, folder) from None
         return folder / name
+
+    def _cache_error(self, error: OSError, path: Path) -> Exception:
+        """For a node file that cannot be written: what to do."""
+        where = "" if self.is_local else ", or name a folder on another disk by ICCE_RAY_CACHE,"
+        if full := _full_disk(error, str(path), where):
+            return full
+        if self.is_local:
+            return error
+        return StageError(
+            f"this node's cache cannot be written: {error}. Name another folder by ICCE_RAY_CACHE."
+        )
 
     @contextlib.contextmanager
     def node_lock(self, path: Path) -> Iterator[None]:
         """Hold the lock of a node file, so that one process of the node builds it."""
-        with path.with_suffix(".lock").open("w") as stream:
+        try:
+            stream = path.with_suffix(".lock").open("w")
+        except OSError as error:
+            raise self._cache_error(error, path) from None
+        with stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
+
+    @contextlib.contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Around what a library writes to a node file through its `.tmp`.
+
+        Raises:
+            StageError: no space left, or a cache that cannot be written; the `.tmp` is removed.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise self._cache_error(error, path) from None
+        except RuntimeError as error:  # faiss's
+            if "No space left" not in str(error) and "File too large" not in str(error):
+                raise
+            raise self._cache_error(OSError(errno.ENOSPC, str(error)), path) from None
+        finally:
+            path.with_suffix(".tmp").unlink(missing_ok=True)
 
     def _build_matrix(self, folder: str, column: str, rows: int, target: Path) -> None:
         # Plain writes, not a writable map: on a full disk a map kills the process.
@@ -408,7 +471,7 @@ class RunDirectory:
                 )
             temporary.replace(target)
         except OSError as error:
-            raise _full_disk(error, str(target)) or error from None
+            raise self._cache_error(error, target) from None
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -31,3 +31,11 @@ class StageError(IcceError):
     """A stage failed while it ran: workers lost for good, a loss not finite, a full disk."""
 
     exit_code = 5
+
+
+class StorageError(StageError):
+    """A storage refuses access, lacks the bucket, or fails in another way that will not pass."""
+
+
+class NoAnswerError(StorageError):
+    """A storage has not answered for so long that waiting for it was given up."""

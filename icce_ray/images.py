@@ -26,12 +26,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from icce_ray.artifacts import open_filesystem
-from icce_ray.errors import DataError, IcceError
+from icce_ray.errors import DataError, IcceError, NoAnswerError
+from icce_ray.storage import is_remote, locate, patiently
 
 IMAGE_COLUMN = "image"
 THREADS = 4  # concurrent reads of local files
@@ -54,7 +53,6 @@ class BadImage(DataError):
 
 _ROW = re.compile(r"(?P<file>.*)#(?:(?P<column>[^#]+)/)?(?P<row>\d+)", re.DOTALL)
 _TAR = re.compile(r"(?P<file>.*?\.tar(?:\?[^#]*)?)#", re.DOTALL)
-_OPTIONS = re.compile(r"\?[a-z_]+=[^#/]*$")
 
 
 def row_uri(file: str, column: str = IMAGE_COLUMN) -> str:
@@ -62,44 +60,16 @@ def row_uri(file: str, column: str = IMAGE_COLUMN) -> str:
     return f"{file}#" if column == IMAGE_COLUMN else f"{file}#{column}/"
 
 
-def join_uri(folder: str, name: str) -> str:
-    """The URI of a file below a folder; options at the folder's end stay at the end."""
-    options = _OPTIONS.search(folder) if "://" in folder else None
-    if options is None:
-        return f"{folder.rstrip('/')}/{name}"
-    return f"{folder[: options.start()].rstrip('/')}/{name}{options.group()}"
-
-
-@lru_cache(maxsize=64)
-def _filesystem(root: str) -> tuple[pafs.FileSystem, str]:
-    return open_filesystem(root)
-
-
-def locate(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a path or URI, and the path in it.
-
-    Unlike pyarrow's own, takes object names with blanks and the like as they are.
-    """
-    scheme, sign, rest = uri.partition("://")
-    if not sign:
-        return _filesystem("/")[0], uri
-    options = _OPTIONS.search(rest)
-    query = options.group() if options else ""
-    host, _, path = rest.removesuffix(query).partition("/")
-    filesystem, root = _filesystem(f"{scheme}://{host}/{query}")
-    path = path.rstrip("/")
-    return filesystem, f"{root.rstrip('/')}/{path}" if path else root
-
-
-def _is_remote(uri: str) -> bool:
-    return "://" in uri and not uri.startswith("file://")
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
 def read_bytes(uri: str, offset: int | None = None, size: int | None = None) -> bytes:
-    """The encoded bytes of one image. Raises BadImage where it cannot be read."""
+    """The encoded bytes of one image.
+
+    Raises:
+        BadImage: where it cannot be read.
+        NoAnswerError: as read_many.
+    """
     found = read_many([uri], [offset], [size])[0]
     if isinstance(found, BadImage):
         raise found
@@ -113,7 +83,11 @@ def read_many(
 ) -> list[bytes | BadImage]:
     """The encoded bytes of many images, in their order; in place of an unreadable one, why.
 
-    Each tar and Parquet file is read in few large ranges, and several files at a time.
+    Each tar and Parquet file is read in few large ranges, and several files at a time. A storage
+    that fails for a while is waited for: that says nothing of an image.
+
+    Raises:
+        NoAnswerError: the storage did not come back in time.
     """
     offsets = offsets or [None] * len(uris)
     sizes = sizes or [None] * len(uris)
@@ -122,10 +96,14 @@ def read_many(
     if len(jobs) == 1:
         jobs[0]()
         return out
-    threads = REMOTE_THREADS if any(_is_remote(uri) for uri in uris[:1]) else THREADS
+    threads = REMOTE_THREADS if any(is_remote(uri) for uri in uris[:1]) else THREADS
     with ThreadPoolExecutor(min(threads, max(1, len(jobs)))) as pool:
-        for _ in pool.map(lambda job: job(), jobs):
-            pass
+        try:
+            for _ in pool.map(lambda job: job(), jobs):
+                pass
+        except NoAnswerError:
+            pool.shutdown(cancel_futures=True)  # each of the others would wait as long
+            raise
     return out
 
 
@@ -165,10 +143,15 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_file(uri: str, position: int, out: list[bytes | BadImage]) -> None:
-    try:
+    def read() -> bytes:
         filesystem, path = locate(uri)
         with filesystem.open_input_file(path) as stream:
-            out[position] = stream.read()
+            return stream.read()
+
+    try:
+        out[position] = patiently(read, uri)
+    except NoAnswerError:
+        raise
     except (OSError, pa.ArrowException, IcceError, ValueError) as error:
         out[position] = _unreadable(error)
 
@@ -191,10 +174,16 @@ def _read_range(
 ) -> None:
     start = members[0][0]
     stop = max(offset + size for offset, size, _ in members)
-    try:
+
+    def read() -> bytes:
         filesystem, path = locate(file)
         with filesystem.open_input_file(path) as stream:
-            data = stream.read_at(stop - start, start)
+            return stream.read_at(stop - start, start)
+
+    try:
+        data = patiently(read, file)
+    except NoAnswerError:
+        raise
     except (OSError, pa.ArrowException, IcceError, ValueError) as error:
         for _, _, position in members:
             out[position] = _unreadable(error)
@@ -229,7 +218,7 @@ def _read_rows(
     file: str, column: str, rows: list[tuple[int, int]], out: list[bytes | BadImage]
 ) -> None:
     try:
-        ends = _group_ends(file)
+        ends = patiently(lambda: _group_ends(file), file)
         groups = np.searchsorted(ends, [row for row, _ in rows], side="right")
         for group in np.unique(groups):
             chosen = [rows[i] for i in np.flatnonzero(groups == group)]
@@ -238,9 +227,12 @@ def _read_rows(
             else:
                 first = int(ends[group - 1]) if group else 0
                 take = pa.array([row - first for row, _ in chosen])
-                values = _group(file, column, int(group)).take(take).to_pylist()
+                read = partial(_group, file, column, int(group))
+                values = patiently(read, file).take(take).to_pylist()
             for (_, position), value in zip(chosen, values, strict=True):
                 out[position] = value if isinstance(value, bytes) else BadImage("no image bytes")
+    except NoAnswerError:
+        raise
     except (OSError, pa.ArrowException, IcceError, KeyError, ValueError) as error:
         for _, position in rows:
             if isinstance(out[position], BadImage):

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,8 +21,17 @@ import pyarrow.parquet as pq
 
 from icce_ray.artifacts import INDEX_SCHEMA
 from icce_ray.config import DataConfig
-from icce_ray.errors import DataError
-from icce_ray.images import REMOTE_THREADS, THREADS, join_uri, locate, row_uri
+from icce_ray.errors import DataError, StorageError
+from icce_ray.images import REMOTE_THREADS, THREADS, row_uri
+from icce_ray.storage import (
+    absolute,
+    hastily,
+    is_remote,
+    join_uri,
+    locate,
+    patiently,
+    split_options,
+)
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
 PARQUET = ("parquet", "pq")
@@ -51,11 +60,6 @@ class Found:
 
     def uri(self, name: str) -> str:
         return join_uri(self.base, name) if name else self.base
-
-
-def absolute(uri: str) -> str:
-    """A path that means the same on every worker; URIs stay as they are."""
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
 def list_images(data: DataConfig) -> Listing:
@@ -125,12 +129,13 @@ def find_files(path: str) -> Found:
     base = absolute(path)
     try:
         filesystem, inside = locate(base)
-        info = filesystem.get_file_info(inside)
+        info = patiently(lambda: filesystem.get_file_info(inside), base)
         if info.type == pafs.FileType.File:
             return Found(base, [""])
         if info.type == pafs.FileType.NotFound:
             raise DataError(f"data.path={path}: there is no such file or folder")
-        infos = filesystem.get_file_info(pafs.FileSelector(inside, recursive=True))
+        below = pafs.FileSelector(inside, recursive=True)
+        infos = patiently(lambda: filesystem.get_file_info(below), base)
         start = len(inside.rstrip("/")) + 1
         names = [i.path[start:] for i in infos if i.type == pafs.FileType.File]
     except UnicodeDecodeError as error:
@@ -142,12 +147,26 @@ def find_files(path: str) -> Found:
     return Found(base, sorted(name for name in names if not _hidden(name)))
 
 
+def check_exists(setting: str, uri: str) -> None:
+    """See, within seconds, that the file or folder of a setting is there. Raises DataError."""
+    try:
+        filesystem, path = locate(absolute(uri))
+        with hastily():
+            info = patiently(lambda: filesystem.get_file_info(path), uri)
+    except StorageError as error:
+        raise DataError(f"{setting}={error}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{setting}={uri} cannot be read: {_one_line(error)}") from None
+    if info.type == pafs.FileType.NotFound:
+        raise DataError(f"{setting}={uri}: there is no such file or folder")
+
+
 def _hidden(name: str) -> bool:
     return name.startswith(".") or "/." in name
 
 
 def _suffix(name: str) -> str:
-    base = name.rpartition("/")[2].partition("?")[0]
+    base = split_options(name)[0].rpartition("/")[2]
     return base.rpartition(".")[2].lower() if "." in base else ""
 
 
@@ -193,7 +212,7 @@ def _one_line(error: BaseException) -> str:
 
 def _each(work: Callable[[str], T], uris: Sequence[str]) -> list[T]:
     """Results of many files in their order, several at a time."""
-    threads = REMOTE_THREADS if "://" in uris[0] else THREADS
+    threads = REMOTE_THREADS if is_remote(uris[0]) else THREADS
     with ThreadPoolExecutor(min(threads, len(uris))) as pool:
         return list(pool.map(work, uris))
 
@@ -242,13 +261,16 @@ def _parquet_rows(data: DataConfig, found: Found) -> pa.Table:
 
 
 def _parquet_file(data: DataConfig, uri: str) -> pa.Table:
-    try:
+    def read() -> pa.Table:
         filesystem, path = locate(uri)
         with filesystem.open_input_file(path) as stream:
             parquet = pq.ParquetFile(stream)
             _check_image_column(data.image_column, parquet.schema_arrow, uri)
             labels = read_labels(parquet, data.label_column)
             return _rows(number(row_uri(uri, data.image_column), parquet.metadata.num_rows), labels)
+
+    try:
+        return patiently(read, uri)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{uri} cannot be read as Parquet: {_one_line(error)}") from None
 
@@ -294,19 +316,23 @@ def _tar_rows(data: DataConfig, found: Found) -> pa.Table:
 
 
 def _tar_file(uri: str) -> pa.Table:
+    try:
+        return patiently(lambda: _scan_tar(uri), uri)
+    except (OSError, tarfile.TarError, pa.ArrowException) as error:
+        raise DataError(f"{uri} cannot be read as a tar: {_one_line(error)}") from None
+
+
+def _scan_tar(uri: str) -> pa.Table:
     images: list[tuple[str, int, int]] = []
     keys: list[str] = []
     labels: dict[str, str] = {}
-    try:
-        for member, read in _members(uri):
-            key, suffix = _key(member.name)
-            if suffix in IMAGES:
-                images.append((member.name, member.offset_data, member.size))
-                keys.append(key)
-            elif suffix == "cls":
-                labels[key] = read().decode("utf-8", "replace").strip()
-    except (OSError, tarfile.TarError, pa.ArrowException) as error:
-        raise DataError(f"{uri} cannot be read as a tar: {_one_line(error)}") from None
+    for member, read in _members(uri):
+        key, suffix = _key(member.name)
+        if suffix in IMAGES:
+            images.append((member.name, member.offset_data, member.size))
+            keys.append(key)
+        elif suffix == "cls":
+            labels[key] = read().decode("utf-8", "replace").strip()
     names = [f"{uri}#{name}" for name, _, _ in images]
     return _rows(
         pa.array(names, pa.string()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,10 +24,13 @@ from rich.progress import (
 )
 
 from icce_ray.artifacts import RunDirectory
+from icce_ray.errors import IcceError
+from icce_ray.storage import hastily, listening
 
 LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
 STATUS_EVERY = 3.0  # seconds between writes of status.json
 REMOTE_EVERY = 30.0  # the same on object stores, where each write costs
+LOG_EVERY = 60.0  # seconds between writes of the log on object stores
 
 
 def duration(seconds: float) -> str:
@@ -75,7 +79,11 @@ class Reporter:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.stage = ""
         self.events: list[str] = []
-        self._lines: list[str] = []
+        self._lines: list[str] = []  # of a remote log, not written yet
+        self._written: bytes | None = None  # the remote log as it is; None before it is read
+        self._flushed_at = time.monotonic()
+        self._lock = threading.Lock()
+        self._silent = False  # the storage does not answer
         self._status_at = 0.0
         self._progress: Progress | None = None
         self._task: Any = None
@@ -102,15 +110,47 @@ class Reporter:
             os.makedirs(self.run.root, exist_ok=True)  # noqa: PTH103
             with contextlib.suppress(OSError), open(path, "ab") as stream:  # noqa: PTH123
                 stream.write(_encode(line))
-        else:
-            self._lines.append(line)
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._flushed_at >= LOG_EVERY and not self._silent:
+            self.flush()
 
     def flush(self) -> None:
-        """Put the log of a remote run beside its other files (objects cannot be appended to)."""
-        if self._lines and not self.run.is_local:
-            old = self.run.read_bytes("log") if self.run.exists("log") else b""
-            self.run.write_bytes(old + _encode("".join(self._lines)), "log")
-            self._lines.clear()
+        """Write the log of a remote run, whole: objects cannot be appended to.
+
+        Losing it must not stop a run; the next call tries again.
+        """
+        if self.run.is_local or not self._lines or not self._lock.acquire(blocking=False):
+            return
+        self._flushed_at = time.monotonic()
+        try:
+            with hastily(), contextlib.suppress(IcceError, OSError):
+                if self._written is None:
+                    there = self.run.exists("log")
+                    self._written = self.run.read_bytes("log") if there else b""
+                count = len(self._lines)
+                whole = self._written + _encode("".join(self._lines[:count]))
+                self.run.write_bytes(whole, "log")
+                self._written = whole
+                del self._lines[:count]
+        finally:
+            self._lock.release()
+
+    # a storage that fails for a while
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile tell the user of storage failures that are waited out."""
+        with listening(self._storage):
+            yield
+
+    def _storage(self, text: str, well: bool) -> None:
+        if self._silent == (not well):
+            if not well:  # the next try of the same trouble
+                self.say(text)
+            return
+        self._silent = not well
+        self.event(text)
 
     # status
 
@@ -118,7 +158,8 @@ class Reporter:
         """Write status.json: state, stage, process, time, and whatever is known of progress."""
         self._status_at = time.monotonic()
         content = {"state": state, "stage": self.stage, "pid": os.getpid(), "time": time.time()}
-        with contextlib.suppress(Exception):  # losing one status line must not stop a run
+        # Losing one status line must not stop a run, nor hold it up.
+        with hastily(), contextlib.suppress(Exception):
             self.run.write_json({**content, **more}, "status.json")
 
     # progress

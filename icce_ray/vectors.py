@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,8 @@ from numpy.lib import format as npy
 
 from icce_ray.artifacts import to_matrix
 from icce_ray.errors import ArtifactError, DataError
-from icce_ray.images import locate
 from icce_ray.listing import PARQUET, _one_line, _suffix, find_files
+from icce_ray.storage import locate, patiently
 
 COLUMN = "embedding"
 URI_COLUMN = "uri"
@@ -41,14 +43,38 @@ class Vectors:
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
         """Consecutive blocks of at most `rows` rows, float32 [., D]."""
         for file in self.files:
-            read = _npy_blocks if file.endswith(".npy") else self._parquet
+            read = _npy_blocks if _suffix(file) == "npy" else self._parquet
             yield from read(file, rows)
 
     def _parquet(self, file: str, rows: int) -> Iterator[np.ndarray]:
-        filesystem, path = locate(file)
+        batches = _Batches(file, rows)
+        while (batch := patiently(batches.following, file)) is not None:
+            yield _matrix(batch.column(0), file, self.features)
+
+
+class _Batches:
+    """Record batches of a Parquet file, one at a time; after a failure it is opened anew."""
+
+    def __init__(self, file: str, rows: int) -> None:
+        self.file, self.rows, self.taken = file, rows, 0
+        self._open: Iterator[pa.RecordBatch] | None = None
+
+    def following(self) -> pa.RecordBatch | None:
+        """The next batch; None at the end."""
+        try:
+            if self._open is None:
+                self._open = islice(self._read(), self.taken, None)
+            batch = next(self._open, None)
+        except Exception:
+            self._open = None
+            raise
+        self.taken += 1
+        return batch
+
+    def _read(self) -> Iterator[pa.RecordBatch]:
+        filesystem, path = locate(self.file)
         with filesystem.open_input_file(path) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(rows, columns=[COLUMN]):
-                yield _matrix(batch.column(0), file, self.features)
+            yield from pq.ParquetFile(stream).iter_batches(self.rows, columns=[COLUMN])
 
 
 def open_vectors(uri: str) -> Vectors:
@@ -77,15 +103,19 @@ def open_vectors(uri: str) -> Vectors:
 
 def _head(file: str) -> tuple[int, int]:
     """Rows and columns of one file."""
-    try:
+
+    def read() -> tuple[int, int]:
         filesystem, path = locate(file)
         with filesystem.open_input_file(path) as stream:
-            if file.endswith(".npy"):
+            if _suffix(file) == "npy":
                 (rows, width), _, _ = _npy_head(stream, file)
                 return rows, width
             if _suffix(file) not in PARQUET:
                 raise DataError(f"{file}: embeddings come as .npy or Parquet")
             return _parquet_head(pq.ParquetFile(stream), file)
+
+    try:
+        return patiently(read, file)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read: {_one_line(error)}") from None
 
@@ -112,13 +142,21 @@ def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
 
 def _npy_blocks(file: str, rows: int) -> Iterator[np.ndarray]:
     filesystem, path = locate(file)
-    with filesystem.open_input_file(path) as stream:
-        (total, width), dtype, start = _npy_head(stream, file)
-        step = width * dtype.itemsize
-        for first in range(0, total, rows):
-            count = min(rows, total - first)
-            data = stream.read_at(count * step, start + first * step)
-            yield np.frombuffer(data, dtype).reshape(count, width).astype(np.float32)
+
+    def read(size: int, position: int) -> bytes:
+        with filesystem.open_input_file(path) as stream:
+            return stream.read_at(size, position)
+
+    def read_head() -> tuple[tuple[int, int], np.dtype, int]:
+        with filesystem.open_input_file(path) as stream:
+            return _npy_head(stream, file)
+
+    (total, width), dtype, start = patiently(read_head, file)
+    step = width * dtype.itemsize
+    for first in range(0, total, rows):
+        count = min(rows, total - first)
+        data = patiently(partial(read, count * step, start + first * step), file)
+        yield np.frombuffer(data, dtype).reshape(count, width).astype(np.float32)
 
 
 def _parquet_head(parquet: pq.ParquetFile, file: str) -> tuple[int, int]:
@@ -153,13 +191,18 @@ def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:
     """A text column of all Parquet files, or None where one of them lacks it."""
     parts = []
     for file in files:
-        if file.endswith(".npy"):
+        part = None if _suffix(file) == "npy" else patiently(partial(_text, file, name), file)
+        if part is None:
             return None
-        filesystem, path = locate(file)
-        with filesystem.open_input_file(path) as stream:
-            parquet = pq.ParquetFile(stream)
-            schema = parquet.schema_arrow
-            if name not in schema.names or pa.types.is_nested(schema.field(name).type):
-                return None
-            parts.append(parquet.read(columns=[name])[name].cast(pa.string()))
+        parts.append(part)
     return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
+
+
+def _text(file: str, name: str) -> pa.ChunkedArray | None:
+    filesystem, path = locate(file)
+    with filesystem.open_input_file(path) as stream:
+        parquet = pq.ParquetFile(stream)
+        schema = parquet.schema_arrow
+        if name not in schema.names or pa.types.is_nested(schema.field(name).type):
+            return None
+        return parquet.read(columns=[name])[name].cast(pa.string())

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -37,3 +45,95 @@ def ray_session() -> Iterator[None]:
 def repository() -> Path:
     """The checkout's root."""
     return Path(__file__).resolve().parent.parent
+
+
+# For `python -c` on Linux: ends the process also where pytest is killed.
+DIE_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9)\n"
+
+
+@dataclass
+class S3:
+    """An S3 server in a process of its own, on this machine; its objects are in its memory."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    keys: ClassVar = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    bucket: ClassVar = "bucket"
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def uri(self, path: str, port: int | None = None) -> str:
+        """A URI that names the server by its options."""
+        options = f"endpoint_override=127.0.0.1:{port or self.port}&scheme=http"
+        return f"s3://{self.bucket}/{path}?{options}"
+
+    def require_known_keys(self, yes: bool) -> None:
+        """From now on refuse the keys (it knows none), or accept any."""
+        import requests
+
+        url = f"{self.endpoint}/moto-api/reset-auth"
+        requests.post(url, data=b"0" if yes else b"inf", timeout=10).raise_for_status()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Meanwhile it takes connections and never answers."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.process.pid, signal.SIGCONT)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    port = free_port()
+    start = (
+        f"{DIE_WITH_PARENT}from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", start],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            server = S3(port, process)
+            _create_bucket(server)
+            yield server
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _create_bucket(server: S3) -> None:
+    import requests
+
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            requests.put(f"{server.endpoint}/{server.bucket}", timeout=10).raise_for_status()
+            return
+        except requests.ConnectionError:
+            assert server.process.poll() is None, "the S3 server ended"
+            assert time.monotonic() < deadline, "the S3 server does not come up"
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
+    """The server, and its keys in the environment, but not its address; nothing is waited for."""
+    for name, value in s3_server.keys.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("ICCE_RAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ICCE_RAY_STORAGE_TIMEOUT", "1")
+    monkeypatch.setenv("ICCE_RAY_STORAGE_PAUSE", "0.1")
+    monkeypatch.setenv("ICCE_RAY_STORAGE_PATIENCE", "0")
+    return s3_server

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 
 from icce_ray import datasets, listing, vectors
 from icce_ray.artifacts import RunDirectory
 from icce_ray.cluster import Cluster
 from icce_ray.config import Config, settings
 from icce_ray.errors import ConfigError, DataError
-from icce_ray.images import locate, row_uri
+from icce_ray.images import row_uri
 from icce_ray.stages import Context, Need, Outcome, Size, Stage
+from icce_ray.storage import locate, patiently
 
 FOLDER = "index"
 ROWS_PER_FILE = 1_000_000
@@ -53,22 +53,12 @@ def preflight(config: Config) -> None:
     elif data.dataset:
         datasets.check(data.dataset, str(data.path))
     else:
-        _check_exists("data.path", str(data.path))
+        listing.check_exists("data.path", str(data.path))
     if data.labels not in LABEL_MODES:
-        _check_exists("data.labels", data.labels)
-        if data.embeddings and data.labels.endswith(".npy"):
+        listing.check_exists("data.labels", data.labels)
+        if data.embeddings and listing._suffix(data.labels) == "npy":
             full = vectors.open_vectors(data.embeddings).total
             _check_length(data.labels, len(_read_labels(data.labels)), (total or full, full))
-
-
-def _check_exists(name: str, uri: str) -> None:
-    try:
-        filesystem, path = locate(listing.absolute(uri))
-        missing = filesystem.get_file_info(path).type == pafs.FileType.NotFound
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{name}={uri} cannot be read: {' '.join(str(error).split())}") from None
-    if missing:
-        raise DataError(f"{name}={uri}: there is no such file or folder")
 
 
 def _check_classes(config: Config, images: int) -> None:
@@ -163,14 +153,19 @@ def _check_length(uri: str, labels: int, images: Sequence[int]) -> None:
 
 def _read_labels(uri: str) -> np.ndarray:
     """A .npy file, or text with one label a line. Returns [N] of integers or of objects."""
-    try:
+
+    def read() -> bytes:
         filesystem, path = locate(listing.absolute(uri))
         with filesystem.open_input_stream(path) as stream:
-            data = stream.read()
+            return stream.read()
+
+    try:
+        data = patiently(read, uri)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.labels={uri} cannot be read: {error}") from None
     try:
-        values = np.load(io.BytesIO(data), allow_pickle=False) if uri.endswith(".npy") else None
+        array = listing._suffix(uri) == "npy"
+        values = np.load(io.BytesIO(data), allow_pickle=False) if array else None
         if values is None:
             return np.array([line.strip() for line in data.decode().splitlines()], dtype=object)
     except (ValueError, EOFError, UnicodeDecodeError) as error:

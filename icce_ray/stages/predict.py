@@ -21,7 +21,7 @@ import pyarrow as pa
 import yaml
 
 from icce_ray import config as configs
-from icce_ray import listing
+from icce_ray import listing, storage
 from icce_ray.artifacts import (
     MANIFEST,
     PARTIAL,
@@ -30,7 +30,7 @@ from icce_ray.artifacts import (
     RunDirectory,
     fingerprint,
 )
-from icce_ray.cluster import Cluster
+from icce_ray.cluster import Cluster, NodeWatch
 from icce_ray.config import BackboneConfig, Config
 from icce_ray.errors import ArtifactError, ConfigError, StageError
 from icce_ray.progress import Reporter, duration
@@ -72,14 +72,17 @@ def predict(
         StageError: workers failed; the same call again goes on.
     """
     run = RunDirectory(run_uri)
+    folder, target = _target(out or run.address("predictions"))
+    for uri in (run.uri, target.uri):
+        storage.check(uri)
     trained = run.manifest(CLASSIFIER)
     if trained is None:
         raise ArtifactError(f"{run.uri} has no finished classifier; run it first: icce-ray run")
+    listing.check_exists("images", images)
     description = run.read_json(CLASSIFIER, DESCRIPTION)
     config = _config(run, images, overrides)
     backbones = _backbones(description)
     table = listing.list_images(config.data).table
-    folder, target = _target(out or f"{run.uri.rstrip('/')}/predictions")
     mark = _mark(images, table, trained, config)
     finished = _claim(target, folder, mark)
     if finished is not None:
@@ -128,11 +131,11 @@ def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
 
 def _target(out: str) -> tuple[str, RunDirectory]:
     """The last folder of `out`, and what holds it."""
-    uri = listing.absolute(out).rstrip("/")
-    parent, _, folder = uri.rpartition("/")
+    uri, options = storage.split_options(listing.absolute(out))
+    parent, _, folder = uri.rstrip("/").rpartition("/")
     if not folder or not parent or parent.endswith(":/"):
         raise ConfigError(f"out={out} must name a folder below the bucket or the root")
-    return folder, RunDirectory(parent)
+    return folder, RunDirectory(parent + options)
 
 
 def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> dict[str, Any]:
@@ -153,7 +156,7 @@ def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> di
 
 def _claim(target: RunDirectory, folder: str, mark: Mapping[str, Any]) -> Manifest | None:
     """The manifest where all is done. Raises ArtifactError where `out` is something else."""
-    where = target.path(folder)
+    where = target.address(folder)
     done = target.manifest(folder)
     if done is not None and done.fingerprint == mark["fingerprint"]:
         return done
@@ -237,12 +240,13 @@ class _Work:
     def run(self, mark: dict[str, Any]) -> Manifest:
         started = time.monotonic()
         resumed = self.target.begin(self.folder, mark)
-        self.reporter = Reporter(RunDirectory(_below(self.target, self.folder)), self.quiet)
+        self.reporter = Reporter(RunDirectory(self.target.address(self.folder)), self.quiet)
         self.reporter.stage = "predict"
         self.shards = self._open(resumed)
         self.bad = 0
         self.loaded = Loaded(() if self._finetuned else self._expected())
-        rate = self._gather()
+        with self.reporter.listening(), NodeWatch(self.reporter):
+            rate = self._gather()
         self.shards.check()
         return self._finish(mark, time.monotonic() - started, rate)
 
@@ -283,7 +287,8 @@ class _Work:
         preprocess, slots = streaming.preparations(self.backbones)
         embedder = Embedder(self.backbones, slots, self.config.embed.precision)
         job = Job(Predictor(self.source, embedder, self._finetuned), preprocess, self.config.embed)
-        batches = streaming.stream(self.cluster, self.table.take(pa.array(missing)), job)
+        table = self.table.take(pa.array(missing))
+        batches = streaming.stream(self.cluster, table, job, self.reporter)
         done = total - len(missing)
         return streaming.gather(batches, self._take, self.reporter, "classifying", done, total)
 
@@ -319,15 +324,11 @@ class _Work:
         )
         text = f"classified {total - bad:,} images in {duration(seconds)}"
         text += f", {bad:,} could not be decoded" if bad else ""
-        self.reporter.say(f"{text}: {run.path(self.folder)}")
+        self.reporter.say(f"{text}: {run.address(self.folder)}")
         self.reporter.status("done")
         self.reporter.flush()
         run.finish(self.folder, manifest)
         return manifest
-
-
-def _below(run: RunDirectory, folder: str) -> str:
-    return f"{run.uri.rstrip('/')}/{folder}"
 
 
 def _read_ids(run: RunDirectory, folder: str, name: str, start: int, stop: int) -> Columns:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from icce_ray import charts
+from icce_ray import charts, storage
 from icce_ray import config as configs
 from icce_ray.artifacts import Manifest, RunDirectory
 from icce_ray.cluster import Cluster
@@ -68,7 +68,7 @@ def run(context: Context) -> Outcome:
     """Write the page. Raises ArtifactError where something it reads is missing."""
     page, shown = render(context.config, context.run)
     context.run.write_bytes(page, FOLDER, PAGE)
-    context.reporter.say(f"Report: {context.run.path(FOLDER, PAGE)} ({len(page) / 1e6:.1f} MB)")
+    context.reporter.say(f"Report: {context.run.address(FOLDER, PAGE)} ({len(page) / 1e6:.1f} MB)")
     results = {"bytes": len(page), "images_shown": shown}
     return Outcome(rows=context.config.num_classes, results=results)
 
@@ -79,13 +79,14 @@ def build(run_uri: str) -> str:
     Raises:
         ArtifactError: where `run_uri` is no run directory, or its evaluation is not finished.
     """
+    storage.check(run_uri)
     files = RunDirectory(run_uri)
     if not files.exists("config.yaml"):
         raise ArtifactError(f"{run_uri} is not a run directory: it has no config.yaml")
     config = configs.validate(yaml.safe_load(files.read_bytes("config.yaml")))
     page, _ = render(config, files)
     files.write_bytes(page, FOLDER, PAGE)
-    return files.path(FOLDER, PAGE)
+    return files.address(FOLDER, PAGE)
 
 
 def render(config: Config, files: RunDirectory) -> tuple[bytes, int]:
@@ -441,7 +442,7 @@ def _content(found: Run) -> dict[str, Any]:
     rows = _stage_rows(found)
     return {
         "title": f"{found.config.num_classes:,} clusters in {len(found.clusters):,} images",
-        "run": found.files.uri.rstrip("/").rsplit("/", 1)[-1],
+        "run": storage.split_options(found.files.uri)[0].rstrip("/").rsplit("/", 1)[-1],
         "uri": found.files.uri,
         "source": found.config.data.path or found.config.data.embeddings,
         "backbones": [] if found.config.data.embeddings else _backbones(found.config),

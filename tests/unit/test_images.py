@@ -253,12 +253,6 @@ def test_parquet_rows(tmp_path: Path, nested: bool) -> None:
 def test_addresses() -> None:
     assert images.row_uri("a.parquet") == "a.parquet#"
     assert images.row_uri("a.parquet", "img") == "a.parquet#img/"
-    assert images.join_uri("/a/b/", "c/d.png") == "/a/b/c/d.png"
-    remote = "s3://bucket/a?region=us-east-1&endpoint_override=localhost:1"
-    assert images.join_uri(remote, "b c.png") == remote.replace("?", "/b c.png?")
-    filesystem, path = images.locate(remote.replace("?", "/b c#1.png?"))
-    assert path == "bucket/a/b c#1.png" and filesystem.type_name == "s3"
-    assert images.locate("/a b/c.png")[1] == "/a b/c.png"
 
 
 # --- resize and crop -----------------------------------------------------------------------------
