@@ -1,4 +1,4 @@
-"""Small inline SVG charts for the report: numbers in, markup out, no dependency, no script.
+"""Small inline SVG charts for the pages: numbers in, markup out, no dependency, no script.
 
 Colors are the page's CSS variables, so that one drawing serves light and dark. Every chart is
 named by a sentence (`label`) that tells a screen reader what it shows.
@@ -47,8 +47,19 @@ def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[
     return [i * step for i in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten between low and high; fewer where they are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        found = [m * 10.0**p for p in powers for m in steps]
+        found = [v for v in found if low * 0.999 <= v <= high * 1.001]
+        if len(found) <= 6:
+            return found if len(found) > 1 else [low, high]
+    return found[:: math.ceil(len(found) / 6)]
+
+
 class Plot:
-    """One drawing: two linear axes, then marks."""
+    """One drawing: two axes, then marks."""
 
     def __init__(
         self,
@@ -60,15 +71,24 @@ class Plot:
         x_format: Format = short,
         y_format: Format = short,
         x_whole: bool = False,
+        x_log: bool = False,
+        x_ticks: Sequence[float] | None = None,
+        left: int = LEFT,
+        height: int = HEIGHT,
     ) -> None:
+        """x, y: ranges of the axes; x_log needs positive ones. left: room for y's labels."""
+        self.x_log, self.left = x_log, left
         self.x_range, self.y_range = _widened(x), _widened(y)
-        self.label, self.height = label, HEIGHT
+        self.x_ticks = x_ticks
+        self.label, self.height = label, height
         self.marks: list[str] = []
         self._axes(x_title, x_format, y_format, x_whole)
 
     def px(self, value: float) -> float:
         low, high = self.x_range
-        return LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        if self.x_log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return self.left + (value - low) / (high - low) * (WIDTH - self.left - RIGHT)
 
     def py(self, value: float) -> float:
         low, high = self.y_range
@@ -78,12 +98,17 @@ class Plot:
         right, bottom = WIDTH - RIGHT, self.height - BOTTOM
         for value in ticks(*self.y_range):
             y = self.py(value)
-            self.marks.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{right}"/>')
-            self.text(LEFT - 6, y + 3.5, y_format(value), "end")
-        for value in ticks(*self.x_range, whole=x_whole):
+            self.marks.append(f'<path class="rule" d="M{self.left} {y:.1f}H{right}"/>')
+            self.text(self.left - 6, y + 3.5, y_format(value), "end")
+        for value in self._x_ticks(x_whole):
             self.text(self.px(value), bottom + 14, x_format(value), "middle")
-        self.marks.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
-        self.text((LEFT + right) / 2, self.height - 4, x_title, "middle")
+        self.marks.append(f'<path class="axis" d="M{self.left} {bottom}H{right}"/>')
+        self.text((self.left + right) / 2, self.height - 4, x_title, "middle")
+
+    def _x_ticks(self, whole: bool) -> Sequence[float]:
+        if self.x_ticks is not None:
+            return self.x_ticks
+        return log_ticks(*self.x_range) if self.x_log else ticks(*self.x_range, whole=whole)
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> None:
         self.marks.append(
@@ -243,6 +268,79 @@ def reliability(
     for x, y, count in zip(confidence, accuracy, rows, strict=True):
         title = f"confidence {x:.0%}: {y:.1%} right, {count:,} images"
         plot.dot(x, y, title, 2.5 + 7 * math.sqrt(count / biggest))
+    return plot.svg()
+
+
+# --- the sweep's charts --------------------------------------------------------------------------
+
+Point = tuple[float, float, str, bool]  # x, y, what it is, whether it is the best trial
+
+
+def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
+    """A range with room around the values."""
+    low, high = min(values), max(values)
+    pad = (high - low) * share or max(abs(high) * share, 1e-3)
+    return low - pad, high + pad
+
+
+def _point(plot: Plot, x: float, y: float, title: str, best: bool) -> None:
+    plot.dot(x, y, title, 3.2, "fill trial")
+    if best:
+        plot.dot(x, y, title, 6.5, "best")
+
+
+def scatter(
+    points: Sequence[Point],
+    *,
+    label: str,
+    x_title: str,
+    x_log: bool = False,
+    x_whole: bool = False,
+    x_ticks: Sequence[float] | None = None,
+    trend: tuple[Sequence[float], Sequence[float]] | None = None,
+    y_format: Format = short,
+) -> Markup:
+    """Points, the best one ringed, and a line (x, y) through them. x_log: x > 0."""
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    bounds = (min(xs) / 1.15, max(xs) * 1.15) if x_log else padded(xs, 0.04)
+    plot = Plot(
+        bounds,
+        padded(ys),
+        label=label,
+        x_title=x_title,
+        x_log=x_log,
+        x_whole=x_whole,
+        x_ticks=x_ticks,
+        y_format=y_format,
+    )
+    if trend is not None and len(trend[0]) > 1:
+        plot.line(*trend, "line trend")
+    for x, y, title, best in points:
+        _point(plot, x, y, title, best)
+    return plot.svg()
+
+
+def categories(
+    groups: Sequence[tuple[str, Sequence[tuple[float, str, bool]]]], *, label: str, x_title: str
+) -> Markup:
+    """A row of points per category, its mean a bar. groups: name, then (value, text, best) each."""
+    every = [value for _, points in groups for value, _, _ in points]
+    longest = max(len(name) for name, _ in groups)
+    left = min(150, max(LEFT, 14 + round(6.3 * longest)))
+    row = 26
+    height = TOP + BOTTOM + row * len(groups)
+    plot = Plot(padded(every), (0, 1), label=label, x_title=x_title, left=left, height=height)
+    plot.marks = [mark for mark in plot.marks if "rule" not in mark and 'anchor="end"' not in mark]
+    for place, (name, points) in enumerate(groups):
+        middle = TOP + row * (place + 0.5)
+        plot.marks.append(f'<path class="rule" d="M{left} {middle:.1f}H{WIDTH - RIGHT}"/>')
+        plot.text(left - 8, middle + 3.5, name, "end")
+        for number, (value, title, best) in enumerate(points):
+            shift = 3.5 * (number % 3 - 1) if len(points) > 1 else 0.0  # so that few hide another
+            y = (height - BOTTOM - middle - shift) / (height - BOTTOM - TOP)
+            _point(plot, value, y, title, best)
+        mean = plot.px(sum(point[0] for point in points) / len(points))
+        plot.marks.append(f'<path class="mean" d="M{mean:.1f} {middle - 10:.1f}v20"/>')
     return plot.svg()
 
 

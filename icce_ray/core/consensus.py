@@ -2,14 +2,18 @@
 
 Every method below works on label vectors alone, never on features. Each head's clusters are first
 renamed by size, so renaming the clusters of a head changes nothing. A result is a linear score on
-one-hot codes: with X [N, H*K] marking the cluster each head gave an image, and a sparse table
-E [H*K, K], the image goes to the largest entry of its row of X E. The methods differ in E. Both
-stay sparse: no array of N x H x K, nor of N x K, is ever built.
+one-hot codes: with X [N, H*L] marking the cluster each head gave an image, and a sparse table
+E [H*L, K], the image goes to the largest entry of its row of X E. The methods differ in E. Both
+stay sparse: no array of N x H x L, nor of N x K, is ever built.
+
+Heads may have more clusters than the result (L > K, over-clustering), except for voting, which
+names the clusters of all heads alike. Every method honors head weights; Dawid-Skene also learns by
+itself how far each head can be trusted.
 
 METIS (through pymetis) cuts graphs into parts of nearly equal size, by default within 3%. So cspa,
 hgpa and hbgf favor clusters of equal size; mcla balances clusters of heads, not images.
 
-Shapes: N images, H heads, K clusters, V vertices of a graph.
+Shapes: N images, H heads, L clusters per head, K clusters of the result, V vertices of a graph.
 References: Strehl & Ghosh, JMLR 3 (2002) 583-617; Fern & Brodley, ICML 2004; Dawid & Skene,
 Applied Statistics 28 (1979) 20-28.
 """
@@ -17,7 +21,7 @@ Applied Statistics 28 (1979) 20-28.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ from scipy.optimize import linear_sum_assignment
 from icce_ray.errors import ConfigError, DataError
 
 METHODS = ("voting", "cspa", "hgpa", "mcla", "hbgf", "dawid-skene")
+OVER_CLUSTERED = METHODS[1:]  # methods whose heads may have more clusters than the result
 CSPA_ROWS = 10_000  # CSPA's graph has up to N^2 edges; at this N they take a few GB
 MIN_JACCARD = 0.05  # weaker edges of MCLA's graph are left out: most of them, and only noise
 WEIGHT_SCALE = 1000  # METIS takes integer weights, and crashes on those below 1
@@ -51,8 +56,9 @@ class Consensus:
 class _Ensemble:
     """What every method works on. Clusters of each head are in canonical order."""
 
-    heads: np.ndarray  # int16 or int32 [H, N]
-    num_clusters: int
+    heads: np.ndarray  # int16 or int32 [H, N], 0..L-1
+    num_clusters: int  # K
+    head_clusters: int  # L, at least K
     weights: np.ndarray  # float64 [H], positive, mean 1
     max_rows: int
     iterations: int
@@ -71,10 +77,7 @@ class _Ensemble:
 
     def take(self, rows: np.ndarray | slice) -> _Ensemble:
         """The same ensemble on some of its images."""
-        few = np.ascontiguousarray(self.heads[:, rows])
-        return _Ensemble(
-            few, self.num_clusters, self.weights, self.max_rows, self.iterations, self.seed
-        )
+        return replace(self, heads=np.ascontiguousarray(self.heads[:, rows]))
 
 
 @dataclass
@@ -94,6 +97,7 @@ def consensus(
     num_clusters: int,
     method: str,
     *,
+    head_clusters: int | None = None,
     weights: np.ndarray | None = None,
     max_rows: int,
     iterations: int,
@@ -102,8 +106,10 @@ def consensus(
     """Merge H clusterings of N images into one of K clusters.
 
     Args:
-        assignments: integers [N, H] in 0..K-1; may be memory-mapped.
+        assignments: integers [N, H] in 0..L-1; may be memory-mapped.
         num_clusters: K.
+        head_clusters: L, at least K; more than K for the methods of OVER_CLUSTERED alone, and
+            with two heads or more. Default: K.
         method: one of METHODS.
         weights: how much each head counts, [H], not negative. Default: equally.
         max_rows: hgpa, hbgf, dawid-skene: images the model is fitted on (a random subset); it is
@@ -115,7 +121,8 @@ def consensus(
         Labels in order of decreasing cluster size, ties by first image. Confidence: dawid-skene:
         the posterior probability of the image's cluster, with all heads counted as one witness (see
         `_apply`); else the (weighted) share of heads that agree, each head's clusters having been
-        matched one to one with the final ones. A single head: itself, with confidence 1.
+        matched one to one with the final ones (L > K: each to the one it shares most images with).
+        A single head: itself, with confidence 1.
         info: method, path (what was done), heads (used), num_clusters, head_accuracy ([H], share
         of images on which the head, so matched, agrees with the result; None for a head of weight
         0), filled and empty_clusters. A method may leave clusters empty. Each is filled with the
@@ -125,14 +132,20 @@ def consensus(
         step) and fitted_rows.
 
     Raises:
-        ConfigError: unknown method, K > N, or cspa with too many images.
+        ConfigError: unknown method, K > N, L that the method cannot take, or cspa with too many
+            images.
         DataError: assignments or weights that are not as described.
     """
-    _check_settings(assignments, num_clusters, method, max_rows, iterations)
+    each = head_clusters or num_clusters
+    _check_settings(num_clusters, each, method, max_rows, iterations)
+    _check_data(assignments, num_clusters, each, method)
     used, share = _check_weights(weights, assignments.shape[1])
-    heads = _canonical_heads(assignments, used, num_clusters)
-    ensemble = _Ensemble(heads, num_clusters, share, max_rows, iterations, seed)
-    if len(heads) == 1 or num_clusters == 1:
+    _check_merge(num_clusters, each, method, len(used))
+    heads = _canonical_heads(assignments, used, each)
+    ensemble = _Ensemble(heads, num_clusters, each, share, max_rows, iterations, seed)
+    if num_clusters == 1:
+        draft = _Draft(np.zeros(heads.shape[1], np.int64), info={"path": "one cluster"})
+    elif len(heads) == 1:
         draft = _Draft(heads[0].astype(np.int64), info={"path": "single head"})
     else:
         draft = _SOLVERS[method](ensemble)
@@ -207,18 +220,46 @@ def _check_matrix(assignments: np.ndarray) -> None:
 
 
 def _check_settings(
-    assignments: np.ndarray, num_clusters: int, method: str, max_rows: int, iterations: int
+    num_clusters: int, head_clusters: int, method: str, max_rows: int, iterations: int
 ) -> None:
     if method not in METHODS:
         raise ConfigError(f"unknown consensus.method={method!r}; choose {', '.join(METHODS)}")
     if min(num_clusters, max_rows, iterations) < 1:
         raise ConfigError("num_classes, consensus.max_rows and .iterations must be at least 1")
+    if head_clusters < num_clusters:
+        raise ConfigError(
+            f"heads of {head_clusters} clusters cannot make num_classes={num_clusters}; raise "
+            "heads.clusters"
+        )
+
+
+def _check_merge(num_clusters: int, head_clusters: int, method: str, heads: int) -> None:
+    """Whether the method can merge clusters of heads that have more than the result."""
+    if num_clusters in (1, head_clusters):
+        return
+    if method not in OVER_CLUSTERED:
+        raise ConfigError(
+            f"consensus.method={method} needs heads of as many clusters as num_classes "
+            f"({num_clusters}, not {head_clusters}). Use {', '.join(OVER_CLUSTERED)}, or unset "
+            "heads.clusters."
+        )
+    if heads == 1:
+        raise ConfigError(
+            f"nothing tells how the {head_clusters} clusters of a single head make "
+            f"num_classes={num_clusters}. Keep more heads, or unset heads.clusters."
+        )
+
+
+def _check_data(
+    assignments: np.ndarray, num_clusters: int, head_clusters: int, method: str
+) -> None:
     _check_matrix(assignments)
     rows = len(assignments)
-    if assignments.max() >= num_clusters:
+    if assignments.max() >= head_clusters:
         raise DataError(
-            f"a head assigns cluster {assignments.max()}, but with num_classes={num_clusters} "
-            f"clusters are 0..{num_clusters - 1}; train the heads with the same num_classes"
+            f"a head assigns cluster {assignments.max()}, but with heads of {head_clusters} "
+            f"clusters they are 0..{head_clusters - 1}; train the heads with the same num_classes "
+            "and heads.clusters"
         )
     if num_clusters > rows:
         raise ConfigError(
@@ -253,13 +294,13 @@ def _canonical_order(labels: np.ndarray, num_clusters: int) -> np.ndarray:
     return rank
 
 
-def _canonical_heads(assignments: np.ndarray, used: np.ndarray, num_clusters: int) -> np.ndarray:
+def _canonical_heads(assignments: np.ndarray, used: np.ndarray, head_clusters: int) -> np.ndarray:
     """The heads in use, one after the other in memory, clusters renamed by size. [H, N]"""
-    kind = np.int16 if num_clusters <= np.iinfo(np.int16).max else np.int32
+    kind = np.int16 if head_clusters <= np.iinfo(np.int16).max else np.int32
     heads = np.empty((len(used), len(assignments)), kind)
     for row, head in enumerate(used):
         labels = np.asarray(assignments[:, head])
-        heads[row] = _canonical_order(labels, num_clusters)[labels]
+        heads[row] = _canonical_order(labels, head_clusters)[labels]
     return heads
 
 
@@ -288,10 +329,20 @@ def _agreement(labels: np.ndarray, ensemble: _Ensemble) -> tuple[np.ndarray, np.
     share = np.zeros(len(labels))
     accuracy = np.empty(len(ensemble.heads))
     for row, head in enumerate(ensemble.heads):
-        same = align(head, labels, ensemble.num_clusters) == labels
+        same = _renamed(head, labels, ensemble) == labels
         accuracy[row] = same.mean()
         share += ensemble.weights[row] * same
     return share / ensemble.weights.sum(), accuracy
+
+
+def _renamed(head: np.ndarray, labels: np.ndarray, ensemble: _Ensemble) -> np.ndarray:
+    """A head's labels in the names of the result: one to one, or, if L > K, many to one. [N]"""
+    clusters, each = ensemble.num_clusters, ensemble.head_clusters
+    if each == clusters:
+        return align(head, labels, clusters)
+    key = head.astype(np.int64) * clusters + labels
+    counts = np.bincount(key, minlength=each * clusters).reshape(each, clusters)
+    return counts.argmax(axis=1)[head]
 
 
 def _fill_empty(labels: np.ndarray, heads: np.ndarray, clusters: int) -> tuple[np.ndarray, int]:
@@ -398,7 +449,7 @@ def _pairwise_nmi(heads: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def _codes(heads: np.ndarray, clusters: int) -> sparse.csr_array:
-    """X: one-hot codes of the clusters the heads gave, float64 [N, H*K]."""
+    """X: one-hot codes of the clusters the heads gave, float64 [N, H*L]. clusters: L."""
     count, rows = heads.shape
     columns = heads.T.astype(np.int32) + np.arange(count, dtype=np.int32) * clusters
     starts = np.arange(rows + 1, dtype=np.int64) * count
@@ -407,9 +458,8 @@ def _codes(heads: np.ndarray, clusters: int) -> sparse.csr_array:
     )
 
 
-def _one_entry_table(target: np.ndarray, values: np.ndarray) -> sparse.csr_array:
-    """E with one entry in each row that has a target >= 0. target: int [H, K], values: [H, K]."""
-    clusters = target.shape[1]
+def _one_entry_table(target: np.ndarray, values: np.ndarray, clusters: int) -> sparse.csr_array:
+    """E with one entry in each row that has a target >= 0. target: int [H, L], values: [H, L]."""
     cells = np.flatnonzero(target.ravel() >= 0)
     entries = (values.ravel()[cells], (cells, target.ravel()[cells]))
     return sparse.csr_array(entries, shape=(target.size, clusters))
@@ -417,7 +467,7 @@ def _one_entry_table(target: np.ndarray, values: np.ndarray) -> sparse.csr_array
 
 def _scores(heads: np.ndarray, table: sparse.csr_array) -> Iterator[tuple[slice, sparse.csr_array]]:
     """X E for a chunk of images at a time."""
-    clusters = table.shape[1]
+    clusters = table.shape[0] // len(heads)
     for start in range(0, heads.shape[1], CHUNK):
         part = slice(start, min(start + CHUNK, heads.shape[1]))
         yield part, _codes(heads[:, part], clusters) @ table
@@ -519,7 +569,7 @@ def _voting(ensemble: _Ensemble) -> _Draft:
             votes[:, mapping[before]] += ensemble.weights[before] * counts
         mapping[head] = _assign(votes)
     values = np.repeat(ensemble.weights[:, None], clusters, axis=1)
-    labels = _best(heads, _one_entry_table(mapping, values))
+    labels = _best(heads, _one_entry_table(mapping, values, clusters))
     return _Draft(labels, info={"path": "medoid head, running votes"})
 
 
@@ -531,7 +581,7 @@ def _mcla(ensemble: _Ensemble) -> _Draft:
     the share of the meta-cluster's members that hold the image.
     """
     heads, clusters = ensemble.heads, ensemble.num_clusters
-    sizes = _sizes(heads, clusters)
+    sizes = _sizes(heads, ensemble.head_clusters)
     vertex = np.full(sizes.shape, -1)
     vertex[sizes > 0] = np.arange((sizes > 0).sum())
     ends, weights = _jaccard_edges(ensemble, sizes, vertex)
@@ -542,7 +592,7 @@ def _mcla(ensemble: _Ensemble) -> _Draft:
         parts, weights=np.repeat(ensemble.weights, (sizes > 0).sum(axis=1)), minlength=clusters
     )
     values = ensemble.weights[:, None] / np.maximum(members[target], 1e-12)
-    labels = _best(heads, _one_entry_table(target, values))
+    labels = _best(heads, _one_entry_table(target, values, clusters))
     return _Draft(labels, info={"path": "metis on head clusters", "edges": len(weights)})
 
 
@@ -550,7 +600,7 @@ def _jaccard_edges(
     ensemble: _Ensemble, sizes: np.ndarray, vertex: np.ndarray
 ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
     left, right, strength = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
-    for i, j, (a, b, shared) in _pairs(ensemble.heads, ensemble.num_clusters):
+    for i, j, (a, b, shared) in _pairs(ensemble.heads, ensemble.head_clusters):
         jaccard = shared / (sizes[i, a] + sizes[j, b] - shared)
         keep = jaccard >= MIN_JACCARD
         left.append(vertex[i, a[keep]])
@@ -580,9 +630,9 @@ def _cspa(ensemble: _Ensemble) -> _Draft:
 
 def _co_association(heads: np.ndarray, ensemble: _Ensemble) -> sparse.csr_array:
     """Weight of the heads that put two images together, as integers >= 1; no diagonal. [V, V]"""
-    codes = _codes(heads, ensemble.num_clusters).astype(np.float32)
+    codes = _codes(heads, ensemble.head_clusters).astype(np.float32)
     scaled = codes.T.tocsr()
-    weights = np.repeat(ensemble.weights / ensemble.weights.max(), ensemble.num_clusters)
+    weights = np.repeat(ensemble.weights / ensemble.weights.max(), ensemble.head_clusters)
     scaled.data *= np.repeat(weights * WEIGHT_SCALE, np.diff(scaled.indptr))
     graph = sparse.csr_array(codes @ scaled)
     graph.setdiag(0)
@@ -638,7 +688,7 @@ def _hbgf(ensemble: _Ensemble) -> _Draft:
     """
     rows = ensemble.sample()
     few = ensemble.take(rows)
-    codes = _codes(few.heads, few.num_clusters).tocoo()
+    codes = _codes(few.heads, few.head_clusters).tocoo()
     image, cluster = codes.coords
     used, vertex = np.unique(cluster, return_inverse=True)
     strength = np.tile(few.weights, few.rows)
@@ -657,13 +707,13 @@ def _extend(
     info: dict[str, Any] = {"path": path, "fitted_rows": few.rows}
     if isinstance(rows, slice):
         return _Draft(parts, info=info)
-    clusters = few.num_clusters
-    flat = few.heads.astype(np.int64) + np.arange(len(few.heads))[:, None] * clusters
+    clusters, each = few.num_clusters, few.head_clusters
+    flat = few.heads.astype(np.int64) + np.arange(len(few.heads))[:, None] * each
     key = (flat * clusters + parts).ravel()
     cells, counts = np.unique(key, return_counts=True)
-    size = np.bincount(flat.ravel(), minlength=len(few.heads) * clusters)
+    size = np.bincount(flat.ravel(), minlength=len(few.heads) * each)
     source = cells // clusters
-    values = counts / size[source] * ensemble.weights[source // clusters]
+    values = counts / size[source] * ensemble.weights[source // each]
     table = sparse.csr_array((values, (source, cells % clusters)), shape=(len(size), clusters))
     labels = _best(ensemble.heads, table)
     labels[rows] = parts
@@ -678,27 +728,29 @@ def _extend(
 class _Model:
     """log p(class) + sum over heads of log p(head's cluster | class), split into two parts.
 
-    With n the expected number of images per (cluster, class) and a = SMOOTHING / K,
+    With n the expected number of images per (cluster, class) and a = SMOOTHING / L,
     log p(cluster | class) = log(1 + n / a) + log(a / (n_class + SMOOTHING)): the first term is
     zero, so not stored, wherever a cluster never meets a class; the second goes into `base`.
     """
 
-    table: sparse.csr_array  # float64 [H*K, K]
+    table: sparse.csr_array  # float64 [H*L, K]
     base: np.ndarray  # float64 [K]; -inf for a class without images
     prior: np.ndarray  # log p(class), float64 [K]
     heads: float  # total weight of the heads
 
 
 def _dawid_skene(ensemble: _Ensemble) -> _Draft:
-    """EM with a confusion matrix per head (Dawid & Skene 1979).
+    """EM with a confusion matrix [K, L] per head (Dawid & Skene 1979).
 
-    EM finds a local optimum, so it is started from MCLA and from the aligned vote, and the fit of
-    the higher likelihood is kept. Confusions are smoothed by a Dirichlet prior of SMOOTHING images
-    per class. A head's weight is the power its likelihood is raised to. Fitted on at most max_rows
-    images, applied to all.
+    EM finds a local optimum, so it is started from MCLA and from the aligned vote (L > K: from
+    HBGF), and the fit of the higher likelihood is kept. Confusions are smoothed by a Dirichlet
+    prior of SMOOTHING images per class. A head's weight is the power its likelihood is raised to.
+    Fitted on at most max_rows images, applied to all.
     """
     few = ensemble.take(ensemble.sample())
-    fits = [(*_fit(few, start(few).labels), name) for name, start in _STARTS.items()]
+    over = few.head_clusters > few.num_clusters
+    starts = {name: _SOLVERS[name] for name in (_MERGING_STARTS if over else _STARTS)}
+    fits = [(*_fit(few, start(few).labels), name) for name, start in starts.items()]
     model, history, name = max(fits, key=lambda fit: fit[1][-1])
     labels, confidence = _apply(ensemble.heads, model)
     info = {"path": f"EM from {name}", "log_likelihood": history, "fitted_rows": few.rows}
@@ -709,7 +761,7 @@ def _fit(ensemble: _Ensemble, start: np.ndarray) -> tuple[_Model, list[float]]:
     """EM from these labels [N]. Returns the model and the log-likelihood per image of each step."""
     clusters = ensemble.num_clusters
     _fill_empty(start, ensemble.heads, clusters)
-    codes_t = _codes(ensemble.heads, clusters).T.tocsr()
+    codes_t = _codes(ensemble.heads, ensemble.head_clusters).T.tocsr()
     posterior = _one_hot(start, clusters)
     history: list[float] = []
     for _ in range(ensemble.iterations):
@@ -731,11 +783,11 @@ def _maximize(
 ) -> _Model:
     """M-step: confusions and class shares from posteriors [N, K]. codes_t: X transposed."""
     clusters, rows = ensemble.num_clusters, ensemble.rows
-    each = SMOOTHING / clusters
+    each = SMOOTHING / ensemble.head_clusters
     table = sparse.csr_array(codes_t @ posterior)
     table.data[table.data < 1e-2 * each] = 0
     table.eliminate_zeros()
-    row_weights = np.repeat(ensemble.weights, clusters)
+    row_weights = np.repeat(ensemble.weights, ensemble.head_clusters)
     table.data = np.log1p(table.data / each) * np.repeat(row_weights, np.diff(table.indptr))
     size = np.asarray(posterior.sum(axis=0)).ravel()
     prior = np.log((size + 1) / (rows + clusters))
@@ -794,7 +846,8 @@ def _normalize(scores: sparse.csr_array, base: np.ndarray) -> float:
     return float((top + np.log(total))[lengths > 0].sum())
 
 
-_STARTS: dict[str, Callable[[_Ensemble], _Draft]] = {"mcla": _mcla, "voting": _voting}
+_STARTS = ("mcla", "voting")
+_MERGING_STARTS = ("mcla", "hbgf")
 _SOLVERS: dict[str, Callable[[_Ensemble], _Draft]] = {
     "voting": _voting,
     "cspa": _cspa,

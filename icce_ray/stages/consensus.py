@@ -1,7 +1,7 @@
 """Stage 5: the heads' clusterings become one. A single Ray task; only label vectors are read.
 
 Writes consensus/part-00000.parquet: image_id, cluster, confidence, in the heads' row order.
-Shapes: N images, H heads, K clusters.
+Shapes: N images, H heads, L clusters per head, K clusters.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.artifacts import CONSENSUS_SCHEMA, RunDirectory
-from icce_ray.cluster import Cluster, fetch
-from icce_ray.config import Config, ConsensusConfig, settings
+from icce_ray.cluster import Cluster, Request, Wait, result
+from icce_ray.config import Config, settings
 from icce_ray.core import consensus as core
+from icce_ray.core import selection
+from icce_ray.errors import ArtifactError
 from icce_ray.stages import Context, Need, Outcome, Size, Stage
 
 FOLDER = "consensus"
+LAST_LOSSES = 0.05  # share of the recorded losses whose mean is a head's final loss
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -28,29 +31,61 @@ def _settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _solve(
-    run: RunDirectory, config: ConsensusConfig, num_clusters: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def final_losses(run: RunDirectory) -> np.ndarray:
+    """Loss of each head at the end of training, float64 [H]: the mean over its last records.
+
+    One record is the loss of one batch; all heads saw the same ones.
+
+    Raises:
+        ArtifactError: where the heads' history holds none.
+    """
+    losses = np.array(run.read_json("heads", "history.json")["loss"], dtype=np.float64)
+    if losses.ndim != 2 or not losses.size:
+        raise ArtifactError(
+            f"{run.path('heads', 'history.json')} holds no losses, which consensus.keep_by=loss "
+            "and consensus.weights=loss need; use agreement"
+        )
+    return losses[-max(1, round(LAST_LOSSES * len(losses))) :].mean(axis=0)
+
+
+def _weights(run: RunDirectory, config: Config, assignments: np.ndarray) -> np.ndarray:
+    """How much each head counts, float64 [H]."""
+    chosen = config.consensus
+    by_loss = "loss" in (chosen.weights, chosen.keep_by if chosen.keep < 1 else None)
+    return selection.head_weights(
+        assignments,
+        keep=chosen.keep,
+        keep_by=chosen.keep_by,
+        weights=chosen.weights,
+        losses=final_losses(run) if by_loss else None,
+        max_rows=chosen.max_rows,
+        seed=config.seed,
+    )
+
+
+def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Runs in the task, which opens the assignments on its own node."""
     assignments = run.matrix("heads", "assignments")
+    chosen = config.consensus
+    weights = _weights(run, config, assignments)
     found = core.consensus(
         assignments,
-        num_clusters,
-        config.method,
-        max_rows=config.max_rows,
-        iterations=config.iterations,
-        seed=seed,
+        config.num_classes,
+        chosen.method,
+        head_clusters=config.head_clusters,
+        weights=weights,
+        max_rows=chosen.max_rows,
+        iterations=chosen.iterations,
+        seed=config.seed,
     )
-    agreement = core.head_agreement(assignments, num_clusters, max_rows=config.max_rows)
-    return found.labels, found.confidence, {**found.info, "head_agreement": agreement}
+    agreement = core.head_agreement(assignments, config.head_clusters, max_rows=chosen.max_rows)
+    info = {**found.info, "head_weights": weights.tolist(), "head_agreement": agreement}
+    return found.labels, found.confidence, info
 
 
 def _run(context: Context) -> Outcome:
     config, run = context.config, context.run
-    ray = context.cluster.start()
-    task = ray.remote(num_cpus=1)(_solve)
-    ref = task.remote(run, config.consensus, config.num_classes, config.seed)
-    labels, confidence, info = fetch(ray, ref)
+    labels, confidence, info = _solve(run, config) if context.in_process else _task(context)
     table = pa.table([run.matrix("heads", "image_id"), labels, confidence], CONSENSUS_SCHEMA)
     run.write_table(table, FOLDER, "part-00000.parquet")
     context.reporter.say(_summary(info, float(confidence.mean())))
@@ -59,9 +94,18 @@ def _run(context: Context) -> Outcome:
     return Outcome(len(labels), results)
 
 
+def _task(context: Context) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    ray = context.cluster.start()
+    ref = ray.remote(num_cpus=1)(_solve).remote(context.run, context.config)
+    wait = Wait(context.cluster, context.reporter, [Request(1)], "Start a node with a CPU core")
+    return result(ray, ref, wait)
+
+
 def _summary(info: dict[str, Any], confidence: float) -> str:
+    every = len(info["head_weights"])
+    kept = f"{every}" if info["heads"] == every else f"{info['heads']} of {every}"
     text = (
-        f"consensus of {info['heads']} heads by {info['method']}: heads agree with an NMI of "
+        f"consensus of {kept} heads by {info['method']}: heads agree with an NMI of "
         f"{info['head_agreement']:.2f}, mean confidence {confidence:.2f}"
     )
     if info["empty_clusters"]:
@@ -72,7 +116,7 @@ def _summary(info: dict[str, Any], confidence: float) -> str:
 def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
     """From measurements: the label matrix twice, and the graph or table of the method."""
     images, heads = size.images or 0, config.heads.count
-    labels = 2 * images * heads * (2 if config.num_classes < 2**15 else 4)
+    labels = 2 * images * heads * (2 if config.head_clusters < 2**15 else 4)
     fitted = min(images, config.consensus.max_rows)
     graph = {
         "cspa": 26.0 * min(images, core.CSPA_ROWS) ** 2,

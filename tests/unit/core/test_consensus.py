@@ -178,15 +178,16 @@ def test_random_cycles_visit_every_image_of_a_cluster_once():
 # --- plain references ----------------------------------------------------------------------------
 
 
-def plain_dawid_skene(assignments, start, clusters, steps):
-    """EM written out, with the smoothing of the module."""
+def plain_dawid_skene(assignments, start, clusters, steps, each=None):
+    """EM written out, with the smoothing of the module. each: clusters per head."""
+    each = each or clusters
     rows, heads = assignments.shape
     posterior = np.eye(clusters)[start]
     history = []
     for _ in range(steps):
         size = posterior.sum(axis=0)
         prior = (size + 1) / (rows + clusters)
-        confusion = np.full((heads, clusters, clusters), core.SMOOTHING / clusters)
+        confusion = np.full((heads, each, clusters), core.SMOOTHING / each)
         for n, h in itertools.product(range(rows), range(heads)):
             confusion[h, assignments[n, h]] += posterior[n]
         confusion /= size + core.SMOOTHING
@@ -205,7 +206,7 @@ def test_dawid_skene_equals_plain_em(clusters):
     used = found.info["path"].removeprefix("EM from ")
     steps = len(found.info["log_likelihood"])
     ensemble = make_ensemble(assignments, clusters)
-    start = core._STARTS[used](ensemble).labels
+    start = core._SOLVERS[used](ensemble).labels
     posterior, confusion, prior, history = plain_dawid_skene(
         ensemble.heads.T, start, clusters, steps
     )
@@ -219,10 +220,10 @@ def test_dawid_skene_equals_plain_em(clusters):
     assert np.abs(found.confidence - expected).max() < 0.02
 
 
-def make_ensemble(assignments, clusters):
+def make_ensemble(assignments, clusters, each=None):
     used, weights = core._check_weights(None, assignments.shape[1])
-    heads = core._canonical_heads(assignments, used, clusters)
-    return core._Ensemble(heads, clusters, weights, 100_000, 30, 0)
+    heads = core._canonical_heads(assignments, used, each or clusters)
+    return core._Ensemble(heads, clusters, each or clusters, weights, 100_000, 30, 0)
 
 
 def test_dawid_skene_log_likelihood_rises():
@@ -297,6 +298,72 @@ def test_order_of_clusters_is_canonical(method):
     sizes = np.bincount(labels, minlength=5)
     first = [int(np.flatnonzero(labels == c)[0]) for c in range(5)]
     assert list(range(5)) == sorted(range(5), key=lambda c: (-sizes[c], first[c]))
+
+
+# --- heads of more clusters than the result ------------------------------------------------------
+
+
+def splitting_heads(rows, heads, clusters, parts, error=0.2, seed=0):
+    """Classes [N], and heads [N, H] that each cut every class into parts, in their own way."""
+    rng = np.random.default_rng(seed)
+    truth = rng.permutation(np.arange(rows) % clusters)
+    columns = []
+    for _ in range(heads):
+        labels = truth * parts + rng.integers(0, parts, rows)
+        wrong = rng.random(rows) < error
+        labels = np.where(wrong, rng.integers(0, clusters * parts, rows), labels)
+        columns.append(rng.permutation(clusters * parts)[labels])
+    return truth, np.stack(columns, axis=1).astype(np.int16)
+
+
+@pytest.mark.parametrize("method", core.OVER_CLUSTERED)
+@pytest.mark.parametrize("max_rows", [100_000, 500])
+def test_clusters_of_over_clustered_heads_are_merged(method, max_rows):
+    truth, assignments = splitting_heads(1200, 10, 5, 3)
+    found = solve(assignments, 5, method, head_clusters=15, max_rows=max_rows)
+    assert np.unique(found.labels).tolist() == list(range(5))
+    assert accuracy(found.labels, truth, 5) > 0.95
+    assert 0.3 < found.confidence.mean() < 0.95
+    assert np.mean(found.info["head_accuracy"]) == pytest.approx(0.8 + 0.2 / 5, abs=0.04)
+    again = solve(renamed(assignments, 15, seed=5), 5, method, head_clusters=15, max_rows=max_rows)
+    assert np.array_equal(found.labels, again.labels)
+
+
+def test_over_clustered_dawid_skene_equals_plain_em():
+    _, assignments = splitting_heads(300, 4, 3, 2, error=0.4)
+    found = solve(assignments, 3, "dawid-skene", head_clusters=6, iterations=5)
+    ensemble = make_ensemble(assignments, 3, 6)
+    start = core._SOLVERS[found.info["path"].removeprefix("EM from ")](ensemble).labels
+    steps = len(found.info["log_likelihood"])
+    posterior, _, _, history = plain_dawid_skene(ensemble.heads.T, start, 3, steps, each=6)
+    assert found.info["log_likelihood"] == pytest.approx(history, abs=2e-3)
+    assert same_partition(found.labels, posterior.argmax(axis=1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_any_over_clustered_input_gives_labels_in_range(data):
+    clusters = data.draw(st.integers(1, 5))
+    each = data.draw(st.integers(clusters, 9))
+    rows = data.draw(st.integers(clusters, 24))
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    method = data.draw(st.sampled_from(core.OVER_CLUSTERED))
+    assignments = rng.integers(0, data.draw(st.integers(1, each)), (rows, 3))
+    found = solve(assignments, clusters, method, head_clusters=each, max_rows=20)
+    assert ((found.labels >= 0) & (found.labels < clusters)).all()
+    assert ((found.confidence >= 0) & (found.confidence <= 1)).all()
+
+
+def test_heads_of_other_clusters_are_refused_where_nothing_can_merge_them():
+    _, assignments = splitting_heads(60, 3, 3, 2)
+    with pytest.raises(ConfigError, match=r"voting.*cspa"):
+        solve(assignments, 3, "voting", head_clusters=6)
+    with pytest.raises(ConfigError, match="single head"):
+        solve(assignments, 3, "mcla", head_clusters=6, weights=np.array([0, 1, 0]))
+    with pytest.raises(ConfigError, match=r"raise heads\.clusters"):
+        solve(assignments, 3, "mcla", head_clusters=2)
+    with pytest.raises(DataError, match=r"heads of 4 clusters"):
+        solve(assignments, 3, "mcla", head_clusters=4)
 
 
 # --- edges ---------------------------------------------------------------------------------------

@@ -187,6 +187,13 @@ def plain_images(count: int, size: int = 12) -> list[Image.Image]:
     return [Image.new("RGB", (size, size), tuple(color)) for color in colors.tolist()]
 
 
+class Done:
+    """Stands in for the reference to a task's result."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 class LocalTasks:
     """Stands in for Cluster: a Ray task is a plain call."""
 
@@ -199,12 +206,15 @@ class LocalTasks:
     def remote(self, **_: Any) -> Any:
         def bind(function: Any) -> Any:
             self.calls += 1
-            return types.SimpleNamespace(remote=function)
+            return types.SimpleNamespace(remote=lambda *given: Done(function(*given)))
 
         return bind
 
-    def get(self, value: Any) -> Any:
-        return value
+    def get(self, ref: Done) -> Any:
+        return ref.value
+
+    def wait(self, refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return refs, []
 
     def gpus_each(self, wanted: float | None) -> float:
         return 0.0

@@ -1,0 +1,296 @@
+"""Label-free scores of a clustering, to compare settings where nobody knows the classes.
+
+Each is at most 1, higher is better, and about 0 for random labels whatever the number of clusters:
+what chance alone would give is taken off. One giant cluster, which agrees with everything, scores
+0. All are measured on random rows drawn by the seed, the same ones for every clustering of the same
+images, so that two settings are compared on equal terms.
+
+No score knows the right number of clusters: each can be had more cheaply with fewer of them. They
+compare settings of equal num_classes.
+
+Shapes: N images, H heads, L clusters per head, K clusters, M neighbors, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icce_ray.core.consensus import pairwise_nmi
+from icce_ray.errors import ConfigError, DataError
+
+LABEL_ROWS = 200_000  # rows for scores of label vectors alone
+NEIGHBOR_ROWS = 50_000  # rows whose neighbors are looked at
+NEAREST = 10  # neighbors of each
+PROBE_ROWS = 20_000  # rows for the linear probe; more where clusters are many
+PROBE_ROWS_EACH = 40  # so many for each cluster
+PROBE_ROWS_MOST = 50_000
+TRAINED = 0.7  # share of them that the probe is trained on
+
+SCORES: Mapping[str, str] = {
+    "head_agreement": "how much the heads agree with each other: mean NMI over pairs, above chance",
+    "consensus_agreement": "how much of the heads the consensus keeps: mean NMI with it, "
+    "above chance",
+    "neighbor_consistency": f"share of the {NEAREST} nearest neighbors in the same cluster, "
+    "above chance",
+    "neighbor_information": "what an image's cluster tells of its neighbors': their normalized "
+    "mutual information, above chance",
+    "generalization": "how well a linear probe trained on some images' clusters predicts those of "
+    "others, above chance",
+}
+
+
+@dataclass(frozen=True)
+class _Input:
+    clusters: np.ndarray  # int [N]
+    assignments: np.ndarray  # int [N, H]
+    ids: np.ndarray  # int32 [N, M]
+    features: np.ndarray  # float16 [N, D]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.clusters)
+
+    def sample(self, most: int) -> np.ndarray:
+        """Sorted numbers of at most `most` random rows."""
+        if len(self) <= most:
+            return np.arange(len(self))
+        rng = np.random.default_rng(self.seed)
+        return np.sort(rng.choice(len(self), most, replace=False))
+
+
+def score(
+    names: Iterable[str],
+    *,
+    clusters: np.ndarray,
+    assignments: np.ndarray,
+    ids: np.ndarray,
+    features: np.ndarray,
+    seed: int,
+) -> dict[str, float]:
+    """The named scores of one clustering.
+
+    Args:
+        names: some of SCORES.
+        clusters: the consensus, int [N].
+        assignments: the heads' clusters, int [N, H].
+        ids: row numbers of the nearest neighbors, best first, int [N, M]. The same lists must serve
+            all clusterings that are compared.
+        features: [N, D], possibly memory-mapped; only sampled rows are read.
+        seed: draws the rows.
+
+    Raises:
+        ConfigError: a name that does not exist.
+        DataError: arrays that do not fit together.
+    """
+    wanted = list(names)
+    unknown = [name for name in wanted if name not in SCORES]
+    if unknown:
+        raise ConfigError(f"no score {unknown[0]!r}; there are {', '.join(SCORES)}")
+    given = _Input(clusters, assignments, ids, features, seed)
+    _check(given)
+    return {name: float(_FUNCTIONS[name](given)) for name in wanted}
+
+
+def _check(given: _Input) -> None:
+    rows = len(given.clusters)
+    if given.clusters.ndim != 1 or not np.issubdtype(given.clusters.dtype, np.integer):
+        raise DataError(
+            f"clusters must be integers [N], not {given.clusters.dtype} {given.clusters.shape}"
+        )
+    if rows < 2:
+        raise DataError(f"a clustering of {rows} images cannot be scored; at least 2 are needed")
+    if given.clusters.min() < 0:
+        raise DataError(f"clusters must be codes from 0; found {given.clusters.min()}")
+    for name in ("assignments", "ids", "features"):
+        value = getattr(given, name)
+        if value.ndim != 2 or len(value) != rows or not value.shape[1]:
+            raise DataError(f"{name} are {value.shape}, but there are {rows} clusters")
+    for name in ("assignments", "ids"):
+        if not np.issubdtype(getattr(given, name).dtype, np.integer):
+            raise DataError(f"{name} must be integers, not {getattr(given, name).dtype}")
+
+
+def _above_chance(value: float, chance: float) -> float:
+    """`value` on a scale where chance is 0 and the maximum 1."""
+    return (value - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+# --- label vectors -------------------------------------------------------------------------------
+
+
+def _head_agreement(given: _Input) -> float:
+    """Mean NMI over pairs of heads, adjusted for chance (Vinh, Epps & Bailey, JMLR 11, 2010).
+
+    Stable clusterings are the good ones: Ben-Hur, Elisseeff & Guyon, PSB 2002. The chance term is
+    the NMI of each head with a shuffled other one. A head of one cluster agrees with none, and
+    neither does a single head.
+    """
+    heads = _columns(given)
+    count = len(heads)
+    if count < 2:
+        return 0.0
+    pairs = pairwise_nmi(heads.T)
+    flat = np.flatnonzero(heads.max(axis=1) == heads.min(axis=1))
+    pairs[np.ix_(flat, flat)] = 0
+    value = pairs[np.triu_indices(count, k=1)].mean()
+    rng = np.random.default_rng(given.seed)
+    chance = [_nmi(heads[h], rng.permutation(heads[h - 1])) for h in range(count)]
+    return _above_chance(value, float(np.mean(chance)))
+
+
+def _consensus_agreement(given: _Input) -> float:
+    """Mean NMI of each head with the consensus, adjusted for chance as above.
+
+    The average normalized mutual information is what Strehl & Ghosh (JMLR 3, 2002) maximize. 0 for
+    a single head, whose consensus is itself.
+    """
+    heads = _columns(given)
+    if len(heads) < 2:
+        return 0.0
+    labels = given.clusters[given.sample(LABEL_ROWS)]
+    shuffled = np.random.default_rng(given.seed).permutation(labels)
+    value = np.mean([_nmi(head, labels) for head in heads])
+    chance = np.mean([_nmi(head, shuffled) for head in heads])
+    return _above_chance(float(value), float(chance))
+
+
+def _columns(given: _Input) -> np.ndarray:
+    """The heads' clusters on sampled rows, one head after the other: [H, rows]."""
+    found = np.ascontiguousarray(given.assignments[given.sample(LABEL_ROWS)].T)
+    if found.min() < 0:
+        raise DataError(f"head assignments must be codes from 0; found {found.min()}")
+    return found
+
+
+def _nmi(a: np.ndarray, b: np.ndarray) -> float:
+    """Mutual information over the mean entropy; 0 where a or b is constant. int [n] each."""
+    width = int(b.max()) + 1
+    key = a.astype(np.int64) * width + b
+    size = (int(a.max()) + 1) * width
+    joint = np.bincount(key) if size <= 4 * len(key) else np.unique(key, return_counts=True)[1]
+    apart = _entropy(np.bincount(a)) + _entropy(np.bincount(b))
+    alone = min(_entropy(np.bincount(a)), _entropy(np.bincount(b)))
+    return 2 * (apart - _entropy(joint)) / apart if alone > 0 else 0.0
+
+
+def _entropy(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
+
+
+# --- neighbors -----------------------------------------------------------------------------------
+
+
+def _nearest(given: _Input) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters of sampled images [n], and of their nearest neighbors [n, NEAREST]."""
+    rows = given.sample(NEIGHBOR_ROWS)
+    near = np.asarray(given.ids[rows, :NEAREST])
+    if near.min() < 0 or near.max() >= len(given):
+        raise DataError(
+            f"neighbor ids must be row numbers 0..{len(given) - 1}; found {near.min()} to "
+            f"{near.max()}"
+        )
+    return given.clusters[rows], given.clusters[near]
+
+
+def _neighbor_consistency(given: _Input) -> float:
+    """(agree - c) / (1 - c), with c = sum p_k^2 the chance that two images share a cluster.
+
+    Neighbors sharing a class is what SCAN (Van Gansbeke et al., ECCV 2020) and TEMI learn from; the
+    correction is that of Cohen's kappa (1960).
+    """
+    own, near = _nearest(given)
+    shares = np.bincount(given.clusters) / len(given)
+    return _above_chance(float((near == own[:, None]).mean()), float((shares**2).sum()))
+
+
+def _neighbor_information(given: _Input) -> float:
+    """Normalized mutual information of an image's cluster and its neighbor's, above chance.
+
+    The hard-label form of TEMI's objective (arXiv 2303.17896). Beside consistency, which counts
+    images, it counts a small cluster's purity by the information in it. Chance: the lists of
+    neighbors handed to other images.
+    """
+    own, near = _nearest(given)
+    repeated = np.repeat(own, near.shape[1])
+    shuffled = np.random.default_rng(given.seed).permutation(near)
+    return _above_chance(_nmi(repeated, near.ravel()), _nmi(repeated, shuffled.ravel()))
+
+
+# --- the probe -----------------------------------------------------------------------------------
+
+
+def _generalization(given: _Input) -> float:
+    """Cohen's kappa between a linear probe's predictions and the clusters of held-out images.
+
+    TURTLE's criterion (Gadetsky, Jiang & Brbic, ICML 2024): human labelings generalize, so choose
+    the clustering whose labels a linear model learns from some images and predicts for the rest.
+
+    The probe is linear discriminant analysis, not TURTLE's logistic regression: it is solved at
+    once, so that 1,000 clusters cost no more than 10 and no step size or stopping enters the score.
+    """
+    used = int((np.bincount(given.clusters) > 0).sum())
+    most = min(PROBE_ROWS_MOST, max(PROBE_ROWS, PROBE_ROWS_EACH * used))
+    rows = np.random.default_rng(given.seed + 1).permutation(given.sample(most))
+    trained = min(len(rows) - 1, max(1, round(TRAINED * len(rows))))
+    labels = np.unique(given.clusters[rows], return_inverse=True)[1].ravel()
+    x = _standardized(given.features, rows, trained)
+    weight, bias = discriminant(x[:trained], labels[:trained])
+    predicted = torch.addmm(bias, x[trained:], weight).argmax(1).numpy()
+    return _kappa(labels[trained:], predicted)
+
+
+def _standardized(features: np.ndarray, rows: np.ndarray, trained: int) -> Tensor:
+    """These rows, float32, centered and scaled by the first `trained` of them. [n, D]"""
+    order = np.argsort(rows)  # a memory map is read forward
+    sample = np.empty((len(rows), features.shape[1]), np.float32)
+    sample[order] = features[rows[order]]
+    x = torch.from_numpy(sample)
+    x -= x[:trained].mean(0)
+    x /= x[:trained].square().mean(0).sqrt().clamp_min(1e-6)
+    return x
+
+
+def discriminant(x: Tensor, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Linear discriminant analysis: weights [D, K] and biases [K] of the class scores.
+
+    The within-class covariance S is shrunk towards its mean variance v: (1 - g) S + g v I, with
+    g = D / (D + n). Classes without a row get a bias of -inf.
+
+    Args:
+        x: float32 [n, D], centered.
+        labels: int [n].
+    """
+    rows, width = x.shape
+    codes = torch.from_numpy(labels.astype(np.int64))
+    sizes = torch.bincount(codes)
+    means = torch.zeros(len(sizes), width).index_add_(0, codes, x)
+    means /= sizes.clamp_min(1).unsqueeze(1)
+    within = (x.T @ x - (means * sizes.unsqueeze(1)).T @ means) / rows
+    shrink = width / (width + rows)
+    within.mul_(1 - shrink)
+    within.diagonal().add_(within.trace() / width * shrink / (1 - shrink) + 1e-6)
+    weight = torch.cholesky_solve(means.T, torch.linalg.cholesky(within))
+    bias = (sizes / rows).log() - (means.T * weight).sum(0) / 2
+    return weight, bias
+
+
+def _kappa(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Accuracy above that of predictions as frequent but given out at random (Cohen 1960)."""
+    count = int(max(labels.max(), predicted.max())) + 1
+    share, guess = (np.bincount(v, minlength=count) / len(v) for v in (labels, predicted))
+    return _above_chance(float((labels == predicted).mean()), float(share @ guess))
+
+
+_FUNCTIONS: dict[str, Callable[[_Input], float]] = {
+    "head_agreement": _head_agreement,
+    "consensus_agreement": _consensus_agreement,
+    "neighbor_consistency": _neighbor_consistency,
+    "neighbor_information": _neighbor_information,
+    "generalization": _generalization,
+}

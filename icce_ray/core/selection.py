@@ -1,0 +1,139 @@
+"""Which heads the ensemble keeps, and how much each counts. Label-free.
+
+Choosing some members of an ensemble by quality or by diversity is cluster ensemble selection
+(Fern & Lin, Statistical Analysis and Data Mining 1, 2008, 128-141): a member's quality is its mean
+NMI with the others, and a subset can beat the whole.
+
+Shapes: N images, H heads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from icce_ray.core.consensus import pairwise_nmi
+from icce_ray.errors import ConfigError, DataError
+
+KEEP_BY = ("agreement", "loss", "diversity")
+WEIGHTS = ("equal", "agreement", "loss")
+
+
+def kept_count(heads: int, keep: float) -> int:
+    """How many of H heads a share of `keep` is: rounded, at least one."""
+    return max(1, round(keep * heads))
+
+
+def head_weights(
+    assignments: np.ndarray,
+    *,
+    keep: float = 1.0,
+    keep_by: str = "agreement",
+    weights: str = "equal",
+    losses: np.ndarray | None = None,
+    max_rows: int | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """How much each head counts in the ensemble: float64 [H], mean 1 over the kept ones, 0 = out.
+
+    Args:
+        assignments: integers >= 0, [N, H]; may be memory-mapped.
+        keep: share of the heads to keep, in (0, 1]; at least one is kept.
+        keep_by: agreement: highest mean NMI with the other heads. loss: lowest final loss.
+            diversity: the most agreeing head, then again and again the one whose NMI with the
+            nearest kept one is lowest.
+        weights: equal; agreement: mean NMI with the other heads; loss: exp(-z), z being the loss in
+            standard deviations from the mean of the kept heads.
+        losses: final loss of each head [H], for keep_by=loss and weights=loss.
+        max_rows: images that the NMI is taken on, at most (a random subset).
+        seed: of that subset.
+
+    A head that puts all images into one cluster agrees with none and is kept last.
+
+    Raises:
+        ConfigError: keep, keep_by or weights that do not exist.
+        DataError: no losses where they are needed, or not H finite ones.
+    """
+    _check_choices(keep, keep_by, weights)
+    heads = assignments.shape[1]
+    count = kept_count(heads, keep)
+    picks = count < heads
+    likeness = np.eye(heads)
+    if weights == "agreement" or (picks and keep_by != "loss"):
+        likeness = _likeness(assignments, max_rows, seed)
+    values = np.zeros(heads)
+    if weights == "loss" or (picks and keep_by == "loss"):
+        values = _checked_losses(losses, heads)
+    kept = _choose(likeness, values, count, keep_by) if picks else np.arange(heads)
+    out = np.zeros(heads)
+    out[kept] = _weigh(_quality(likeness)[kept], values[kept], weights)
+    return out
+
+
+def _check_choices(keep: float, keep_by: str, weights: str) -> None:
+    if not 0 < keep <= 1:
+        raise ConfigError(f"consensus.keep={keep} must be above 0 and at most 1")
+    if keep_by not in KEEP_BY:
+        raise ConfigError(f"unknown consensus.keep_by={keep_by!r}; choose {', '.join(KEEP_BY)}")
+    if weights not in WEIGHTS:
+        raise ConfigError(f"unknown consensus.weights={weights!r}; choose {', '.join(WEIGHTS)}")
+
+
+def _checked_losses(losses: np.ndarray | None, heads: int) -> np.ndarray:
+    if losses is None:
+        raise DataError(
+            "the heads' final losses are not known; use consensus.keep_by=agreement and "
+            "consensus.weights=equal"
+        )
+    values = np.asarray(losses, np.float64)
+    if values.shape != (heads,) or not np.isfinite(values).all():
+        raise DataError(f"the heads' final losses must be {heads} finite numbers")
+    return values
+
+
+def _likeness(assignments: np.ndarray, max_rows: int | None, seed: int) -> np.ndarray:
+    """Pairwise NMI [H, H]; 0 between heads that are both constant, which tell each other nothing.
+
+    NMI takes the mean entropy as its base, so a constant head has 0 with any other already.
+    """
+    result = pairwise_nmi(assignments, max_rows=max_rows, seed=seed)
+    flat = np.flatnonzero([(column == column[0]).all() for column in assignments.T])
+    result[np.ix_(flat, flat)] = 0
+    np.fill_diagonal(result, 1)
+    return result
+
+
+def _quality(likeness: np.ndarray) -> np.ndarray:
+    """Mean NMI of each head with the others, [H]; 1 for a single head."""
+    others = len(likeness) - 1
+    return (likeness.sum(axis=1) - 1) / others if others else np.ones(1)
+
+
+def _choose(likeness: np.ndarray, losses: np.ndarray, count: int, keep_by: str) -> np.ndarray:
+    """Numbers of the kept heads, ascending; ties go to the lower number."""
+    if keep_by == "diversity":
+        return np.sort(_spread(likeness, count))
+    badness = losses if keep_by == "loss" else -_quality(likeness)
+    return np.sort(np.argsort(badness, kind="stable")[:count])
+
+
+def _spread(likeness: np.ndarray, count: int) -> np.ndarray:
+    """Farthest-first traversal (Gonzalez 1985) by 1 - NMI, from the head of greatest mean NMI."""
+    quality = _quality(likeness)
+    chosen = [int(np.argmax(quality))]
+    nearest = likeness[chosen[0]].copy()  # of each head, its NMI with the most similar kept one
+    nearest[quality == 0] = 0.999  # far from all, but for having nothing to say
+    for _ in range(count - 1):
+        nearest[chosen] = np.inf
+        chosen.append(int(np.argmin(nearest)))
+        nearest = np.maximum(nearest, likeness[chosen[-1]])
+    return np.array(chosen)
+
+
+def _weigh(quality: np.ndarray, losses: np.ndarray, weights: str) -> np.ndarray:
+    """Positive weights of mean 1 for the kept heads."""
+    values = np.ones(len(quality))
+    if weights == "agreement":
+        values = np.maximum(quality, 1e-6)
+    elif weights == "loss" and losses.std() > 0:
+        values = np.exp(-(losses - losses.mean()) / losses.std())
+    return values / values.mean()

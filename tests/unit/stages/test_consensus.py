@@ -1,0 +1,106 @@
+"""Which heads the ensemble takes: from the settings to the consensus."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from icce_ray import config as configs
+from icce_ray.core.consensus import align
+from icce_ray.errors import ArtifactError, ConfigError
+from icce_ray.stages import consensus, heads
+
+
+@pytest.fixture
+def solve(make_run, make_context):
+    """solve(*overrides) -> (labels, results, context) on 240 rows, 3 classes and 4 heads."""
+
+    def run(*overrides, **options):
+        made = make_run(240, 3, names=None, images=False, overrides=overrides, **options)
+        context = make_context(made)
+        context.in_process = True
+        outcome = consensus.STAGE.run(context)
+        table = made.run.read_table("consensus", "part-00000.parquet")
+        json.dumps(outcome.results)
+        return table["cluster"].to_numpy(), outcome.results, context
+
+    return run
+
+
+def test_all_heads_count_alike_by_default(solve):
+    _, results, _ = solve()
+    assert results["head_weights"] == [1.0] * 4
+    assert results["heads"] == 4
+
+
+def test_keep_by_loss_takes_the_heads_of_lowest_final_loss(solve):
+    labels, results, context = solve("consensus.keep=0.5", "consensus.keep_by=loss")
+    losses = consensus.final_losses(context.run)
+    history = np.array(context.run.read_json("heads", "history.json")["loss"])
+    assert losses == pytest.approx(history[-5:].mean(axis=0))  # 101 records
+    best = np.argsort(losses)[:2]
+    assert np.flatnonzero(results["head_weights"]).tolist() == sorted(best.tolist())
+    assert results["heads"] == 2
+    assert len(labels) == 240
+
+
+def test_weights_reach_the_ensemble(solve):
+    _, results, context = solve("consensus.weights=loss", "consensus.method=voting")
+    losses = consensus.final_losses(context.run)
+    order = np.argsort(results["head_weights"])
+    assert order.tolist() == np.argsort(-losses).tolist()
+    assert results["heads"] == 4
+
+
+def test_a_lone_kept_head_is_the_result(solve):
+    labels, results, context = solve("consensus.keep=0.25", "consensus.method=voting")
+    only = int(np.argmax(results["head_weights"]))
+    column = np.asarray(context.run.matrix("heads", "assignments"))[:, only]
+    assert (align(column, labels, 3) == labels).all()
+
+
+def test_heads_of_more_clusters_make_num_classes(solve):
+    """The 3 clusters of the run's heads become the two that num_classes asks for."""
+    labels, results, _ = solve("num_classes=2", "heads.clusters=3")
+    assert np.unique(labels).tolist() == [0, 1]
+    assert results["num_clusters"] == 2
+    assert len(results["sizes"]) == 2
+
+
+def test_losses_that_were_not_recorded_are_named(solve):
+    *_, context = solve()
+    context.run.write_json({"step": [], "loss": []}, "heads", "history.json")
+    with pytest.raises(ArtifactError, match="use agreement"):
+        consensus.final_losses(context.run)
+
+
+TREE = {"num_classes": 10, "data": {"embeddings": "e.npy"}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["heads.clusters=9"], "at least num_classes"),
+        (["heads.clusters=20", "consensus.method=voting"], "cannot merge"),
+        (["heads.clusters=20", "heads.count=1"], "one head's clusters"),
+        (["heads.clusters=20", "heads.count=8", "consensus.keep=0.1"], "consensus.keep"),
+        (["consensus.keep=0"], "consensus.keep"),
+        (["consensus.weights=luck"], "'equal', 'agreement' or 'loss'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        configs.load(TREE, overrides)
+
+
+def test_heads_of_equal_clusters_are_shared_between_numbers_of_classes():
+    def of(*overrides):
+        return heads.STAGE.settings(configs.load(TREE, overrides))
+
+    assert of("heads.clusters=40") == of("heads.clusters=40", "num_classes=20")
+    assert of() == of("heads.clusters=10") != of("num_classes=20")
+    assert of("consensus.keep=0.5") == of()
+    ensemble = consensus.STAGE.settings
+    assert ensemble(configs.load(TREE, ["consensus.keep=0.5"])) != ensemble(configs.load(TREE))
