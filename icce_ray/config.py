@@ -146,9 +146,18 @@ class NeighborsConfig(Node):
         return self
 
 
+def _check_workers(least: int | None, workers: int | None) -> None:
+    if least is not None and workers is not None and least > workers:
+        raise ValueError("min_workers must not exceed num_workers")
+
+
 class HeadsConfig(Node):
     count: Positive = 16
     """H: clustering heads (the paper: 50)."""
+    clusters: Positive | None = None
+    """L: clusters per head. Default: num_classes. More (over-clustering) lets one training serve
+    ensembles of several num_classes; not with consensus.method=voting, and with two heads or
+    more."""
     hidden: tuple[Positive, ...] = ()
     """Widths of the hidden layers (TEMI: 512, 256). Empty: one linear layer per head, which trains
     many times faster and, on the data measured, better."""
@@ -196,6 +205,9 @@ class HeadsConfig(Node):
     """Arithmetic of the matrix products; losses and Sinkhorn stay in float32."""
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
     """Ray Train workers. Default: one per GPU of the cluster, or 1. 0: in the driver's process."""
+    min_workers: Annotated[Positive | None, RUNTIME] = None
+    """Workers that suffice to go on after nodes were lost, until there are `num_workers` again.
+    Default: all of them."""
     num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
     """GPUs per worker. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
     on demand."""
@@ -208,12 +220,26 @@ class HeadsConfig(Node):
             raise ValueError("pmi_weight and cross_entropy are both 0: there is nothing to train")
         return self
 
+    @model_validator(mode="after")
+    def _enough_workers(self) -> HeadsConfig:
+        _check_workers(self.min_workers, self.num_workers)
+        return self
+
 
 class ConsensusConfig(Node):
     method: Literal["voting", "cspa", "hgpa", "mcla", "hbgf", "dawid-skene"] = "dawid-skene"
     """How the heads' clusterings become one. voting: aligned majority. cspa, hgpa, mcla: Strehl &
     Ghosh 2002. hbgf: Fern & Brodley 2004. dawid-skene: a confusion matrix per head, fitted by EM
     from MCLA's result."""
+    keep: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the heads that enter the ensemble, rounded; at least one does."""
+    keep_by: Literal["agreement", "loss", "diversity"] = "agreement"
+    """Which heads are kept. agreement: highest mean NMI with the others. loss: lowest final loss.
+    diversity: the most agreeing one, then always the one least like those kept."""
+    weights: Literal["equal", "agreement", "loss"] = "equal"
+    """How much each kept head counts. agreement: its mean NMI with the others. loss: exp(-z), z
+    being its final loss in standard deviations from the mean. Every method honors it;
+    dawid-skene also learns by itself how far to trust a head."""
     max_rows: Positive = 200_000
     """dawid-skene, hbgf, hgpa: rows the model is fitted on (a random subset); it is then applied to
     all."""
@@ -241,9 +267,17 @@ class ClassifierConfig(Node):
     """Weigh each pseudo-label by the consensus confidence."""
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
     """Ray Train workers. Default: finetune: one per GPU, or 1; probes: 0, in one Ray task."""
+    min_workers: Annotated[Positive | None, RUNTIME] = None
+    """Workers that suffice to go on after nodes were lost, until there are `num_workers` again.
+    Default: all of them."""
     num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
     """GPUs per worker. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
     on demand."""
+
+    @model_validator(mode="after")
+    def _enough_workers(self) -> ClassifierConfig:
+        _check_workers(self.min_workers, self.num_workers)
+        return self
 
 
 class EvaluateConfig(Node):
@@ -275,7 +309,8 @@ class RayConfig(Node):
     max_failures: Annotated[int, Field(ge=0), RUNTIME] = 3
     """Restarts of a training stage after lost workers, before it gives up."""
     worker_wait: Annotated[Positive, RUNTIME] = 1800
-    """Seconds to wait for the cluster to provide what a stage asks for."""
+    """Seconds to wait for the cluster to provide what a stage asks for. Only time in which nothing
+    of the stage can run counts."""
 
 
 class Config(Node):
@@ -321,7 +356,30 @@ class Config(Node):
             raise ValueError("classifier.kind=finetune works with one backbone")
         if self.evaluate.require_labels and self.data.labels == "none":
             raise ValueError("evaluate.require_labels=true contradicts data.labels=none")
+        self._check_clusters()
         return self
+
+    def _check_clusters(self) -> None:
+        """Whether the ensemble can be made from heads of so many clusters."""
+        over = f"heads.clusters={self.heads.clusters} with num_classes={self.num_classes}: "
+        if self.head_clusters < self.num_classes:
+            raise ValueError(f"{over}heads need at least num_classes clusters")
+        if self.head_clusters == self.num_classes:
+            return
+        if self.consensus.method == "voting":
+            raise ValueError(
+                f"{over}consensus.method=voting cannot merge clusters; choose another method"
+            )
+        if round(self.consensus.keep * self.heads.count) < 2:
+            raise ValueError(
+                f"{over}nothing tells how one head's clusters merge; raise heads.count or "
+                "consensus.keep"
+            )
+
+    @property
+    def head_clusters(self) -> int:
+        """L: clusters of each head."""
+        return self.heads.clusters or self.num_classes
 
 
 # --- loading -------------------------------------------------------------------------------------

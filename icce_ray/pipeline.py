@@ -19,8 +19,9 @@ from typing import Any
 from rich.table import Table
 
 from icce_ray import config as configs
+from icce_ray import storage
 from icce_ray.artifacts import PARTIAL, Manifest, RunDirectory, differing_keys, fingerprint
-from icce_ray.cluster import Cluster
+from icce_ray.cluster import Cluster, NodeWatch
 from icce_ray.config import Config
 from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError
 from icce_ray.progress import Reporter, duration
@@ -62,14 +63,22 @@ class Step:
 # --- what there is to do -------------------------------------------------------------------------
 
 
-def make_steps(config: Config, run: RunDirectory, chosen: Sequence[str] = NAMES) -> list[Step]:
-    """Compare each stage's artifacts with the settings. Starts nothing, writes nothing."""
-    steps: list[Step] = []
+def fingerprints(config: Config) -> dict[str, str]:
+    """Fingerprint of every stage; each covers those of the stages that it reads."""
     prints: dict[str, str] = {}
-    fresh: set[str] = set()  # stages whose artifacts will be new
     for stage in STAGES:
         inputs = {need: prints[need] for need in stage.needs}
         prints[stage.name] = fingerprint(stage.name, stage.settings(config), inputs)
+    return prints
+
+
+def make_steps(config: Config, run: RunDirectory, chosen: Sequence[str] = NAMES) -> list[Step]:
+    """Compare each stage's artifacts with the settings. Starts nothing, writes nothing."""
+    steps: list[Step] = []
+    prints = fingerprints(config)
+    fresh: set[str] = set()  # stages whose artifacts will be new
+    for stage in STAGES:
+        inputs = {need: prints[need] for need in stage.needs}
         step = _classify(stage, config, run, prints[stage.name], inputs, fresh)
         if stage.name not in chosen and step.state != "done":
             step = Step(stage, "excluded", step.fingerprint, inputs, step.reason)
@@ -226,8 +235,10 @@ def _check_disk(context: Context, steps: Sequence[Step], size: Size) -> None:
 
 def preflight(config: Config) -> None:
     """Everything that can be wrong and is cheap to see, before anything is started."""
-    index.preflight(config)
-    embed.preflight(config)
+    with storage.hastily():
+        storage.check(config.run_dir)
+        index.preflight(config)
+        embed.preflight(config)
 
 
 def run(
@@ -256,7 +267,7 @@ def run(
     if plan_only:
         _show_plan(context, steps, _size(config, directory), log=False)
         return {}
-    with _exclusive(directory), _terminable():
+    with exclusive(directory), terminable(), reporter.listening():
         try:
             if first and overwrite:
                 _drop(directory, chosen)
@@ -299,13 +310,13 @@ def _run_chain(context: Context, chosen: Sequence[str]) -> None:
             shown = True
         step = steps[position]
         if step.state not in ("done", "excluded"):
-            _run_stage(context, step)
+            run_stage(context, step)
             steps = make_steps(config, run, chosen)
     reporter.stage = ""
     reporter.status("done" if chosen[-1] == NAMES[-1] else f"done until {chosen[-1]}")
 
 
-def _run_stage(context: Context, step: Step) -> None:
+def run_stage(context: Context, step: Step) -> None:
     stage, run, reporter = step.stage, context.run, context.reporter
     reporter.stage, reporter.events = stage.name, []
     mark: dict[str, Any] = {
@@ -318,7 +329,8 @@ def _run_stage(context: Context, step: Step) -> None:
     if context.resumed:
         reporter.event(f"{stage.name} goes on from partial work")
     started = time.monotonic()
-    outcome = _guarded(stage, context)
+    with NodeWatch(reporter):
+        outcome = _guarded(stage, context)
     seconds = time.monotonic() - started
     manifest = Manifest(
         stage=stage.name,
@@ -353,7 +365,7 @@ def _guarded(stage: Stage, context: Context) -> Outcome:
 
 
 @contextlib.contextmanager
-def _exclusive(run: RunDirectory) -> Iterator[None]:
+def exclusive(run: RunDirectory) -> Iterator[None]:
     """One process at a time in a local run directory."""
     if not run.is_local:
         yield
@@ -370,7 +382,7 @@ def _exclusive(run: RunDirectory) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Let SIGTERM (a stopped job, a lost spot machine) end the run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -386,4 +398,16 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-__all__ = ["NAMES", "STAGES", "Step", "make_steps", "preflight", "run", "select"]
+__all__ = [
+    "NAMES",
+    "STAGES",
+    "Step",
+    "exclusive",
+    "fingerprints",
+    "make_steps",
+    "preflight",
+    "run",
+    "run_stage",
+    "select",
+    "terminable",
+]

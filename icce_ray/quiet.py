@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-# Every actor pool of Ray Data makes Ray's C++ core print this with severity "E"; it concerns
-# restarts after the loss of the driver's own objects, which no restart survives anyway.
-NOISE = ("has constructor arguments in the object store and max_restarts > 0",)
+# Every actor pool of Ray Data makes Ray's C++ core print the first with severity "E"; it concerns
+# restarts after the loss of the driver's own objects, which no restart survives anyway. The second
+# says that Ray does its work after a lost node, of which we tell by ourselves.
+NOISE = (
+    "has constructor arguments in the object store and max_restarts > 0",
+    ":info_message: Attempting to recover",
+)
 
 _FILTER = """
 import sys
@@ -48,3 +55,19 @@ def filter_native_stderr() -> None:
         sys.stderr = os.fdopen(terminal, "w", buffering=1, errors="backslashreplace")
         # Waited for by nobody: it ends when the last holder of the pipe does.
         filtering.returncode = 0
+
+
+def hush_raylets() -> None:
+    """Keep what Ray tells drivers of dying nodes and workers off the terminal.
+
+    Of a lost node Ray prints thirty lines of a raylet's log to stdout, whatever `log_to_driver`
+    says; `cluster.NodeWatch` says it in one. The text goes to the logger `icce_ray.ray`.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):  # not part of Ray's interface
+        worker.print_to_stdstream = _to_logger
+
+
+def _to_logger(data: Mapping[str, Any], *_: Any, **__: Any) -> None:
+    logging.getLogger("icce_ray.ray").debug("\n".join(data.get("lines", ())))

@@ -69,3 +69,31 @@ class Distributed:
         self.all_reduce_sum_(tensors)
         for tensor in tensors:
             tensor.div_(self.world)
+
+
+class Counted:
+    """Another group's operations, and the bytes that they make this worker send.
+
+    Counted as rings send them, which gloo and NCCL do for tensors that matter: of a tensor of n
+    bytes, W - 1 times n for a gather, 2 (W - 1) / W times n for a sum.
+    """
+
+    def __init__(self, inner: Collective) -> None:
+        self.inner, self.rank, self.world = inner, inner.rank, inner.world
+        self.bytes = {"all_gather": 0.0, "all_reduce": 0.0}
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.bytes["all_gather"] += (self.world - 1) * tensor.nbytes
+        return self.inner.all_gather(tensor)
+
+    def all_reduce_sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._reduced(tensors)
+        self.inner.all_reduce_sum_(tensors)
+
+    def all_reduce_mean_(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._reduced(tensors)
+        self.inner.all_reduce_mean_(tensors)
+
+    def _reduced(self, tensors: Sequence[torch.Tensor]) -> None:
+        size = sum(tensor.nbytes for tensor in tensors)
+        self.bytes["all_reduce"] += 2 * (self.world - 1) / self.world * size

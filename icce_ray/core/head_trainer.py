@@ -289,14 +289,17 @@ class HeadTrainer:
     # results
 
     @torch.inference_mode()
-    def assign(self, on_rows: Callable[[int], None] | None = None) -> np.ndarray:
-        """Each row's cluster by each of this worker's heads (its teacher), int16/int32 [N, H]."""
+    def assign(
+        self, on_rows: Callable[[int], None] | None = None, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Cluster of all rows, or of `rows`, by each own head's teacher, int16/int32 [N, H]."""
         clusters = self.marginal.shape[1]
         dtype = np.int16 if clusters <= np.iinfo(np.int16).max else np.int32
-        out = np.empty((len(self.data), len(self.numbers)), dtype)
+        chosen = torch.arange(len(self.data)) if rows is None else torch.from_numpy(rows)
+        out = np.empty((len(chosen), len(self.numbers)), dtype)
         self.teacher.eval()
         for start in range(0, len(out), ASSIGN_ROWS):
-            index = torch.arange(start, min(start + ASSIGN_ROWS, len(out)))
+            index = chosen[start : start + ASSIGN_ROWS]
             with self._autocast():
                 logits = self.teacher(self.data.rows(index))
             out[start : start + len(index)] = logits.argmax(-1).T.cpu().numpy()
@@ -304,6 +307,22 @@ class HeadTrainer:
                 on_rows(start + len(index))
         self.teacher.train()
         return out
+
+    def consistency(self, rows: np.ndarray, ids: np.ndarray) -> float:
+        """How much more often a row and its neighbor share a cluster than by chance.
+
+        Mean over own heads of (share - chance) / (1 - chance), chance being sum of p_k^2; at most
+        1, and 0 for a head with one cluster. rows: int [S]; ids: int [S, M], row numbers.
+        """
+        used, where = np.unique(np.concatenate([rows, ids.ravel()]), return_inverse=True)
+        clusters = self.assign(rows=used)
+        own, near = where[: len(rows)], where[len(rows) :].reshape(ids.shape)
+        found = []
+        for column in clusters.T:
+            share = float((column[own][:, None] == column[near]).mean())
+            chance = float(((np.bincount(column[own]) / len(own)) ** 2).sum())
+            found.append((share - chance) / (1 - chance) if chance < 1 else 0.0)
+        return float(np.mean(found))
 
     # state
 

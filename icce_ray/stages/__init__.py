@@ -21,6 +21,8 @@ class Context:
     reporter: Reporter
     cluster: Cluster  # starts Ray at first use
     resumed: bool = False  # earlier partial work of the same fingerprint is in the folder
+    in_process: bool = False  # do what is one Ray task's work right here (inside a sweep's trial)
+    on_progress: Callable[[int, float], None] | None = None  # told (step, label-free score)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from icce_ray.artifacts import CONSENSUS_SCHEMA, RunDirectory
-from icce_ray.cluster import Cluster, fetch
+from icce_ray.cluster import Cluster, Request, Wait, fetch
 from icce_ray.config import BackboneConfig, ClassifierConfig, Config, settings
 from icce_ray.core import backbone as backbones
 from icce_ray.core import classifier as core
@@ -158,16 +158,18 @@ def _probe_in_task(context: Context, task: Mapping[str, Any]) -> dict[str, Tenso
     if not run.exists(FOLDER, training.TRAIN, PROBE):
         ray = cluster.start()
         gpus = cluster.gpus_each(config.classifier.num_gpus)
+        request = Request(cluster.cpus_each(1, gpus), gpus)
         remote = ray.remote(
-            num_cpus=cluster.cpus_each(1, gpus),
+            num_cpus=request.cpus,
             num_gpus=gpus,
             max_retries=config.ray.max_failures,
         )(_probe_task)
         ref = remote.remote(run, task)
         rows = run.matrix("embeddings", "image_id").shape[0]
         total = core.probe_steps(rows, _probe_settings(config.classifier))
+        wait = Wait(cluster, context.reporter, [request], "Lower classifier.num_gpus")
         try:
-            _watch(context, ray, ref, total)
+            _watch(context, ray, ref, total, wait)
         except BaseException:
             ray.cancel(ref, force=True)
             raise
@@ -175,22 +177,16 @@ def _probe_in_task(context: Context, task: Mapping[str, Any]) -> dict[str, Tenso
     return safetensors.load(run.read_bytes(FOLDER, training.TRAIN, PROBE))
 
 
-def _watch(context: Context, ray: Any, ref: Any, total: int) -> None:
-    """Show the task's progress until it ends. Raises StageError where it never starts."""
-    run, wait = context.run, context.config.ray.worker_wait
-    deadline = time.monotonic() + wait
+def _watch(context: Context, ray: Any, ref: Any, total: int, wait: Wait) -> None:
+    """Show the task's progress until it ends. Raises StageError where it can never start."""
+    run = context.run
     poll = POLL if run.is_local else training.REMOTE_POLL
     with context.reporter.bar("training the classifier", total, "steps") as bar:
         while not ray.wait([ref], timeout=poll)[0]:
+            wait.check()
             if run.exists(FOLDER, training.TRAIN, "probe.json"):
                 state = run.read_json(FOLDER, training.TRAIN, "probe.json")
                 bar.update(state["done"], state["note"])
-            elif time.monotonic() > deadline:
-                raise StageError(
-                    f"the classifier's task did not start in {wait} s: the cluster has "
-                    f"{context.cluster.resources().describe()}, which does not carry what was "
-                    "asked for. Lower classifier.num_gpus, or raise ray.worker_wait."
-                )
 
 
 def _probe_loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
@@ -208,13 +204,14 @@ def _probe_in_group(context: Context, task: Mapping[str, Any], workers: int) -> 
     rows = context.run.matrix("embeddings", "image_id").shape[0]
     checkpoints = training.Checkpoints(context.run, FOLDER)
     if checkpoints.latest() is None:
+        gpus = context.cluster.gpus_each(context.config.classifier.num_gpus)
+        least = context.config.classifier.min_workers
         training.fit(
             context,
             FOLDER,
             _probe_loop,
             task,
-            workers=workers,
-            gpus_each=context.cluster.gpus_each(context.config.classifier.num_gpus),
+            group=training.Group.plan(context.cluster, workers, gpus, least),
             title="training the classifier",
             total=core.probe_steps(rows, context.config.classifier),
         )
@@ -319,10 +316,11 @@ def _order(table: pa.Table, seed: int) -> np.ndarray:
     return every[every < len(table)]
 
 
-def _dataset(context: Context, table: pa.Table) -> Any:
+def _dataset(context: Context, table: pa.Table, cpus: float) -> Any:
     """A Ray Data set that decodes the images of a table as it is read: image_id, reason, pixels0.
 
     Labels are not in it: workers look them up by image_id, in arrays that a node's workers share.
+    A task reserves `cpus`.
     """
     ray, config = context.cluster.start(), context.config
     blocks = [table.slice(i, BLOCK_ROWS) for i in range(0, len(table), BLOCK_ROWS)]
@@ -334,7 +332,7 @@ def _dataset(context: Context, table: pa.Table) -> Any:
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"preprocess": preprocess, "max_pixels": config.embed.max_pixels},
-        num_cpus=1.0 if context.cluster.resources().cpus >= 2 else 0.5,
+        num_cpus=cpus,
     )
 
 
@@ -479,17 +477,17 @@ def _run_finetune(context: Context, task: Mapping[str, Any]) -> dict[str, Any]:
     if not run.exists(FOLDER, DESCRIPTION):
         _probe_in_task(context, task)
         shuffled = table.take(pa.array(_order(table, config.seed)))
+        least, have = config.classifier.min_workers, cluster.resources()
+        group = training.Group.plan(cluster, workers, gpus, least, fed=True)
         training.fit(
             context,
             FOLDER,
             _finetune_loop,
             task,
-            workers=workers,
-            gpus_each=gpus,
+            group=group,
             title="fine-tuning",
             total=steps * config.classifier.epochs,
-            datasets={"train": _dataset(context, shuffled)},
-            spare_cpus=1,
+            datasets={"train": _dataset(context, shuffled, group.decode_cpus(have))},
         )
     _write_opinions(run, *_ask(context, table))
     return {"workers": workers, "gpus_per_worker": gpus}
@@ -520,7 +518,7 @@ def _ask(context: Context, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     embedder = Embedder(config.backbone, slots, config.embed.precision)  # for its precision alone
     model = Predictor(context.run, embedder, finetuned=True)
     batches = streaming.stream(
-        context.cluster, table, streaming.Job(model, preprocess, config.embed)
+        context.cluster, table, streaming.Job(model, preprocess, config.embed), context.reporter
     )
     image_ids = table["image_id"].to_numpy()
     clusters = np.full(total, -1, np.int32)

@@ -152,7 +152,8 @@ class Gatherer:
         table, total = self.index, self.index.num_rows
         if len(missing) < total:
             table = table.take(pa.array(missing))
-        batches = streaming.stream(self.context.cluster, table, _job(self.context.config))
+        job, reporter = _job(self.context.config), self.context.reporter
+        batches = streaming.stream(self.context.cluster, table, job, reporter)
         self.rate = streaming.gather(
             batches, self._take, self.context.reporter, "embedding", total - len(missing), total
         )

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.artifacts import RunDirectory
-from icce_ray.cluster import Cluster
+from icce_ray.cluster import Cluster, Request, Wait, result
 from icce_ray.config import Config
 from icce_ray.config import settings as slice_of
 from icce_ray.core import metrics
@@ -246,10 +246,10 @@ def _kmeans(context: Context, rows: int) -> np.ndarray:
         f"k-means for comparison: {rows:,} x {width} features, K={config.num_classes}, "
         f"{config.evaluate.kmeans_restarts} restarts"
     )
-    task = ray.remote(num_cpus=cluster.cpus_each(1, gpus), num_gpus=gpus)(_kmeans_task)
-    return ray.get(
-        task.remote(files, config.num_classes, config.evaluate.kmeans_restarts, config.seed, gpus)
-    )
+    request = Request(cluster.cpus_each(1, gpus), gpus)
+    task = ray.remote(num_cpus=request.cpus, num_gpus=gpus)(_kmeans_task)
+    ref = task.remote(files, config.num_classes, config.evaluate.kmeans_restarts, config.seed, gpus)
+    return result(ray, ref, Wait(cluster, context.reporter, [request], "Set evaluate.kmeans=false"))
 
 
 def _kmeans_task(

@@ -36,13 +36,14 @@ from icce_ray.stages import Context, Need, Outcome, Size, Stage, training
 
 FOLDER = "heads"
 HISTORY_POINTS = 200  # loss values kept per head
+PROBES = 10  # scores of an unfinished training, where a sweep asks for them
+PROBE_ROWS = 20_000  # rows whose neighbors they look at, at most
 ROWS_PER_FILE = 1_000_000
 
 
 def _settings(config: Config) -> dict[str, Any]:
     return {
-        "heads": settings(config.heads),
-        "num_classes": config.num_classes,
+        "heads": {**settings(config.heads), "clusters": config.head_clusters},
         "seed": config.seed,
     }
 
@@ -70,6 +71,8 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
     )
     history = _History(trainer)
+    watched = config["watched"] and worker.rank == 0
+    probe = _Probe(worker.run, config["seed"]) if watched else None
     worker.progress(latest or 0, "starting", force=True)
     if latest is None:
         trainer.start()
@@ -80,6 +83,8 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
     while trainer.step_number < trainer.steps:
         history.add(trainer.step())
         worker.progress(trainer.step_number, f"loss {history.last:.3f}")
+        if probe is not None and probe.due(trainer):
+            worker.progress(trainer.step_number, force=True, score=probe.score(trainer))
         if trainer.step_number % chosen.checkpoint_every == 0:
             worker.save(trainer.step_number, trainer.state() | history.state())
     worker.progress(trainer.step_number, "assigning", force=True)
@@ -89,6 +94,26 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
     if worker.rank == 0:
         final |= {f"projection.{k}": v.cpu() for k, v in projection.state_dict().items()}
     worker.save(trainer.steps + 1, final)
+
+
+class _Probe:
+    """What a sweep judges an unfinished training by: do neighbors share a cluster already?
+
+    The lists are the sweep's own, equal for all of its trainings, so that scores compare.
+    """
+
+    def __init__(self, run: RunDirectory, seed: int) -> None:
+        nearest = run.matrix("nearest", "ids")
+        generator = np.random.default_rng(seed)
+        most = min(len(nearest), PROBE_ROWS)
+        self.rows = np.sort(generator.choice(len(nearest), most, replace=False))
+        self.ids = np.asarray(nearest[self.rows])
+
+    def due(self, trainer: HeadTrainer) -> bool:
+        return trainer.step_number % max(1, trainer.steps // PROBES) == 0
+
+    def score(self, trainer: HeadTrainer) -> float:
+        return trainer.consistency(self.rows, self.ids)
 
 
 class _History:
@@ -126,7 +151,7 @@ class _History:
 def _run(context: Context) -> Outcome:
     config, run, cluster = context.config, context.run, context.cluster
     rows = run.matrix("embeddings", "image_id").shape[0]
-    steps = config.heads.steps or default_steps(config.num_classes)
+    steps = config.heads.steps or default_steps(config.head_clusters)
     gpus = cluster.gpus_each(config.heads.num_gpus)
     workers = cluster.workers(config.heads.num_workers, gpus)
     if config.heads.split == "heads":
@@ -139,12 +164,12 @@ def _run(context: Context) -> Outcome:
             _train,
             {
                 "heads": config.heads.model_dump(mode="json"),
-                "num_classes": config.num_classes,
+                "num_classes": config.head_clusters,
                 "seed": config.seed,
                 "steps": steps,
+                "watched": context.on_progress is not None,
             },
-            workers=workers,
-            gpus_each=gpus,
+            group=training.Group.plan(cluster, workers, gpus, config.heads.min_workers),
             title=f"training {config.heads.count} heads",
             total=steps,
         )
@@ -202,12 +227,12 @@ def _write_assignments(run: RunDirectory, assignments: np.ndarray, rows: int) ->
 def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
     images, features = size.images or 0, size.features or 1024
     inputs = min(features, config.heads.pca or features)
-    widths = [inputs, *config.heads.hidden, config.num_classes]
+    widths = [inputs, *config.heads.hidden, config.head_clusters]
     weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.heads.count
-    pairs = config.heads.batch_size or default_batch(config.num_classes)
+    pairs = config.heads.batch_size or default_batch(config.head_clusters)
     own = math.ceil(config.heads.count / max(1, config.heads.num_workers or 1))
     batch = 2 * pairs * own
-    activations = batch * (sum(widths[1:]) + 4 * config.num_classes) * 4 * 2
+    activations = batch * (sum(widths[1:]) + 4 * config.head_clusters) * 4 * 2
     matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4)
     assigned = images * config.heads.count * 2
     # student, teacher, gradient and AdamW's two moments: five copies of the weights, float32

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.artifacts import RunDirectory, neighbors_schema, tensor_column, to_matrix
-from icce_ray.cluster import Cluster, completed
+from icce_ray.artifacts import Manifest, RunDirectory, neighbors_schema, tensor_column, to_matrix
+from icce_ray.cluster import Cluster, Request, Wait, completed
 from icce_ray.config import Config, settings
 from icce_ray.core import neighbors as core
 from icce_ray.errors import DataError
@@ -17,10 +17,13 @@ from icce_ray.stages import Context, Need, Outcome, Size, Stage
 
 FOLDER = "neighbors"
 RAW = "top"  # working folder: what the tasks write, before the rule is applied
+TOP = f"{FOLDER}/{RAW}"
+NEAREST = "nearest"  # of a sweep: the best few ids of every row, which all its trials share
 ROWS_PER_FILE = 250_000
 EXACT_SECONDS = 3600.0  # search=auto: exact search where it is expected to take less
 CPU_FLOPS = 5e10  # float32 per core and second, as measured
 GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
+ADVICE = "Lower neighbors.num_gpus"
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -51,17 +54,15 @@ def _search_task(
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         ids, similarity = core.search(matrix, start, stop, most, device)
-    schema = neighbors_schema(most)
-    table = pa.table(
-        {
-            "ids": tensor_column(ids, schema.field("ids").type),
-            "similarity": tensor_column(
-                similarity.astype(np.float16), schema.field("similarity").type
-            ),
-        }
-    )
-    run.write_table(table, FOLDER, RAW, _shard(start, stop))
+    run.write_table(_lists(ids, similarity), FOLDER, RAW, _shard(start, stop))
     return stop - start
+
+
+def _lists(ids: np.ndarray, similarity: np.ndarray) -> pa.Table:
+    """One shard of top lists, [Q, M] each."""
+    schema = neighbors_schema(ids.shape[1])
+    scores = tensor_column(similarity.astype(np.float16), schema.field("similarity").type)
+    return pa.table({"ids": tensor_column(ids, schema.field("ids").type), "similarity": scores})
 
 
 def _ivf_index(run: RunDirectory, matrix: np.ndarray) -> Any:
@@ -73,7 +74,8 @@ def _ivf_index(run: RunDirectory, matrix: np.ndarray) -> Any:
     path = run.node_file(f"ivf-{done.id if done else 'none'}.faiss")
     with run.node_lock(path):
         if not path.exists():
-            core.build_ivf(matrix, path, seed=0)
+            with run.writing(path):
+                core.build_ivf(matrix, path, seed=0)
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
 
@@ -92,7 +94,8 @@ def _run(context: Context) -> Outcome:
     if rows < 2:
         raise DataError(f"neighbors need at least 2 images; {rows} could be used")
     most = min(config.neighbors.max_neighbors, rows - 1)
-    ivf = _search_shards(context, rows, features, most)
+    kept = run.manifest(TOP)  # of a sweep, whose trials differ in the rule alone
+    ivf = kept.results["ivf"] if kept else _search_shards(context, rows, features, most)
     ids, similarity = _read_shards(run, rows, most)
     k = core.reference_k(config.neighbors.k, rows, config.num_classes, most)
     selection = core.select(
@@ -105,7 +108,8 @@ def _run(context: Context) -> Outcome:
         mutual=config.neighbors.mutual,
     )
     _write(run, selection)
-    run.delete(f"{FOLDER}/{RAW}")
+    if kept is None:
+        run.delete(TOP)
     results = core.describe(selection, config.neighbors.min_neighbors)
     q = results["quantiles"]
     context.reporter.say(
@@ -120,12 +124,12 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
     config, run, cluster = context.config.neighbors, context.run, context.cluster
     step = config.query_rows
     shards = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-    done = set(run.list(f"{FOLDER}/{RAW}", ".parquet"))
+    done = set(run.list(TOP, ".parquet"))
     missing = [shard for shard in shards if _shard(*shard) not in done]
     ray = cluster.start()
-    have = cluster.resources()
     gpus = cluster.gpus_each(config.num_gpus)
-    cpus = int(cluster.cpus_each(1, gpus))
+    Wait(cluster, context.reporter, [Request(1, gpus)], ADVICE).until_there()
+    have, cpus = cluster.resources(), cluster.cpus_each(1, gpus)
     seconds = exact_seconds(rows, features, have.cpus, have.gpus if gpus else 0)
     ivf = config.search == "ivf" or (config.search == "auto" and seconds > EXACT_SECONDS)
     if config.search == "auto" and ivf:
@@ -138,22 +142,75 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
         task.remote(run, start, stop, most, ivf, config.nprobe, cpus) for start, stop in missing
     ]
     finished = rows - sum(stop - start for start, stop in missing)
+    wait = Wait(cluster, context.reporter, [Request(cpus, gpus)], ADVICE)
     with context.reporter.bar("neighbors", rows, "images", done=finished) as bar:
-        for _, count in completed(ray, refs):
+        for _, count in completed(ray, refs, wait):
             finished += count
             bar.update(finished)
     return ivf
 
 
 def _read_shards(run: RunDirectory, rows: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best `most` of each row's list, which may be longer: ids, similarity [N, most]."""
     ids = np.empty((rows, most), np.int32)
     similarity = np.empty((rows, most), np.float16)
-    for name in run.list(f"{FOLDER}/{RAW}", ".parquet"):
+    for name in run.list(TOP, ".parquet"):
         table = run.read_table(FOLDER, RAW, name)
         start = int(name[5:15])
-        ids[start : start + len(table)] = to_matrix(table["ids"])
-        similarity[start : start + len(table)] = to_matrix(table["similarity"])
+        ids[start : start + len(table)] = to_matrix(table["ids"])[:, :most]
+        similarity[start : start + len(table)] = to_matrix(table["similarity"])[:, :most]
     return ids, similarity
+
+
+# --- lists that the trials of a sweep share ------------------------------------------------------
+
+
+def search_kept(context: Context, print_: str, most: int) -> None:
+    """Search once for all trials: finished lists of `most` neighbors stay in neighbors/top.
+
+    print_: fingerprint of what the lists are made of; a search begun with it is gone on with.
+    """
+    run = context.run
+    done = run.manifest("embeddings")
+    rows, features = run.matrix("embeddings", "embedding").shape
+    inputs = {"embed": done.id if done else ""}
+    run.begin(TOP, {"fingerprint": print_, "settings": {}, "inputs": inputs})
+    most = min(most, rows - 1)
+    ivf = _search_shards(context, rows, features, most)
+    results = {"ivf": ivf, "most": most}
+    run.finish(TOP, Manifest("top", print_, {}, inputs, rows, 0.0, results))
+
+
+def take_kept(run: RunDirectory, source: RunDirectory, print_: str) -> None:
+    """Make the shared lists from the finished neighbors of `source`, instead of a search.
+
+    They must be in order of similarity, that is, not made with mutual=true.
+    """
+    done = source.manifest(FOLDER)
+    assert done is not None
+    ids, similarity = source.matrix(FOLDER, "ids"), source.matrix(FOLDER, "similarity")
+    mark = {"fingerprint": print_, "settings": {}, "inputs": dict(done.inputs)}
+    run.begin(TOP, mark)
+    for start in range(0, len(ids), ROWS_PER_FILE):
+        stop = min(start + ROWS_PER_FILE, len(ids))
+        table = _lists(ids[start:stop], similarity[start:stop])
+        run.write_table(table, FOLDER, RAW, _shard(start, stop))
+    results = {"ivf": done.results["search"] == "ivf", "most": ids.shape[1]}
+    run.finish(TOP, Manifest("top", print_, {}, done.inputs, len(ids), 0.0, results))
+
+
+def write_nearest(run: RunDirectory, print_: str, count: int) -> None:
+    """Keep the best `count` ids of every row from the shared lists, in `nearest`."""
+    kept = run.manifest(TOP)
+    assert kept is not None
+    run.begin(NEAREST, {"fingerprint": print_, "settings": {}, "inputs": dict(kept.inputs)})
+    count = min(count, kept.results["most"])
+    ids, _ = _read_shards(run, kept.rows, count)
+    kind = neighbors_schema(count).field("ids").type
+    for part, start in enumerate(range(0, kept.rows, ROWS_PER_FILE)):
+        table = pa.table({"ids": tensor_column(ids[start : start + ROWS_PER_FILE], kind)})
+        run.write_table(table, NEAREST, f"part-{part:05d}.parquet")
+    run.finish(NEAREST, Manifest("nearest", print_, {}, kept.inputs, kept.rows, 0.0))
 
 
 def _write(run: RunDirectory, selection: core.Selection) -> None:

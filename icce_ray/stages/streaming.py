@@ -15,6 +15,9 @@ import json
 import logging
 import math
 import os
+import queue
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +28,7 @@ import pyarrow as pa
 
 from icce_ray import errors, images
 from icce_ray.artifacts import QUARANTINE_SCHEMA, RunDirectory
-from icce_ray.cluster import Cluster
+from icce_ray.cluster import LOOK_EVERY, Cluster, Request, Wait
 from icce_ray.config import BackboneConfig, EmbedConfig
 from icce_ray.errors import ArtifactError, DataError, IcceError, StageError
 from icce_ray.images import BadImage, Preprocess
@@ -41,6 +44,8 @@ CHUNK_ROWS = 64  # images decoded between two outputs of a task, at most ...
 CHUNK_BYTES = 8 << 20  # ... and their pixels
 LAYOUT = "layout.json"  # ids per shard: a restart keeps the first run's
 BLOCK_BYTES = 32 << 20  # pixels per Ray Data block
+AHEAD = 2  # batches of results that wait for the driver
+ADVICE = "Lower embed.num_gpus"
 
 Columns = dict[str, np.ndarray]
 
@@ -129,16 +134,18 @@ class Worker:
 
         self.model, self.note = model, ""
         if not gpu:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self.device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
         self.error: IcceError | None = None
         try:
-            self.note = json.dumps(model.load(self.device))
+            loaded = model.load(self.device)
+            self.note = json.dumps({"backbones": loaded, "restart": _restart()})
         except IcceError as error:
             self.error = error
 
     def __call__(self, batch: Columns) -> Columns:
-        """Results of one batch; the first one carries what was loaded, as JSON, in `note`.
+        """Results of one batch; `note` of its first row says, as JSON, what was loaded, and which
+        restart of an actor this is. Every batch does: Ray drops what it got before a loss.
 
         An error of ours comes back as data: Ray would hide its type behind one of its own.
         """
@@ -149,7 +156,7 @@ class Worker:
         except IcceError as error:
             notes[0] = json.dumps({"error": type(error).__name__, "message": str(error)})
             return common
-        notes[0], self.note = self.note, ""
+        notes[0] = self.note
         return {**common, **found}
 
     def _results(self, batch: Columns) -> Columns:
@@ -178,6 +185,18 @@ class Worker:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def _restart() -> str | None:
+    """A name for this life of the actor, if it is not the first: Ray runs it anew after a loss."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    actor = context.get_actor_id()
+    if actor is None or not context.was_current_actor_reconstructed:
+        return None
+    return f"{actor}-{os.getpid()}"
+
+
 @dataclass(frozen=True)
 class Pool:
     """How the cluster's devices are shared."""
@@ -189,6 +208,10 @@ class Pool:
     threads: int  # an actor's, on the CPU
     decode_cpus: float  # reserved per decoding task
     task_rows: int
+
+    def requests(self) -> list[Request]:
+        """The least that lets the pipeline run: an actor and a decoding task."""
+        return [Request(self.cpus, self.gpus), Request(self.decode_cpus)]
 
 
 def share(cluster: Cluster, settings: EmbedConfig, rows: int) -> Pool:
@@ -202,9 +225,9 @@ def share(cluster: Cluster, settings: EmbedConfig, rows: int) -> Pool:
     gpus = cluster.gpus_each(settings.num_gpus)
     most = settings.max_actors or cluster.workers(None, gpus)
     most = min(max(most, settings.min_actors), max(1, math.ceil(rows / settings.batch_size)))
-    cores = max(1.0, have.cpus / max(1, have.nodes))
-    per_node = math.ceil(most / max(1, have.nodes))
-    threads = max(1, min(int(cores), os.cpu_count() or 1) // per_node)
+    cores = cluster.cpus_each(1, 0)
+    large = sum(1 for cpus, _ in have.each if cpus >= cores)
+    per_node = math.ceil(most / max(1, large))
     low, high = TASK_ROWS
     wanted = math.ceil(rows / (TASKS_PER_CPU * max(1, have.cpus)))
     return Pool(
@@ -212,7 +235,7 @@ def share(cluster: Cluster, settings: EmbedConfig, rows: int) -> Pool:
         most=most,
         gpus=gpus,
         cpus=0.0 if gpus else _reservation(cores / 2 / per_node),
-        threads=threads,
+        threads=max(1, cores // per_node),
         decode_cpus=1.0 if cores >= 2 else 0.5,
         task_rows=min(max(wanted, low), high),
     )
@@ -227,34 +250,92 @@ def _reservation(cpus: float) -> float:
 # --- the driver's side ---------------------------------------------------------------------------
 
 
-def stream(cluster: Cluster, table: pa.Table, job: Job) -> Iterator[Columns]:
+def stream(cluster: Cluster, table: pa.Table, job: Job, reporter: Reporter) -> Iterator[Columns]:
     """Results of the images of a table of ADDRESS columns, in whatever order they come.
 
     Yields image_id, reason, note and what the model computes.
 
     Raises:
         IcceError: what an actor raised of our own.
-        StageError: anything else that went wrong in tasks or actors.
+        StageError: anything else that went wrong in tasks or actors, or too long a wait for nodes.
     """
     ray = cluster.start()
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as exceptions
+    gpus = cluster.gpus_each(job.settings.num_gpus)
+    Wait(cluster, reporter, [Request(0.0 if gpus else 1.0, gpus)], ADVICE).until_there()
     pool = share(cluster, job.settings, table.num_rows)
-    dataset = _dataset(ray, table, job, pool)
+    wait = Wait(cluster, reporter, pool.requests(), ADVICE)
+
+    def start() -> Iterator[Columns]:
+        dataset = _dataset(ray, table, job, pool)
+        return iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+
+    restarts: set[str] = set()
     try:
-        yield from map(_checked, dataset.iter_batches(batch_size=None, batch_format="numpy"))
+        for batch in _polled(start, wait):
+            restarts |= _check(batch)
+            yield batch
     except IcceError:
         raise
     except Exception as error:
         raise StageError(f"a worker failed: {_reason(error)}") from None
+    finally:
+        if restarts:
+            were = "1 actor was" if len(restarts) == 1 else f"{len(restarts)} actors were"
+            reporter.event(f"{were} lost and restarted: the images in work were done again")
 
 
-def _checked(batch: Columns) -> Columns:
-    """Raise the error that a batch brings."""
+def _polled(start: Callable[[], Iterator[Columns]], wait: Wait) -> Iterator[Columns]:
+    """Iterate in a thread, while the driver looks whether the cluster still carries the work."""
+    found: queue.Queue[Columns | BaseException | None] = queue.Queue(AHEAD)
+    ended = threading.Event()
+    feeding = threading.Thread(target=_feed, args=(start, found, ended), daemon=True)
+    feeding.start()
+    try:
+        while True:
+            try:
+                item = found.get(timeout=LOOK_EVERY)
+            except queue.Empty:
+                wait.check()
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+
+
+def _feed(
+    start: Callable[[], Iterator[Columns]],
+    found: queue.Queue[Columns | BaseException | None],
+    ended: threading.Event,
+) -> None:
+    def put(item: Columns | BaseException | None) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(queue.Full):
+                return found.put(item, timeout=1)
+
+    try:
+        for batch in start():
+            put(batch)
+            if ended.is_set():
+                return
+        put(None)
+    except BaseException as error:
+        put(error)
+
+
+def _check(batch: Columns) -> set[str]:
+    """Raise the error that a batch brings. Returns the restarts of actors that it comes from."""
+    restarts = set()
     for note in batch["note"][batch["note"].astype(bool)]:
         found = json.loads(note)
-        if isinstance(found, dict):
+        if "error" in found:
             raise getattr(errors, found["error"], StageError)(found["message"])
-    return batch
+        restarts.add(found["restart"])
+    return restarts - {None}
 
 
 def _reason(error: BaseException) -> str:
@@ -349,7 +430,7 @@ class Loaded:
         """
         first = False
         for note in notes[notes.astype(bool)]:
-            found = json.loads(note)
+            found = json.loads(note)["backbones"]
             first, self._seen = first or not self._seen, True
             self.backbones = self.backbones or found
             for one, other in zip(self.backbones, found, strict=True):
@@ -380,8 +461,12 @@ class Quarantine:
         self.reasons: list[str] = []
 
     def add(self, ids: np.ndarray, reasons: np.ndarray) -> None:
-        self.ids += ids.tolist()
-        self.reasons += reasons.tolist()
+        """Take in bad images; ones that were seen before (Ray may repeat work) count once."""
+        known = set(self.ids)
+        for number, reason in zip(ids.tolist(), reasons.tolist(), strict=True):
+            if number not in known:
+                self.ids.append(number)
+                self.reasons.append(reason)
 
     @property
     def too_many(self) -> bool:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from icce_ray import config as configs
 from icce_ray.artifacts import PREDICTIONS_SCHEMA, Manifest, RunDirectory
-from icce_ray.cluster import Cluster
+from icce_ray.cluster import Cluster, Resources
 from icce_ray.config import Config
 from icce_ray.core import backbone as backbones
 from icce_ray.core import classifier as classifiers
@@ -83,13 +83,15 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tasks' and actors' code without Ray, blocks in reverse. Holds the ids asked for."""
     asked: list[int] = []
 
-    def stream(cluster: Cluster, table: pa.Table, job: streaming.Job) -> Iterator[Any]:
+    def stream(cluster: Cluster, table: pa.Table, job: streaming.Job, _: Any) -> Iterator[Any]:
         asked.extend(table["image_id"].to_pylist())
         worker = streaming.Worker(job.model, threads=1, gpu=False)
         blocks = [table.slice(start, 8) for start in range(0, table.num_rows, 8)]
         for block in reversed(blocks):
             for chunk in streaming.decode_rows(block, job.preprocess, job.settings.max_pixels):
-                yield streaming._checked(worker(chunk))
+                batch = worker(chunk)
+                streaming._check(batch)
+                yield batch
 
     monkeypatch.setattr(streaming, "stream", stream)
     return asked
@@ -106,7 +108,8 @@ def test_cores_are_shared_so_that_both_sides_run() -> None:
 
         def resources(self) -> Any:
             cpus, gpus, nodes = self.have
-            return type("R", (), {"cpus": cpus, "gpus": gpus, "nodes": nodes})
+            each = ((cpus / nodes, gpus / nodes),) * nodes if cpus else ()
+            return Resources(cpus, gpus, nodes, 0.0, each)
 
     for cpus, gpus, nodes, actors in (
         *((1, 0, 1, 1), (2, 0, 1, 1), (4, 0, 1, 1), (64, 0, 1, 1), (2, 0, 1, 8), (64, 0, 4, 4)),

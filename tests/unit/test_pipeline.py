@@ -169,5 +169,5 @@ def test_a_plan_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str])
 
 def test_one_process_at_a_time(folder: Path) -> None:
     run = RunDirectory(str(folder / "run"))
-    with pipeline._exclusive(run), pytest.raises(ArtifactError, match="another process"):
+    with pipeline.exclusive(run), pytest.raises(ArtifactError, match="another process"):
         pipeline.run(config(folder), quiet=True)

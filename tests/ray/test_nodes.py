@@ -1,0 +1,525 @@
+"""The chain on several nodes whose processes are killed, one fault in every stage.
+
+One story, told once by a fixture: a cluster that begins with a head node alone, and a driver that
+loses an actor and nodes in `embed`, `neighbors`, `heads` and fine-tuning, and is killed itself.
+The tests then look at what came of it. Gates hold the work at a known place until a fault is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from icce_ray import config as configs
+from icce_ray.artifacts import RunDirectory
+from icce_ray.core import backbone as backbones
+from icce_ray.core import head_trainer
+from icce_ray.core import neighbors as nearest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+COUNT, CLUSTERS, STEPS = 360, 3, 60
+SETTINGS = f"""
+num_classes: {CLUSTERS}
+data: {{labels: none}}
+backbone: {{name: test_resnet, pretrained: false, image_size: 32}}
+embed: {{precision: float32, shard_size: 24, batch_size: 8, max_actors: 2, num_gpus: 0}}
+neighbors: {{query_rows: 90, num_gpus: 1, max_neighbors: 20}}
+heads: {{count: 5, steps: {STEPS}, batch_size: 256, checkpoint_every: 20, num_workers: 2,
+         min_workers: 1, num_gpus: 0}}
+classifier: {{kind: finetune, epochs: 2, batch_size: 24, num_workers: 2, min_workers: 1,
+              num_gpus: 0}}
+evaluate: {{kmeans: false}}
+report: {{images_per_cluster: 2}}
+"""
+
+# Nodes come and go as lines on stdin say. At its end, however it comes, all nodes end.
+SERVER = """
+import json, sys, time
+from types import SimpleNamespace
+from ray._private import node as starting
+from ray.cluster_utils import Cluster
+
+# Ray gives a node 30 s to start, which is too little where the machine is busy.
+slow = SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() / 8})
+starting.time = slow
+
+# A node that is gone fails at once, one that is slow only after the timeout: dead after 3 s or 60.
+soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300,
+        "health_check_timeout_ms": 6000, "health_check_failure_threshold": 10}
+head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
+cluster, nodes = Cluster(), {}
+
+def tell(node):
+    pids = [one.process.pid for kind in node.all_processes.values() for one in kind]
+    raylet = node.all_processes["raylet"][0].process.pid
+    print(json.dumps({"id": node.node_id, "raylet": raylet, "pids": pids,
+                      "address": cluster.address}), flush=True)
+
+tell(cluster.add_node(**head))
+for line in sys.stdin:
+    name, options = json.loads(line)
+    if options is None:
+        cluster.remove_node(nodes.pop(name), allow_graceful=False)
+        print("{}", flush=True)
+    else:
+        nodes[name] = cluster.add_node(**options)
+        tell(nodes[name])
+cluster.shutdown()
+"""
+
+# The command line, with gates: work says that it has come to one, and waits while it is closed.
+DRIVER = """
+import json, os, sys, time
+from pathlib import Path
+from icce_ray import cli, cluster
+from icce_ray.core import head_trainer
+from icce_ray.stages import classifier, heads, neighbors, streaming, training
+
+gates = Path(sys.argv[1])
+
+def pass_gate(name, **more):
+    import ray
+    node = ray.get_runtime_context().get_node_id()
+    told = {"node": node, "pid": os.getpid(), "gpus": ray.get_gpu_ids(), **more}
+    place = gates / f"{name}-{os.getpid()}"
+    if not place.exists():
+        place.write_text(json.dumps(told))
+    while (gates / f"{name}.closed").exists():
+        time.sleep(0.05)
+
+decode, search = streaming.decode_rows, neighbors._search_task
+
+def gated_decode(table, **options):
+    if table["image_id"][0].as_py() >= 200:
+        pass_gate("embed")
+    yield from decode(table, **options)
+
+def gated_search(run, start, *others):
+    if start >= 90:
+        pass_gate("neighbors")
+    return search(run, start, *others)
+
+train, tune = heads._train, classifier._finetune_loop
+
+def gated_train(worker, config):
+    step = head_trainer.HeadTrainer.step
+    def stop(self):
+        if self.step_number == 30:
+            pass_gate(f"heads{worker.world}", world=worker.world)
+        return step(self)
+    head_trainer.HeadTrainer.step = stop
+    train(worker, config)
+
+def gated_tune(worker, task):
+    save = worker.save
+    def stop(step, state):
+        save(step, state)
+        pass_gate(f"finetune{worker.world}", world=worker.world)
+    worker.save = stop
+    tune(worker, task)
+
+streaming.decode_rows, neighbors._search_task = gated_decode, gated_search
+heads._train, classifier._finetune_loop = gated_train, gated_tune
+cluster.LOOK_EVERY, streaming.LOOK_EVERY, training.GROW_EVERY = 0.5, 0.5, 2.0
+cli.main(sys.argv[2:])
+"""
+
+
+def until(ready: Callable[[], Any], what: str, seconds: float = 300) -> Any:
+    """Wait for something that is true in the end. Returns it."""
+    deadline = time.monotonic() + seconds
+    while not (found := ready()):
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.05)
+    return found
+
+
+def born(pid: int) -> int | None:
+    """When a process started, which tells it from a later one of the same number; None: ended."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else int(fields[19])
+    return None
+
+
+def alive(pid: int) -> bool:
+    return born(pid) is not None
+
+
+def children(pid: int) -> dict[int, str]:
+    """Processes a raylet started, with what they say they do."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid:
+                text = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                found[int(place.name)] = text
+    return found
+
+
+class Nodes:
+    """A Ray cluster of real processes, in a process group of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        # Short, since sockets lie in it; apart from other clusters of this machine.
+        self.place = tempfile.mkdtemp(prefix="icce-", dir="/tmp")
+        self.log = (folder / "cluster.log").open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            env={
+                **os.environ,
+                "RAY_TMPDIR": self.place,
+                "RAY_AUTH_MODE": "disabled",
+                "RAY_agent_register_timeout_ms": "300000",  # as above
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
+        )
+        self.started: dict[int, int | None] = {}  # process -> when
+        self.lost: set[str] = set()
+        self.nodes: dict[str, dict[str, Any]] = {}
+        self.head: dict[str, Any] = {}
+        try:
+            self.head = self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                found = json.loads(line)
+                self._note(found.get("pids", ()))
+                return found
+        raise AssertionError("the cluster ended: " + Path(self.log.name).read_text()[-2000:])
+
+    def _ask(self, name: str, options: dict[str, Any] | None) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([name, options]) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def add(self, name: str, **options: Any) -> None:
+        self.nodes[name] = self._ask(name, {"num_cpus": 2, **options})
+
+    def kill(self, name: str) -> None:
+        """All processes of a node end by SIGKILL; its workers with their raylet."""
+        self._note(children(self.nodes[name]["raylet"]))
+        self.lost.add(name)
+        self._ask(name, None)
+
+    def _note(self, pids: Iterable[int]) -> None:
+        self.started |= {pid: born(pid) for pid in pids}
+
+    def name_of(self, node_id: str) -> str:
+        return next(name for name, node in self.nodes.items() if node["id"] == node_id)
+
+    def close(self) -> None:
+        there = [node for name, node in self.nodes.items() if name not in self.lost]
+        for node in filter(None, [self.head, *there]):
+            self._note(children(node["raylet"]))
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        self.process.kill()
+        self.process.wait(30)
+        for pid, when in self.started.items():
+            if when is not None and born(pid) == when:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.log.close()
+        shutil.rmtree(self.place, ignore_errors=True)
+
+
+class Story:
+    """What happened, for the tests to look at."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run = folder, folder / "run"
+        self.gates = folder / "gates"
+        self.nodes = Nodes(folder)
+        self.drivers: list[subprocess.Popen[bytes]] = []
+        self.facts: dict[str, Any] = {}
+
+    def start(self, name: str, *overrides: str) -> subprocess.Popen[bytes]:
+        """A driver on the cluster; what it prints goes to a file of its name."""
+        arguments = ["run", str(self.folder / "config.yaml"), f"data.path={self.folder}/images"]
+        environment = {
+            **os.environ,
+            "RAY_ADDRESS": self.nodes.head["address"],
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",
+            "OMP_NUM_THREADS": "1",
+        }
+        with (self.folder / f"{name}.txt").open("wb") as printed:
+            driver = subprocess.Popen(
+                [sys.executable, "-c", DRIVER, str(self.gates), *arguments, *overrides],
+                env=environment,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.drivers.append(driver)
+        return driver
+
+    def printed(self, name: str) -> str:
+        return (self.folder / f"{name}.txt").read_text()
+
+    def shut(self, gate: str) -> None:
+        (self.gates / f"{gate}.closed").touch()
+
+    def open(self, gate: str) -> None:
+        (self.gates / f"{gate}.closed").unlink()
+
+    def at(self, gate: str) -> list[dict[str, Any]]:
+        """Who has come to a gate and is still there."""
+        found = []
+        for place in self.gates.glob(f"{gate}-*"):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(place.read_text()))
+        return [one for one in found if alive(one["pid"])]
+
+    def comes(self, gate: str, count: int = 1) -> list[dict[str, Any]]:
+        until(lambda: len(self.at(gate)) >= count or self._ended(), f"{count} at {gate}")
+        assert not self._ended(), self.printed("second" if len(self.drivers) > 2 else "first")
+        return self.at(gate)
+
+    def says(self, text: str) -> None:
+        def said() -> bool:
+            log = self.run / "log"
+            return log.exists() and text in log.read_text()
+
+        until(lambda: said() or self._ended(), text)
+        assert said(), self.printed("second" if len(self.drivers) > 2 else "first")
+
+    def _ended(self) -> bool:
+        return self.drivers[-1].poll() is not None
+
+    def events(self, folder: str) -> list[str]:
+        return json.loads((self.run / folder / "manifest.json").read_text())["events"]
+
+    def close(self) -> None:
+        for driver in self.drivers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(driver.pid, signal.SIGKILL)
+            driver.wait(30)
+        self.nodes.close()
+
+
+def write_images(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    colors = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230)])
+    folder.mkdir()
+    for number in range(COUNT):
+        noise = rng.integers(-40, 40, (32, 32, 3))
+        pixels = (colors[number % CLUSTERS] + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:04d}.png")
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    folder = tmp_path_factory.mktemp("nodes")
+    (folder / "gates").mkdir()
+    (folder / "config.yaml").write_text(SETTINGS)
+    write_images(folder / "images")
+    told = Story(folder)
+    try:
+        tell(told)
+        yield told
+    finally:
+        told.close()
+
+
+def tell(story: Story) -> None:
+    embedding(story)
+    searching(story)
+    training_heads(story)
+    finetuning(story)
+    assert story.drivers[-1].wait(120) == 0, story.printed("second")
+
+
+def embedding(story: Story) -> None:
+    """A head node alone at first; then an actor and a node are lost."""
+    nodes = story.nodes
+    for gate in ("embed", "neighbors", "heads2", "heads1", "finetune2"):
+        story.shut(gate)
+    impatient = ("embed.num_gpus=4", "ray.worker_wait=2", f"run_dir={story.folder}/impatient")
+    other = story.start("impatient", *impatient)
+    story.start("first", f"run_dir={story.run}")
+    story.says("waiting for the cluster to provide 1 CPU core;")
+    story.facts["status"] = json.loads((story.run / "status.json").read_text())
+    story.facts["impatient"] = other.wait(60)
+    nodes.add("a")
+    nodes.add("b")
+    story.facts["decoding"] = story.comes("embed", 2)
+    until(lambda: list(story.run.glob("embeddings/part-*.parquet")), "a shard")
+    actors = {name: workers_of(nodes, name) for name in ("a", "b")}
+    story.facts["actors"] = actors
+    os.kill(next(iter(actors["a"])), signal.SIGKILL)
+    nodes.kill("b")
+    story.says("a node was lost")
+    story.open("embed")
+
+
+def workers_of(nodes: Nodes, name: str) -> dict[int, str]:
+    """Embedding actors of a node: process id -> title."""
+    found = children(nodes.nodes[name]["raylet"])
+    return {pid: text for pid, text in found.items() if "MapWorker" in text}
+
+
+def searching(story: Story) -> None:
+    """No node has a GPU, then one that is lost, then another one."""
+    nodes = story.nodes
+    story.says("waiting for the cluster to provide 1 CPU core and 1 GPU; it has 1 node")
+    nodes.add("c", num_gpus=1)
+    story.facts["searching"] = story.comes("neighbors")
+    nodes.kill("c")
+    nodes.add("d", num_gpus=1)
+    story.open("neighbors")
+
+
+def training_heads(story: Story) -> None:
+    """The driver is killed; its successor loses a node, goes on with one worker, then with two."""
+    nodes = story.nodes
+    story.facts["before"] = story.comes("heads2", 2)
+    os.kill(story.drivers[-1].pid, signal.SIGKILL)
+    story.drivers[-1].wait()
+    began = time.monotonic()
+    gone = [one["pid"] for one in story.facts["before"]]
+    until(lambda: not any(map(alive, gone)), "the end of the killed driver's workers", 60)
+    story.facts["leftover"] = time.monotonic() - began
+    story.start("second", f"run_dir={story.run}")
+    story.facts["after"] = story.comes("heads2", 2)
+    nodes.kill("d")
+    story.facts["alone"] = story.comes("heads1")
+    nodes.add("e")
+    story.says("the cluster has room again: 2 workers go on from 20")
+    story.facts["grown"] = story.comes("heads2", 2)
+    story.open("heads2")
+
+
+def finetuning(story: Story) -> None:
+    story.facts["finetuning"] = story.comes("finetune2", 2)
+    story.nodes.kill("e")
+    story.says("workers were lost; 1 worker goes on")
+    story.open("finetune2")
+
+
+# --- what came of it -----------------------------------------------------------------------------
+
+
+def test_a_cluster_without_nodes_is_waited_for(story: Story) -> None:
+    assert "waiting for the cluster to provide 1 CPU core" in story.facts["status"]["waiting"]
+    log = (story.run / "log").read_text()
+    assert "the cluster now has 1 node, 2 CPU cores, 0 GPUs: going on" in log
+
+
+def test_what_never_comes_ends_with_what_was_asked_for(story: Story) -> None:
+    assert story.facts["impatient"] == 6, story.printed("impatient")
+    text = story.printed("impatient")
+    assert re.search(r"error: nothing could run for 2 s: .* 4 GPUs, and the cluster has", text)
+    assert "embed.num_gpus" in text and "Traceback" not in text
+
+
+def test_the_head_without_cores_does_no_work(story: Story) -> None:
+    head = story.nodes.head["id"]
+    for stage in ("decoding", "searching", "before", "after", "alone", "grown", "finetuning"):
+        assert all(one["node"] != head for one in story.facts[stage]), stage
+
+
+def test_work_is_spread_and_goes_where_the_gpus_are(story: Story) -> None:
+    assert [len(actors) for actors in story.facts["actors"].values()] == [1, 1]
+    for stage in ("before", "after", "grown", "finetuning"):
+        assert len({one["node"] for one in story.facts[stage]}) == 2, stage
+    names = {story.nodes.name_of(one["node"]) for one in story.facts["searching"]}
+    assert names == {"c"} and story.facts["searching"][0]["gpus"]
+
+
+def test_every_image_is_embedded_once_and_as_without_faults(story: Story) -> None:
+    run = RunDirectory(str(story.run))
+    assert run.matrix("embeddings", "image_id").tolist() == list(range(COUNT))
+    one = configs.load(story.folder / "config.yaml", ["data.path=x"]).backbone[0]
+    model = backbones.load(one)
+    paths = sorted((story.folder / "images").iterdir())
+    arrays = [model.transform(Image.open(path).convert("RGB")) for path in paths]
+    expected = model.embed(torch.from_numpy(np.stack(arrays)))
+    expected = torch.nn.functional.normalize(expected, dim=-1).numpy()
+    np.testing.assert_allclose(run.matrix("embeddings", "embedding"), expected, atol=1e-3)
+    events = story.events("embeddings")
+    assert [text for text in events if re.match(r"a node was lost \(\S+\): others do", text)]
+    assert [text for text in events if re.match(r"(1 actor was|2 actors were) lost", text)]
+
+
+def test_neighbors_are_those_of_an_undisturbed_search(story: Story) -> None:
+    run = RunDirectory(str(story.run))
+    matrix = run.matrix("embeddings", "embedding")
+    _, similarity = nearest.search(matrix, 0, COUNT, 20, "cpu")
+    np.testing.assert_allclose(run.matrix("neighbors", "similarity"), similarity, atol=2e-3)
+    assert any("a node was lost" in text for text in story.events("neighbors"))
+
+
+def test_heads_are_exactly_those_of_an_undisturbed_training(story: Story) -> None:
+    run = RunDirectory(str(story.run))
+    config = configs.load(story.folder / "config.yaml", ["data.path=x"])
+    matrix = run.matrix("embeddings", "embedding")
+    projection = head_trainer.fit_projection(matrix, config.heads.pca, config.seed)
+    ids, counts = (
+        torch.from_numpy(np.array(run.matrix("neighbors", name))) for name in ("ids", "count")
+    )
+    cpu = torch.device("cpu")
+    data = head_trainer.Data(head_trainer.project(matrix, projection, cpu), ids, counts, cpu)
+    trainer = head_trainer.HeadTrainer(data, config.heads, CLUSTERS, config.seed, STEPS)
+    trainer.start()
+    for _ in range(STEPS):
+        trainer.step()
+    assert (np.array(run.matrix("heads", "assignments")) == trainer.assign()).all()
+    events = story.events("heads")
+    assert "heads goes on from partial work" in events
+    assert "resumed from the checkpoint at 20" in events
+    assert "workers were lost; 1 worker goes on from 20, before 2" in events
+    assert "the cluster has room again: 2 workers go on from 20, before 1" in events
+
+
+def test_fine_tuning_goes_on_after_its_last_epoch(story: Story) -> None:
+    history = json.loads((story.run / "classifier" / "history.json").read_text())
+    assert [entry["epoch"] for entry in history] == [1, 2]
+    run = RunDirectory(str(story.run))
+    assert run.matrix("classifier", "image_id").tolist() == list(range(COUNT))
+    agreement = np.mean(run.matrix("classifier", "cluster") == run.matrix("consensus", "cluster"))
+    assert agreement > 0.9
+    events = story.events("classifier")
+    assert any(text.startswith("workers were lost; 1 worker goes on from ") for text in events)
+
+
+def test_the_terminal_and_the_report_tell_it_in_words(story: Story) -> None:
+    for name in ("first", "second"):
+        text = story.printed(name)
+        for noise in ("Traceback", "raylet", "Error", "WARNING", "marked dead"):
+            assert noise not in text, text
+    assert story.printed("first").count("a node was lost") == 2
+    assert story.facts["leftover"] < 30
+    page = (story.run / "report" / "index.html").read_text()
+    assert "a node was lost" in page and "workers were lost" in page
