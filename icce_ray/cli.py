@@ -1,4 +1,4 @@
-"""The command line: icce-ray run | predict | status | report | config."""
+"""The command line: icce-ray run | sweep | predict | status | report | config."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ Try it:
 
 * `icce-ray run imagenet data.path=s3://bucket/train run_dir=s3://bucket/runs/1` is the real thing;
 on a cluster: `ray job submit --working-dir . -- python jobs/pipeline.py imagenet ...`
+
+* `icce-ray sweep quickstart ensemble` tries other settings and ranks them without any label.
 """,
 )
 
@@ -88,7 +90,7 @@ def _print_end(run_dir: str, seconds: float) -> None:
         if metrics.get("acc") is not None:
             console.print(_accuracy_line(metrics), markup=False)
     if directory.exists("report", "index.html"):
-        console.print(f"report    {directory.path('report', 'index.html')}", markup=False)
+        console.print(f"report    {directory.address('report', 'index.html')}", markup=False)
     console.print(f"time      {duration(seconds)}", markup=False)
 
 
@@ -99,6 +101,38 @@ def _accuracy_line(metrics: dict[str, Any]) -> str:
         if value is not None:
             parts.append(f"{label} {100 * value:.1f} %")
     return "accuracy  " + ", ".join(parts)
+
+
+@app.command()
+def sweep(
+    name: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A golden config's name, or a YAML file.")
+    ],
+    space: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPACE", help="What to vary: ensemble, neighbors, heads, full, or a YAML file."
+        ),
+    ],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget earlier results of this sweep.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the end only.")] = False,
+) -> None:
+    """Try many settings and rank the results by a label-free score.
+
+    Takes what it can from the run's directory and makes the rest; what trials share is made once.
+    The same command goes on after a crash or Ctrl-C, and runs what is new after SPACE was extended.
+    Ends with a table, a report, and best.yaml, which `icce-ray run` takes.
+    """
+    from icce_ray import sweep as sweeps
+
+    config = configs.load(name, overrides or [])
+    results = sweeps.run(config, space, overwrite=overwrite, plan_only=plan, quiet=quiet)
+    if results is not None:
+        sweeps.show(results, Console(highlight=False, soft_wrap=True))
 
 
 @app.command()
@@ -134,12 +168,15 @@ def status(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
 ) -> None:
     """Show what a run has done, and how far it is."""
+    from icce_ray import storage
     from icce_ray.artifacts import RunDirectory
     from icce_ray.errors import ArtifactError
     from icce_ray.pipeline import STAGES
 
+    storage.check(run_dir)
     directory = RunDirectory(run_dir)
-    if not directory.exists("status.json"):
+    sweeps = _sweep_lines(directory)
+    if not directory.exists("status.json") and not sweeps:
         raise ArtifactError(f"{directory.uri} is not a run directory: it has no status.json")
     console = Console(highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -154,7 +191,20 @@ def status(
             half = directory.partial(stage.folder) is not None
             table.add_row(stage.name, "half done" if half else "to do", "", "", "")
     console.print(table)
-    console.print(_status_line(directory.read_json("status.json")), markup=False)
+    if directory.exists("status.json"):
+        console.print(_status_line(directory.read_json("status.json")), markup=False)
+    for line in sweeps:
+        console.print(line, markup=False)
+
+
+def _sweep_lines(directory: Any) -> list[str]:
+    """One line for each sweep of a run."""
+    found = []
+    for name in directory.folders("sweeps"):
+        if directory.exists("sweeps", name, "status.json"):
+            state = directory.read_json("sweeps", name, "status.json")
+            found.append(f"sweep {name}: {_status_line(state)}")
+    return found
 
 
 def _status_line(state: dict[str, Any]) -> str:
@@ -162,7 +212,9 @@ def _status_line(state: dict[str, Any]) -> str:
     if text == "running":
         age = time.time() - state.get("time", 0)
         text = f"running {state.get('stage', '')}".rstrip()
-        if "step" in state:
+        if "waiting" in state:
+            text += f": {state['waiting']}"
+        elif "step" in state:
             text += f": {state['step']} {state['done']:,} of {state['total']:,} {state['unit']}"
             if state.get("remaining_seconds") is not None:
                 text += f", {duration(state['remaining_seconds'])} left"

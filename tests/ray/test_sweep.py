@@ -1,0 +1,178 @@
+"""Sweeps over given embeddings, through the command line: sharing, resuming, stopping, failing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from icce_ray import cli, config, pipeline
+from icce_ray.artifacts import RunDirectory
+from icce_ray.stages import tuning
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+ROWS, FEATURES, CLUSTERS = 400, 16, 4
+SMALL = """
+search: grid
+space:
+  heads.beta: [0.6, 0.8]
+  consensus.method: [voting, mcla]
+"""
+# Without learning (a tiny rate), heads that begin at k-means are good, and random ones are bad.
+# At an absurd rate the loss is not finite.
+UNEQUAL = """
+search: grid
+concurrent: 1
+space:
+  heads.lr: [1.0e-7, 1.0e30]
+  heads.start: [kmeans, random]
+"""
+
+
+def write_config(folder: Path, **heads: Any) -> Path:
+    generator = np.random.default_rng(0)
+    labels = np.arange(ROWS) % CLUSTERS
+    centers = 0.9 * np.eye(CLUSTERS, FEATURES)
+    x = centers[labels] + 0.3 * generator.normal(size=(ROWS, FEATURES))
+    np.save(folder / "x.npy", x.astype(np.float32))
+    np.save(folder / "y.npy", labels)
+    tree = {
+        "num_classes": CLUSTERS,
+        "run_dir": str(folder / "run"),
+        "data": {"embeddings": str(folder / "x.npy"), "labels": str(folder / "y.npy")},
+        "neighbors": {"max_neighbors": 12},
+        "heads": {"count": 3, "batch_size": 128, **heads},
+    }
+    (folder / "base.yaml").write_text(json.dumps(tree))  # JSON is YAML
+    return folder / "base.yaml"
+
+
+def write_space(folder: Path, text: str, name: str = "small") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text("objective: neighbor_consistency\n" + text)
+    return path
+
+
+def results(folder: Path, name: str = "small") -> dict[str, Any]:
+    return json.loads((folder / "run" / "sweeps" / name / "results.json").read_text())
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    """When records and finished artifacts were written."""
+    run = folder / "run"
+    paths = [*run.glob("store/*/manifest.json"), *run.glob("sweeps/*/trials/*.json")]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """A folder with a finished sweep of 2 head trainings and 4 ensembles."""
+    folder = tmp_path_factory.mktemp("sweep")
+    base = write_config(folder, steps=60)
+    cli.app(["sweep", str(base), str(write_space(folder, SMALL))], standalone_mode=False)
+    return folder
+
+
+def test_trials_share_what_is_equal_and_are_ranked(finished: Path) -> None:
+    found = results(finished)
+    assert found["counts"]["done"] == 4 and len(found["trials"]) == 4
+    assert found["counts"]["made"]["ensembles"] == 4
+    kinds = [path.name.rpartition("-")[0] for path in (finished / "run" / "store").iterdir()]
+    assert kinds.count("heads") == 2 and kinds.count("consensus") == 4
+    assert kinds.count("neighbors") == 1
+    values = [trial["scores"]["neighbor_consistency"] for trial in found["trials"]]
+    assert values == sorted(values, reverse=True) and found["best"] == found["trials"][0]["id"]
+    assert values[0] > 0.3
+    assert all(trial["accuracy"]["acc"] > 0.5 for trial in found["trials"])
+    assert (finished / "run" / "sweeps" / "small" / "report" / "index.html").is_file()
+    assert not (finished / "run" / "sweeps" / "small" / "tune").exists()
+
+
+def test_the_best_config_goes_on_from_the_sweep(finished: Path) -> None:
+    best = config.load(finished / "run" / "sweeps" / "small" / "best.yaml")
+    settings = results(finished)["trials"][0]["settings"]
+    assert best.heads.beta == settings["heads.beta"]
+    assert best.consensus.method == settings["consensus.method"]
+    steps = pipeline.make_steps(best, RunDirectory(best.run_dir))
+    assert [step.state for step in steps] == ["done"] * 5 + ["run"] * 3
+
+
+def test_a_second_run_does_nothing_and_a_wider_space_only_what_is_new(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["sweep", str(finished / "base.yaml"), str(finished / "small.yaml")]
+    before = stamps(finished)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "search", None)
+        cli.app(arguments, standalone_mode=False)
+    assert stamps(finished) == before
+    shown = capsys.readouterr()
+    assert "2 of 2 head trainings, 4 of 4 ensembles" in shown.err
+    assert "best.yaml" in shown.out and "index.html" in shown.out
+    write_space(finished, SMALL.replace("[voting, mcla]", "[voting, mcla, dawid-skene]"))
+    cli.app(arguments, standalone_mode=False)
+    after = stamps(finished)
+    assert {path: after[path] for path in before} == before
+    new = {path.parent.name.split("-")[0] for path in after.keys() - before.keys()}
+    assert new == {"consensus", "trials"} and results(finished)["counts"]["done"] == 6
+
+
+def test_bad_heads_are_stopped_and_failed_ones_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_config(tmp_path, steps=2000)
+    arguments = ["sweep", str(base), str(write_space(tmp_path, UNEQUAL))]
+    cli.app(arguments, standalone_mode=False)
+    found = results(tmp_path)
+    states = {
+        (trial["settings"]["heads.start"], trial["settings"]["heads.lr"]): trial
+        for trial in found["trials"]
+    }
+    assert states["kmeans", 1e-7]["state"] == "done"
+    stopped = states["random", 1e-7]
+    assert stopped["state"] == "stopped" and 25 <= stopped["stopped_at"] < 100
+    for start in ("kmeans", "random"):
+        assert states[start, 1e30]["state"] == "failed"
+        assert "is not finite" in states[start, 1e30]["error"]
+    assert found["counts"]["made"]["head trainings"] == 4
+    assert "2 trials failed" in capsys.readouterr().out
+    cli.app([*arguments, "--plan"], standalone_mode=False)
+    assert "2 of 4 head trainings" in capsys.readouterr().err  # the failed ones are tried again
+
+
+def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
+    """SIGKILL while heads train, to the driver and its own local Ray."""
+    base = write_config(tmp_path, steps=600, checkpoint_every=40)
+    arguments = ["sweep", str(base), str(write_space(tmp_path, SMALL)), "ray.num_cpus=2"]
+    store = tmp_path / "run" / "store"
+    command = [sys.executable, "-m", "icce_ray.cli", *arguments]
+    said = tmp_path / "stderr"
+    with (
+        said.open("wb") as stream,
+        subprocess.Popen(command, start_new_session=True, stderr=stream) as process,
+    ):
+        try:
+            deadline = time.monotonic() + 300
+            while not any(store.glob("heads-*/train/step-*/complete.json")):
+                assert process.poll() is None, said.read_text()
+                assert time.monotonic() < deadline, "the sweep never got there"
+                time.sleep(0.02)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    steps = [int(path.parent.name[5:]) for path in store.glob("heads-*/train/step-*/complete.json")]
+    assert steps and not list(store.glob("heads-*/manifest.json"))
+    before = {path: path.stat().st_mtime_ns for path in store.glob("*/manifest.json")}
+    cli.app(arguments[:-1], standalone_mode=False)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert results(tmp_path)["counts"]["done"] == 4
+    events = [json.loads(p.read_text())["events"] for p in store.glob("heads-*/manifest.json")]
+    assert any("goes on from partial work" in text for event in events for text in event)
