@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from unittest import mock
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from icce_ray import config as configs
 
@@ -156,9 +158,82 @@ def test_one_ray_version_everywhere_and_one_the_package_takes(repository: Path) 
     assert next(r for r in needed if r.name == "ray").specifier.contains(named.pop())
 
 
+def test_the_image_has_the_python_and_the_gpu_libraries_needed(cluster: dict[str, Any]) -> None:
+    tag = re.fullmatch(r"rayproject/ray:[\d.]+-py(3)(\d+)-gpu", cluster["docker"]["image"])
+    assert tag, "rayproject/ray:VERSION-pyXY-gpu"
+    allowed = SpecifierSet(metadata.metadata("icce-ray")["Requires-Python"])
+    assert allowed.contains(f"{tag[1]}.{tag[2]}")
+
+
+def test_a_stopped_job_has_time_for_its_last_words(cluster: dict[str, Any]) -> None:
+    """Ray's own 3 s are too few for a run that writes to object storage."""
+    from ray.dashboard.modules.job.job_supervisor import JobSupervisor
+
+    options = " ".join(cluster["docker"]["run_options"])
+    given = int(re.search(r"--env RAY_JOB_STOP_WAIT_TIME_S=(\d+)", options)[1])
+    assert given >= 30 > JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S
+
+
 def test_mounted_files_exist(cluster: dict[str, Any], repository: Path) -> None:
     for local in cluster["file_mounts"].values():
         assert local.startswith("~/") or (repository / local).exists(), local
+
+
+# --- what travels with a job ---------------------------------------------------------------------
+
+
+def test_jobs_take_the_code_and_leave_the_data(repository: Path, tmp_path: Path) -> None:
+    """Folders that may hold millions of files are not even walked through."""
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(repository / name, tmp_path / name)
+    big = ("runs", "data", "dist", "tests", ".venv", ".git")
+    needed = ("icce_ray", "jobs", "pyproject.toml", "README.md", "LICENSE", "mine.yaml")
+    for name in (*big, *needed):
+        (tmp_path / name).mkdir()
+    for with_git in (True, False):  # `uv run` jobs switch .gitignore off, to send uv.lock
+        rules = get_excludes_from_ignore_files(tmp_path, include_gitignore=with_git)
+        kept = {p.name for p in tmp_path.iterdir() if not any(rule(p) for rule in rules)}
+        assert kept >= set(needed)
+        assert not kept & set(big)
+
+
+def test_uv_jobs_keep_their_options_on_workers(repository: Path) -> None:
+    """As jobs/README.md writes them: Ray must see where uv's own options end."""
+    from ray._private.runtime_env import uv_runtime_env_hook as hook
+
+    text = (repository / "jobs" / "README.md").read_text()
+    (command,) = set(re.findall(r"-- (uv run [^`]*?) \.\.\.`", text))
+    words = command.split()
+    options, rest = hook._parse_args(hook._create_uv_run_parser(), words[2:])
+    assert options.frozen and options.no_dev
+    assert rest == ["jobs/pipeline.py"]
+
+
+# --- jobs/README.md ------------------------------------------------------------------------------
+
+
+def test_commands_of_the_page_resolve(repository: Path) -> None:
+    text = (repository / "jobs" / "README.md").read_text().replace("\\\n", " ")
+    for script in set(re.findall(r"jobs/\w+\.py", text)):
+        assert (repository / script).is_file(), script
+    commands = re.findall(r"jobs/(?:pipeline|sweep)\.py (\w+) (.*=.*)", text)
+    assert len(commands) >= 3
+    for name, overrides in commands:
+        settings = [word for word in overrides.split() if "=" in word]
+        assert configs.load(name, settings).run_dir.startswith("s3://")
+
+
+def test_the_page_and_the_file_agree(repository: Path, cluster: dict[str, Any]) -> None:
+    text = (repository / "jobs" / "README.md").read_text()
+    version = re.search(r"rayproject/ray:([\d.]+)-", cluster["docker"]["image"])
+    assert version and f"({version[1]})" in text
+    assert f"Values={cluster['cluster_name']}" in text
+    assert f"AWS_DEFAULT_REGION={cluster['provider']['region']}" in text
+    assert f"{cluster['idle_timeout_minutes']}\nidle minutes" in text
+    for kind in cluster["available_node_types"].values():
+        assert f"`{kind['node_config']['InstanceType']}`" in text
 
 
 # --- what the autoscaler would start -------------------------------------------------------------
