@@ -94,6 +94,7 @@ def start_head(temporary: str, token: str) -> tuple[subprocess.Popen[bytes], str
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # the tests themselves run below `uv run`
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
