@@ -414,7 +414,7 @@ class RunDirectory:
         if full := _full_disk(error, str(path), where):
             return full
         if self.is_local:
-            return error
+            return StageError(f"{self.uri} cannot be written: {error}. Choose another run_dir=...")
         return StageError(
             f"this node's cache cannot be written: {error}. Name another folder by ICCE_RAY_CACHE."
         )

@@ -171,3 +171,10 @@ def test_one_process_at_a_time(folder: Path) -> None:
     run = RunDirectory(str(folder / "run"))
     with pipeline.exclusive(run), pytest.raises(ArtifactError, match="another process"):
         pipeline.run(config(folder), quiet=True)
+
+
+def test_a_run_directory_below_a_file_is_one_error(folder: Path) -> None:
+    (folder / "file").touch()
+    settings = config(folder, f"run_dir={folder}/file/run")
+    with pytest.raises(StageError, match=r"cannot be written.*run_dir="):
+        pipeline.run(settings, quiet=True)
