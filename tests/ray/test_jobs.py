@@ -28,7 +28,7 @@ from icce_ray.errors import DataError
 
 import psutil  # isort: skip  # comes with Ray, and is found once that is imported
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 PATIENCE = 500.0  # seconds, on a machine that does other things too
 SAID = "head.log"  # what `ray start` prints

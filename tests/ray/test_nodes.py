@@ -33,7 +33,7 @@ from icce_ray.core import head_trainer
 from icce_ray.core import neighbors as nearest
 from icce_ray.errors import StageError
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 COUNT, CLUSTERS, STEPS = 360, 3, 60
 SETTINGS = f"""
