@@ -6,12 +6,14 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from icce_ray.config import RayConfig
@@ -31,6 +33,8 @@ _QUIET = {
 # lost node its belief is up to 20 s old; the default of 60 s is spent waiting for nothing.
 _PACE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
 
+SHARED_MEMORY = Path("/dev/shm")  # where Ray's object store is
+LEAST_SHARED_MEMORY = 1e9  # bytes; a container has 64 MB of its own
 LOOK_EVERY = 2.0  # seconds between looks at the cluster's nodes
 IDLE_CORES = 0.1  # share of the cores that tasks as large as a node may leave unused
 _WANTED_DEATHS = (1, 4)  # ray.nodes()["DeathReason"]: shut down in order; idle, by the autoscaler
@@ -82,6 +86,19 @@ def _shares(node: tuple[float, float], cpus: float, gpus: float) -> int:
     """How many shares of `cpus` cores and `gpus` GPUs a node (cores, GPUs) carries."""
     pairs = [(have, want) for have, want in zip(node, (cpus, gpus), strict=True) if want]
     return min((math.floor(have / want + 1e-6) for have, want in pairs), default=1)
+
+
+def shared_memory_hint() -> str | None:
+    """What to say where a local Ray would keep its objects on a disk, which is slow."""
+    if not SHARED_MEMORY.is_dir():
+        return None  # no Linux
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free >= LEAST_SHARED_MEMORY:
+        return None
+    return (
+        f"{SHARED_MEMORY} has only {free / 1e6:,.0f} MB: Ray will pass images through a disk, "
+        "which is slow. In a container, start it with --shm-size=4g or more"
+    )
 
 
 class Cluster:

@@ -433,6 +433,8 @@ def validate(tree: Mapping[str, Any]) -> Config:
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source)), "run"
+    if "://" in str(source):
+        return _parse(_fetch(str(source)), str(source)), Path(str(source).partition("?")[0]).stem
     known = golden_configs()
     path = known.get(str(source)) or Path(source)
     if not path.is_file():
@@ -442,13 +444,33 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
             f"no config {str(source)!r}: it is neither a YAML file nor one of "
             f"{', '.join(known)}.{hint}"
         )
+    return _parse(path.read_bytes(), str(path)), path.stem
+
+
+def _fetch(uri: str) -> bytes:
+    """A file of settings in object storage, such as a sweep's best.yaml."""
+    from icce_ray import storage
+
+    def read() -> bytes:
+        filesystem, path = storage.locate(uri)
+        with filesystem.open_input_stream(path) as stream:
+            return stream.read()
+
     try:
-        tree = yaml.load(path.read_text(), _Loader)
+        with storage.hastily():
+            return storage.patiently(read, uri)
+    except OSError as error:
+        raise ConfigError(f"{uri} cannot be read: {error}") from None
+
+
+def _parse(text: bytes, name: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text.decode(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold settings (key: value), not {type(tree).__name__}")
-    return tree, path.stem
+        raise ConfigError(f"{name} must hold settings (key: value), not {type(tree).__name__}")
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from icce_ray import config as configs
 from icce_ray import storage
 from icce_ray.artifacts import PARTIAL, Manifest, RunDirectory, differing_keys, fingerprint
-from icce_ray.cluster import Cluster, NodeWatch
+from icce_ray.cluster import Cluster, NodeWatch, shared_memory_hint
 from icce_ray.config import Config
 from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError
 from icce_ray.progress import Reporter, duration
@@ -216,6 +216,9 @@ def _show_plan(context: Context, steps: Sequence[Step], size: Size, log: bool = 
     context.reporter.say(f"{known}; run directory {context.run.uri}; on {where}", log)
     if not context.reporter.quiet:
         context.reporter.console.print(table)
+    hint = shared_memory_hint() if context.cluster.is_local else None
+    if hint is not None:
+        context.reporter.say(f"! {hint}", log)
 
 
 def _check_disk(context: Context, steps: Sequence[Step], size: Size) -> None:

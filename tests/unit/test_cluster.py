@@ -192,3 +192,12 @@ def test_lost_nodes_are_told_and_idle_ones_taken_away_are_not(
     nodes(monkeypatch, n1=3, n5=None)  # preempted
     watch.look()
     assert [text[:26] for text in heard.events[1:]] == ["a node was lost (10.0.0.1)"]
+
+
+def test_little_shared_memory_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = types.SimpleNamespace(free=64e6)
+    monkeypatch.setattr(clusters.shutil, "disk_usage", lambda path: free)
+    hint = clusters.shared_memory_hint()
+    assert hint is not None and "64 MB" in hint and "--shm-size" in hint
+    free.free = 4e9
+    assert clusters.shared_memory_hint() is None

@@ -24,6 +24,7 @@ from icce_ray.artifacts import Manifest, RunDirectory
 from icce_ray.config import DataConfig
 from icce_ray.errors import (
     ArtifactError,
+    ConfigError,
     DataError,
     IcceError,
     NoAnswerError,
@@ -299,6 +300,15 @@ def fails(uri: str, match: str) -> None:
     with pytest.raises(StorageError, match=match) as caught:
         pipeline.run(settings(uri), quiet=True)
     assert time.monotonic() - start < 30 and "\n" not in str(caught.value)
+
+
+def test_settings_are_read(s3) -> None:
+    """As a sweep in a bucket leaves them."""
+    uri = s3.uri("sweep/best.yaml")
+    RunDirectory(s3.uri("sweep")).write_bytes(b"num_classes: 7\ndata: {path: x}", "best.yaml")
+    assert config.load(uri, ["data.path=y"]).num_classes == 7
+    with pytest.raises(ConfigError, match=r"none\.yaml\?.* cannot be read"):
+        config.load(s3.uri("sweep/none.yaml"))
 
 
 def test_a_bucket_that_is_not_there(s3) -> None:
