@@ -75,8 +75,9 @@ class Space(Node):
     """Label-free score to maximize."""
     trials: Positive = 30
     """Trials that search=random draws."""
-    search: Literal["random", "grid"] = "random"
-    """random: independent draws. grid: all combinations of the choices."""
+    search: Literal["random", "grid", "each"] = "random"
+    """random: independent draws. grid: all combinations of the choices. each: the config as it is,
+    and every choice alone (an ablation); choices of `seed` repeat all of these."""
     early_stop: bool = True
     """Stop head trainings that fall behind the others (ASHA), where there are at least four: the
     better third goes on at a quarter, and again at three quarters, of the steps."""
@@ -160,7 +161,8 @@ def parse(tree: Mapping[str, Any], objectives: Sequence[str]) -> Space:
         if not inner:
             problems.append("space: names no setting to vary")
         for key, value in inner.items():
-            ranges[str(key)], found = _parse_entry(str(key), value, tree.get("search") == "grid")
+            lists_only = tree.get("search") in ("grid", "each")
+            ranges[str(key)], found = _parse_entry(str(key), value, lists_only)
             problems += found
     if problems or space is None:
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -182,7 +184,7 @@ def _near(wanted: str, names: Sequence[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def _parse_entry(key: str, value: Any, grid: bool) -> tuple[Any, list[str]]:
+def _parse_entry(key: str, value: Any, lists_only: bool) -> tuple[Any, list[str]]:
     """The choices or the range of one setting, and what is wrong with it."""
     plain = ".".join(part for part in key.split(".") if not part.isdecimal())
     field = {name: info for name, info, _ in configs.describe()}.get(plain)
@@ -198,18 +200,18 @@ def _parse_entry(key: str, value: Any, grid: bool) -> tuple[Any, list[str]]:
             return value, [f"{key}: the list of choices is empty"]
         fitted = [_fit(key, field, choice) for choice in value]
         return [choice for choice, _ in fitted], [p for _, found in fitted for p in found]
-    return _parse_range(key, field, value, grid)
+    return _parse_range(key, field, value, lists_only)
 
 
-def _parse_range(key: str, field: Any, value: Any, grid: bool) -> tuple[Any, list[str]]:
+def _parse_range(key: str, field: Any, value: Any, lists_only: bool) -> tuple[Any, list[str]]:
     names = list(value) if isinstance(value, Mapping) else []
     if len(names) != 1 or names[0] not in KINDS:
         return value, [
             f"{key}: give a list of choices, or one of {{int: [low, high]}}, "
             f"{{uniform: [low, high]}}, {{log: [low, high]}} (got {value!r})"
         ]
-    if grid:
-        return value, [f"{key}: a grid needs a list of choices; ranges are for search: random"]
+    if lists_only:
+        return value, [f"{key}: needs a list of choices; ranges are for search: random"]
     kind = cast(Literal["int", "uniform", "log"], names[0])
     try:
         low, high = KINDS[kind].validate_python(value[kind])
@@ -245,7 +247,7 @@ def draw(space: Space, base: Mapping[str, Any], seed: int) -> Draws:
     found: dict[str, tuple[dict[str, Any], Config]] = {}
     bad: dict[str, str] = {}
     wanted = space.trials if space.search == "random" else GRID_MOST
-    for settings in _candidates(space, seed):
+    for settings in _candidates(space, base, seed):
         name = trial_id(settings)
         if name in found or name in bad:
             continue
@@ -263,8 +265,11 @@ def draw(space: Space, base: Mapping[str, Any], seed: int) -> Draws:
     return Draws(settings_, resolved, len(bad), next(iter(bad.values()), ""))
 
 
-def _candidates(space: Space, seed: int) -> Iterator[dict[str, Any]]:
+def _candidates(space: Space, base: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     keys = list(space.space)
+    if space.search == "each":
+        yield from _one_at_a_time(space.space, base)
+        return
     if space.search == "grid":
         total = math.prod(len(choices) for choices in space.space.values())
         if total > GRID_MOST:
@@ -278,6 +283,29 @@ def _candidates(space: Space, seed: int) -> Iterator[dict[str, Any]]:
     for index in range(space.trials * TRIES):
         generator = np.random.default_rng([seed, index])
         yield {key: _draw_one(space.space[key], generator) for key in keys}
+
+
+def _one_at_a_time(
+    choices: Mapping[str, list[Any]], base: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """For each seed the config's own values, and these with one of them replaced."""
+    own = {key: lookup(base, key) for key in choices}
+    seeds = choices.get("seed", [None])
+    for seed in seeds:
+        repeated = own | ({} if seed is None else {"seed": seed})
+        yield repeated
+        for key, values in choices.items():
+            for value in values if key != "seed" else ():
+                yield repeated | {key: value}
+
+
+def lookup(tree: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        group = configs._group(tree, parts, depth)
+        tree = group if group is not tree and part.isdecimal() else group[part]
+    return tree
 
 
 def _draw_one(choices: Any, generator: np.random.Generator) -> Any:

@@ -740,16 +740,23 @@ def rank(sweep: Sweep) -> list[Trial]:
 
 def add_accuracy(sweep: Sweep) -> None:
     """Where there is ground truth, how well each trial meets it. Called after the ranking."""
-    for group in groups([t for t in sweep.trials if t.state == "done"], "consensus").values():
-        view = group[0].view
+    done = [trial for trial in sweep.trials if trial.state == "done"]
+    single: dict[str, dict[str, float]] = {}  # by fingerprint of the heads
+    for group in groups(done, "consensus").values():
+        view, trained = group[0].view, group[0].prints["heads"]
         ids = view.matrix("embeddings", "image_id")
         known = evaluate.truth(group[0].config, view, np.asarray(ids))
         if known is None:
             return
         clusters = view.read_table("consensus", columns=["cluster"])["cluster"].to_numpy()
         found = metrics.scores(known.codes[known.known], clusters[known.known])
+        if trained not in single:
+            assignments = np.asarray(view.matrix("heads", "assignments"))
+            heads_ = evaluate.heads_alone(assignments[known.known], known.codes[known.known])
+            single[trained] = {name: heads_[name] for name in ("acc_mean", "acc_best")}
+        accuracy = {name: float(found[name]) for name in ("acc", "nmi", "ari")} | single[trained]
         for trial in group:
-            trial.accuracy = {name: float(found[name]) for name in ("acc", "nmi", "ari")}
+            trial.accuracy = accuracy
 
 
 def _results(

@@ -1,10 +1,12 @@
-"""Measures time, memory and traffic. Says nothing about how good the clusters are.
+"""Measures time, memory, traffic, and how good the clusters are.
 
-    python jobs/benchmark.py scale    the chain at ImageNet's size, on synthetic embeddings
-    python jobs/benchmark.py split    training split by heads against by data, 1 and 2 workers
+    python jobs/benchmark.py scale       the chain at ImageNet's size, on synthetic embeddings
+    python jobs/benchmark.py split       training split by heads against by data, 1 and 2 workers
+    python jobs/benchmark.py accuracy    the whole chain against ground truth, seed by seed
+    python jobs/benchmark.py ablation    what each setting earns, as a sweep
 
-Each prints a table and writes it as Markdown and JSON. Both work on this machine; inside a Ray job
-`scale` would see the memory of the driver alone.
+Each prints a table and writes it as Markdown and JSON. `scale` and `split` work on this machine;
+inside a Ray job `scale` would see the memory of the driver alone.
 Shapes: N rows, D features, H heads, K clusters, M neighbors, B pairs per step, W workers.
 """
 
@@ -12,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +27,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from benchmarks import quality
+from benchmarks.tables import machine, markdown, publish
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -287,12 +290,6 @@ def measure_scale(
 # --- tables --------------------------------------------------------------------------------------
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table; all but the first column to the right."""
-    rule = ["---", *("--:" for _ in head[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
-
-
 def gigabytes(count: float) -> str:
     """Bytes with three digits, in GB."""
     return f"{count / 1e9:.3g}" if count >= 1e6 else f"{count / 1e9:.0g}"
@@ -312,29 +309,6 @@ def scale_table(measured: Sequence[Measured]) -> str:
         for one in measured
     ]
     return markdown(head, lines)
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import torch
-
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": pages,
-        "gpus": torch.cuda.device_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "time": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def publish(out: Path, table: str, content: Mapping[str, Any]) -> None:
-    """Print a table; write it to OUT.md, and everything measured to OUT.json."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(table + "\n")
-    out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    print(f"{table}\n\nwritten to {out.with_suffix('.md')} and {out.with_suffix('.json')}")
 
 
 # --- split ---------------------------------------------------------------------------------------
@@ -502,6 +476,45 @@ def split(
     paces = measure_split(work, workers or [1, 2])
     content = {"settings": asdict(work), "machine": machine()}
     publish(out, split_table(paces), {**content, "groups": [asdict(pace) for pace in paces]})
+
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")]
+
+
+@app.command()
+def accuracy(
+    config: Annotated[str, typer.Argument(help="A golden config's name, or a YAML file.")],
+    overrides: Overrides = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2")] = None,
+    test: Annotated[str | None, typer.Option(help="New images with labels, to classify.")] = None,
+    out: Out = Path("runs/accuracy"),
+) -> None:
+    """Accuracy and time of whole runs; a run directory is overwritten by each seed."""
+    found = quality.measure_accuracy(config, overrides or [], seeds or [0, 1, 2], test)
+    about = {"settings": {"config": config, "overrides": overrides or []}, "machine": machine()}
+    publish(out, quality.accuracy_table(found), {**about, "runs": found})
+
+
+@app.command()
+def ablation(
+    config: Annotated[str, typer.Argument(help="A golden config's name, or a YAML file.")],
+    overrides: Overrides = None,
+    space: Annotated[str, typer.Option(help="A space, normally of search: each.")] = "ablation",
+    out: Out = Path("runs/ablation"),
+) -> None:
+    """What each setting earns, and how well each label-free score ranks the settings."""
+    from icce_ray import config as configs
+    from icce_ray import sweep
+    from icce_ray.errors import DataError
+
+    results = sweep.run(configs.load(config, overrides or []), space)
+    assert results is not None
+    if not results["trials"][0]["accuracy"]:
+        raise DataError("there is no ground truth to compare with; give data.labels")
+    correlations = quality.correlation_rows(results)
+    tables = [quality.ablation_table(results), quality.correlation_table(correlations)]
+    content = {"machine": machine(), "correlations": correlations, "sweep": results}
+    publish(out, "\n\n".join(tables), content)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -216,7 +216,7 @@ def _against(
     result["purity"] = float(match.confusion.max(axis=0).sum() / match.confusion.sum())
     correct = match.cluster_class[clusters[rows]] == labels
     result["calibration"] = metrics.calibration(confidence[rows], correct)
-    result["heads"] = _heads(np.asarray(files.matrix("heads", "assignments"))[rows], labels)
+    result["heads"] = heads_alone(np.asarray(files.matrix("heads", "assignments"))[rows], labels)
     if probe is not None:
         result["classifier"] = metrics.scores(labels, probe[rows])
     if config.evaluate.kmeans:
@@ -224,7 +224,7 @@ def _against(
     return result
 
 
-def _heads(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def heads_alone(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Accuracy of every head by itself. assignments: int [N, H]."""
     each = [metrics.accuracy(labels, assignments[:, h]) for h in range(assignments.shape[1])]
     return {

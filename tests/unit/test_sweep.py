@@ -93,7 +93,7 @@ def test_choices_are_what_the_setting_takes() -> None:
 
 
 def test_a_grid_takes_no_ranges() -> None:
-    with pytest.raises(ConfigError, match=r"heads\.beta: a grid needs a list"):
+    with pytest.raises(ConfigError, match=r"heads\.beta: needs a list"):
         parse(search="grid", space={"heads.beta": {"uniform": [0.5, 0.9]}})
 
 
@@ -155,6 +155,23 @@ def test_combinations_that_contradict_themselves_are_left_out_and_counted() -> N
     assert found.dropped == 2 and "threshold goes with rule=threshold" in found.why
     with pytest.raises(ConfigError, match=r"neighbors.rule=threshold: .*threshold goes with"):
         draws({"search": "grid", "space": {"neighbors.rule": ["threshold"]}}, BASE)
+
+
+def test_each_choice_alone_beside_the_config_as_it_is_and_all_again_for_each_seed() -> None:
+    choices = {
+        "seed": [0, 3],
+        "heads.beta": [0.6, 0.8],  # 0.6 is the config's own
+        "backbone.pooling": ["cls"],
+        "consensus.method": ["voting", "mcla"],
+    }
+    found = draws({"search": "each", "space": choices}, BASE)
+    own = {"heads.beta": 0.6, "backbone.pooling": "auto", "consensus.method": "dawid-skene"}
+    changes = [{}, {"heads.beta": 0.8}, {"backbone.pooling": "cls"}]
+    changes += [{"consensus.method": "voting"}, {"consensus.method": "mcla"}]
+    expected = [{"seed": seed} | own | change for seed in (0, 3) for change in changes]
+    assert list(found.settings) == [{key: one[key] for key in choices} for one in expected]
+    assert [one.seed for one in found.configs] == [0] * 5 + [3] * 5
+    assert found.configs[2].backbone[0].pooling == "cls"
 
 
 # --- views ---------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What jobs/benchmark.py measures, a module for each kind."""

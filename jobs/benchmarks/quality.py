@@ -1,0 +1,171 @@
+"""How good the clusters are, where there is ground truth: whole runs, and one setting at a time.
+
+Labels are looked at when all clusterings are made. Shapes: H heads, K clusters.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.tables import markdown
+
+SCORED = ("neighbors", "heads", "consensus", "classifier")  # stages that the peers' times include
+
+
+# --- accuracy: whole runs ------------------------------------------------------------------------
+
+
+def measure_accuracy(
+    source: str, overrides: Sequence[str], seeds: Sequence[int], test: str | None
+) -> list[dict[str, Any]]:
+    """Run the chain once for each seed, on the same embeddings; classify `test` images with each.
+
+    Returns, for each seed: seed, consensus, classifier, kmeans, heads_mean, heads_best, test
+    (accuracies, 0..1), nmi and ari of the consensus, seconds (embeddings to classifier) and wall
+    (of the whole command, where embeddings were there).
+    """
+    from icce_ray import config as configs
+    from icce_ray import pipeline
+    from icce_ray.artifacts import RunDirectory
+    from icce_ray.stages.predict import predict
+
+    found = []
+    for seed in seeds:
+        config = configs.load(source, [*overrides, f"seed={seed}"])
+        pipeline.run(config, overwrite=True, last="embed")
+        started = time.monotonic()
+        manifests = pipeline.run(config, overwrite=True)
+        wall = time.monotonic() - started
+        metrics = RunDirectory(config.run_dir).read_json("evaluation", "metrics.json")
+        tested = None
+        if test is not None:
+            out = f"{config.run_dir}/test-{seed}-{manifests['classifier'].id[:8]}"
+            tested = predict(config.run_dir, test, out).results["acc"]
+        found.append(
+            {
+                "seed": seed,
+                "consensus": metrics["acc"],
+                "classifier": metrics["classifier"]["acc"],
+                "test": tested,
+                "kmeans": metrics["kmeans"]["acc"] if "kmeans" in metrics else None,
+                "heads_mean": metrics["heads"]["acc_mean"],
+                "heads_best": metrics["heads"]["acc_best"],
+                "nmi": metrics["nmi"],
+                "ari": metrics["ari"],
+                "seconds": sum(manifests[name].seconds for name in SCORED),
+                "wall": wall,
+            }
+        )
+    return found
+
+
+PERCENT = ("consensus", "classifier", "test", "heads_mean", "heads_best", "kmeans", "nmi", "ari")
+
+
+def accuracy_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each seed, then mean and standard deviation. Percent and seconds."""
+    columns = [name for name in PERCENT if found[0][name] is not None]
+    head = ["seed", *(name.replace("_", ", ") for name in columns), "seconds", "wall"]
+    lines = [
+        [
+            str(one["seed"]),
+            *(f"{100 * one[name]:.1f}" for name in columns),
+            *(f"{one[name]:.0f}" for name in ("seconds", "wall")),
+        ]
+        for one in found
+    ]
+    total = [spread([100 * one[name] for one in found]) for name in columns]
+    total += [f"{statistics.mean(one[n] for one in found):.0f}" for n in ("seconds", "wall")]
+    return markdown(head, [*lines, ["mean", *total]])
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and standard deviation, for a table."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+# --- ablation: one setting at a time -------------------------------------------------------------
+
+
+def by_settings(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Finished trials of a sweep by what they change, in the order of the space, seeds together.
+
+    The first group is the config as it is, "defaults".
+    """
+    from icce_ray import space
+
+    own = {key: space.lookup(results["config"], key) for key in results["space"] if key != "seed"}
+    order = {"defaults": -1}
+    for key, described in results["space"].items():
+        for value in described["choices"] if key != "seed" else ():
+            order.setdefault(space.show({key: value}), len(order))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in results["trials"]:
+        if trial["state"] == "done":
+            changed = {k: v for k, v in trial["settings"].items() if k != "seed" and v != own[k]}
+            groups.setdefault(space.show(changed) or "defaults", []).append(trial)
+    return dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def ablation_table(results: Mapping[str, Any]) -> str:
+    """A line for each setting: mean and deviation over seeds. Percent and seconds."""
+    head = ["setting", "consensus", "single heads", "best head", "NMI between heads"]
+    head += [results["objective"].replace("_", " "), "s"]
+    lines = []
+    for name, trials in by_settings(results).items():
+        true = [trial["accuracy"] for trial in trials]
+        free = [trial["scores"] for trial in trials]
+        lines.append(
+            [
+                name,
+                spread([100 * one["acc"] for one in true]),
+                spread([100 * one["acc_mean"] for one in true]),
+                spread([100 * one["acc_best"] for one in true]),
+                spread([one["head_agreement"] for one in free], 3),
+                spread([one[results["objective"]] for one in free], 3),
+                f"{statistics.mean(trial['seconds'] for trial in trials):.0f}",
+            ]
+        )
+    return markdown(head, lines)
+
+
+def correlation_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Spearman's rank correlation of each score with accuracy: over settings (means of the seeds),
+    and over settings that change the heads or the ensemble alone."""
+    from icce_ray.stages.sweep_report import spearman
+
+    groups = by_settings(results)
+    rows = []
+    for score in results["trials"][0]["scores"]:
+        points = {
+            name: (
+                statistics.mean(trial["scores"][score] for trial in trials),
+                statistics.mean(trial["accuracy"]["acc"] for trial in trials),
+            )
+            for name, trials in groups.items()
+        }
+        row: dict[str, Any] = {"score": score, "all": spearman(list(points.values()))}
+        for part in ("neighbors", "heads", "consensus"):
+            chosen = [p for name, p in points.items() if name.startswith((part, "defaults"))]
+            row[part] = spearman(chosen)
+        rows.append({**row, "settings": len(points)})
+    return sorted(rows, key=lambda row: -(row["all"] or 0))
+
+
+def correlation_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each score."""
+    parts = ("all", "neighbors", "heads", "consensus")
+    lines = [
+        [
+            row["score"].replace("_", " "),
+            *("-" if row[part] is None else f"{row[part]:+.2f}" for part in parts),
+        ]
+        for row in rows
+    ]
+    head = [f"all {rows[0]['settings']} settings", *(f"of {part}" for part in parts[1:])]
+    return markdown(["score", *head], lines)

@@ -1,0 +1,40 @@
+"""Tables and files that a measurement leaves, and the machine it was made on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table; all but the first column to the right."""
+    rule = ["---", *("--:" for _ in head[1:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import torch
+
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": pages,
+        "gpus": torch.cuda.device_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def publish(out: Path, table: str, content: Mapping[str, Any]) -> None:
+    """Print a table; write it to OUT.md, and everything measured to OUT.json."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(table + "\n")
+    out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{table}\n\nwritten to {out.with_suffix('.md')} and {out.with_suffix('.json')}")
