@@ -134,6 +134,19 @@ def load_labels(config: Config, run: RunDirectory) -> tuple[np.ndarray, list[str
     return (codes, names) if names else None
 
 
+def labels_of(mode: str, table: pa.Table) -> np.ndarray | None:
+    """Ground truth of listed images, in their order: codes int64 [N], -1 where there is no label.
+
+    mode: data.labels. Returns None where there are none; raises DataError as `load_labels`.
+    """
+    if mode == "none":
+        return None
+    values = table["label"].to_numpy() if mode == "auto" else _read_labels(mode)
+    _check_length(mode, len(values), [table.num_rows])
+    codes, names = encode(values)
+    return codes if names else None
+
+
 def _chosen(values: np.ndarray, uri: str, run: RunDirectory) -> np.ndarray:
     """The labels of the images that data.limit kept."""
     done = run.manifest(FOLDER)

@@ -32,9 +32,10 @@ from icce_ray.artifacts import (
 )
 from icce_ray.cluster import Cluster, NodeWatch
 from icce_ray.config import BackboneConfig, Config
+from icce_ray.core import metrics
 from icce_ray.errors import ArtifactError, ConfigError, StageError
 from icce_ray.progress import Reporter, duration
-from icce_ray.stages import streaming
+from icce_ray.stages import index, streaming
 from icce_ray.stages.embed import Embedder
 from icce_ray.stages.streaming import Columns, Job, Loaded, Shards
 
@@ -65,6 +66,8 @@ def predict(
         overrides: embed.*, ray.* and data.* settings for this call, as `key.sub=value`.
 
     Returns: the result's manifest. An image that cannot be decoded has cluster -1 and a reason.
+    Where the new images have labels (class folders, a label column, data.labels), its results hold
+    `labeled`, `acc`, `nmi` and `ari` of those that could be decoded, read once all are classified.
 
     Raises:
         ArtifactError: no finished classifier, or `out` holds something else.
@@ -83,6 +86,8 @@ def predict(
     config = _config(run, images, overrides)
     backbones = _backbones(description)
     table = listing.list_images(config.data).table
+    if config.data.labels not in ("auto", "none"):
+        index.labels_of(config.data.labels, table)  # a file that does not fit is told now
     mark = _mark(images, table, trained, config)
     finished = _claim(target, folder, mark)
     if finished is not None:
@@ -110,7 +115,7 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
     tree = yaml.safe_load(run.read_bytes("config.yaml"))
     before = tree.get("data") or {}
     kept = {key: before[key] for key in ("image_column", "label_column") if key in before}
-    tree["data"] = {**kept, "path": images, "labels": "none"}
+    tree["data"] = {**kept, "path": images}
     tree["evaluate"] = {}
     return configs.load(tree, list(overrides))
 
@@ -312,6 +317,7 @@ class _Work:
         run, total = self.target, self.table.num_rows
         found = run.read_table(self.folder, columns=["cluster"])["cluster"].to_numpy()
         bad = int((found < 0).sum())
+        scores = _scores(self.config, self.table, found)
         manifest = Manifest(
             stage="predict",
             fingerprint=mark["fingerprint"],
@@ -319,16 +325,35 @@ class _Work:
             inputs=mark["inputs"],
             rows=total,
             seconds=round(seconds, 3),
-            results={"bad": bad, "images_per_second": round(rate, 1), "run": self.source.uri},
+            results={
+                "bad": bad,
+                "images_per_second": round(rate, 1),
+                "run": self.source.uri,
+                **scores,
+            },
             resources=self.cluster.used(),
         )
         text = f"classified {total - bad:,} images in {duration(seconds)}"
         text += f", {bad:,} could not be decoded" if bad else ""
         self.reporter.say(f"{text}: {run.address(self.folder)}")
+        if scores:
+            self.reporter.say(
+                f"Accuracy {scores['acc']:.1%} (NMI {scores['nmi']:.3f}, ARI {scores['ari']:.3f}, "
+                f"{scores['labeled']:,} labeled images)."
+            )
         self.reporter.status("done")
         self.reporter.flush()
         run.finish(self.folder, manifest)
         return manifest
+
+
+def _scores(config: Config, table: pa.Table, clusters: np.ndarray) -> dict[str, Any]:
+    """How well the clusters, int [N], meet the images' labels; nothing where there are none."""
+    known = index.labels_of(config.data.labels, table)
+    rows = np.flatnonzero((known >= 0) & (clusters >= 0)) if known is not None else []
+    if known is None or not len(rows):
+        return {}
+    return {"labeled": len(rows), **metrics.scores(known[rows], clusters[rows])}
 
 
 def _read_ids(run: RunDirectory, folder: str, name: str, start: int, stop: int) -> Columns:

@@ -93,6 +93,7 @@ def test_a_changed_setting_names_what_it_invalidates(finished: Path) -> None:
 
 def test_predict_labels_new_images_as_the_classifier_does(finished: Path) -> None:
     done = cli("predict", "run", "data/digits", "out=predicted", cwd=finished)
+    assert "Accuracy" in done.stderr
     assert done.returncode == 0, done.stderr
     table = pq.read_table(sorted((finished / "predicted").glob("*.parquet")))
     assert len(table) == 1797
