@@ -193,6 +193,13 @@ class HeadsConfig(Node):
     """Sinkhorn-Knopp on the teacher's batch, so that clusters are used evenly."""
     sinkhorn_iterations: Positive = 3
     """Row and column normalizations per step."""
+    prior: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Sizes of the classes, in any order and unit, where they are known. Each head's largest
+    cluster is made to have the largest one, and so on. Default: equal sizes."""
+    balance: Fraction = 1.0
+    """How far clusters are evened out, where no prior is given. The size aimed at goes with the
+    share s that the teacher gives a cluster by itself, as s^(1 - balance): 1 makes all equal, 0
+    leaves them alone, and between them classes of unequal size keep a part of their difference."""
     instance_weights: bool = True
     """TEMI's pair weights: pairs the teachers disagree on count less."""
     teacher_momentum: Fraction = 0.5
@@ -218,6 +225,12 @@ class HeadsConfig(Node):
     def _some_loss(self) -> HeadsConfig:
         if self.pmi_weight == 0 and self.cross_entropy == 0:
             raise ValueError("pmi_weight and cross_entropy are both 0: there is nothing to train")
+        return self
+
+    @model_validator(mode="after")
+    def _one_target(self) -> HeadsConfig:
+        if self.prior is not None and self.balance < 1:
+            raise ValueError("give prior or balance, not both")
         return self
 
     @model_validator(mode="after")
@@ -361,6 +374,11 @@ class Config(Node):
 
     def _check_clusters(self) -> None:
         """Whether the ensemble can be made from heads of so many clusters."""
+        prior = self.heads.prior
+        if prior is not None and len(prior) != self.head_clusters:
+            raise ValueError(
+                f"heads.prior has {len(prior)} sizes, but heads have {self.head_clusters} clusters"
+            )
         over = f"heads.clusters={self.heads.clusters} with num_classes={self.num_classes}: "
         if self.head_clusters < self.num_classes:
             raise ValueError(f"{over}heads need at least num_classes clusters")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from icce_ray.config import HeadsConfig
 from icce_ray.core import losses
@@ -124,6 +125,7 @@ class HeadTrainer:
         self.marginal = torch.full(
             (len(self.numbers), num_clusters), 1 / num_clusters, device=data.device
         )
+        self.usage = self.marginal.clone()  # the same before Sinkhorn
         decayed = [p for p in self.student.parameters() if p.shape[1] > 1]
         plain = [p for p in self.student.parameters() if p.shape[1] == 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
@@ -163,8 +165,7 @@ class HeadTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._lr_factor()
         x, y = self._draw_pairs()
-        student, teacher = self._views(x, y)
-        loss = self._loss(student, teacher)
+        loss = self._loss(*self._views(x, y))
         self._check_finite(loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
@@ -189,8 +190,9 @@ class HeadTrainer:
             x, y = (part[self.group.rank :: self.group.world] for part in (x, y))
         return x, y
 
-    def _views(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of student and teacher for both images of each pair, [H, 2B, K]."""
+    def _views(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities of student and teacher for both images of each pair, [H, 2B, K]; and
+        the shares of the clusters that are aimed at."""
         rows = self.data.rows(torch.cat([x, y]))
         temperature = self.settings.temperature
         with self._autocast():
@@ -198,23 +200,37 @@ class HeadTrainer:
             with torch.no_grad():
                 teacher = self.teacher(rows) / temperature
         s = (student / temperature).log_softmax(-1)
+        prior = self._prior(teacher)
         if not self.settings.sinkhorn:
-            return s, teacher.log_softmax(-1)
-        group = None if self.by_heads else self.group
-        return s, losses.sinkhorn(teacher, self.settings.sinkhorn_iterations, collective=group)
+            return s, teacher.log_softmax(-1), prior
+        group, count = None if self.by_heads else self.group, self.settings.sinkhorn_iterations
+        return s, losses.sinkhorn(teacher, count, prior=prior, collective=group), prior
 
-    def _loss(self, log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _prior(self, logits: Tensor) -> Tensor | None:
+        """Shares of the clusters to aim at, [H, K]; None: equal ones. logits: [H, 2B, K]."""
+        s = self.settings
+        if s.prior is None and s.balance == 1:
+            return None
+        self._follow(self.usage, logits.float().softmax(-1))
+        if s.prior is None:
+            return F.normalize(self.usage ** (1 - s.balance), p=1, dim=1)
+        shares = torch.tensor(sorted(s.prior, reverse=True), device=logits.device)
+        rank = self.usage.argsort(1, descending=True).argsort(1)  # the largest gets the largest
+        return (shares / shares.sum())[rank]
+
+    def _loss(self, log_student: Tensor, log_teacher: Tensor, prior: Tensor | None) -> Tensor:
         """Mean loss per head over the batch, [H]."""
         s = self.settings
         teacher = log_teacher.exp()
-        self._update_marginal(teacher)
+        self._follow(self.marginal, teacher)
         log_x, log_y = log_student.chunk(2, dim=1)
         log_t_x, log_t_y = log_teacher.chunk(2, dim=1)
         t_x, t_y = teacher.chunk(2, dim=1)
         total = torch.zeros_like(t_x[..., 0])
         if s.pmi_weight:
-            both = losses.pmi(log_x, log_t_y, self.marginal, s.beta) + losses.pmi(
-                log_y, log_t_x, self.marginal, s.beta
+            both = losses.pmi(log_x, log_t_y, self.marginal, s.beta, prior) + losses.pmi(
+                log_y, log_t_x, self.marginal, s.beta, prior
             )
             total = total - s.pmi_weight / 2 * both
         if s.cross_entropy:
@@ -247,11 +263,12 @@ class HeadTrainer:
         return full[:count]
 
     @torch.no_grad()
-    def _update_marginal(self, teacher: Tensor) -> None:
+    def _follow(self, running: Tensor, teacher: Tensor) -> None:
+        """Move a running mean, [H, K], towards that of the batch's probabilities, [H, 2B, K]."""
         mean = teacher.mean(1)
         if not self.by_heads:
             self.group.all_reduce_mean_([mean])
-        self.marginal.lerp_(mean, 1 - MARGINAL_MOMENTUM)
+        running.lerp_(mean, 1 - MARGINAL_MOMENTUM)
 
     @torch.no_grad()
     def _update_teacher(self) -> None:
@@ -337,7 +354,7 @@ class HeadTrainer:
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in slot:
                     out[f"optimizer.{key}.{name}"] = slot[key]
-        out["marginal"] = self.marginal
+        out |= {"marginal": self.marginal, "usage": self.usage}
         out["numbers"] = torch.tensor(self.numbers)
         out["step"] = torch.tensor(self.step_number)
         # copies: on a CPU these would go on changing with the next step
@@ -355,6 +372,7 @@ class HeadTrainer:
         self.student.load_state_dict(_below(mine, "student."))
         self.teacher.load_state_dict(_below(mine, "teacher."))
         self.marginal.copy_(mine["marginal"])
+        self.usage.copy_(mine["usage"])
         self.step_number = int(mine["step"])
         for name, parameter in self.student.named_parameters():
             keys = ("exp_avg", "exp_avg_sq")

@@ -16,14 +16,26 @@ from icce_ray.core.collective import Alone, Collective
 TINY = 1e-8  # keeps logarithms finite
 
 
-def pmi(log_student: Tensor, log_teacher: Tensor, marginal: Tensor, beta: float) -> Tensor:
+def pmi(
+    log_student: Tensor,
+    log_teacher: Tensor,
+    marginal: Tensor,
+    beta: float,
+    prior: Tensor | None = None,
+) -> Tensor:
     """Pointwise mutual information of each pair (TEMI, eq. 5).
 
-    log sum_c (s(c|x) t(c|y))^beta / m(c), for log-probabilities of the student of x and of the
-    teacher of y, [H, B, K] each, and the running marginal m [H, K]. Returns [H, B].
+    log sum_c p(c) (s(c|x) t(c|y))^beta / m(c), for log-probabilities of the student of x and of
+    the teacher of y, [H, B, K] each, the running marginal m [H, K], and p, the prior [H, K].
+
+    p is ours; without it (p = 1) it is TEMI's. A sure pair in cluster c earns log p(c) / m(c): on
+    average, over pairs, minus the divergence of m from p, which is least where clusters are used in
+    proportion to p, as without p it is where they are used equally. Returns [H, B].
     """
-    log_marginal = marginal.clamp_min(TINY).log().unsqueeze(1)
-    return torch.logsumexp(beta * (log_student + log_teacher) - log_marginal, dim=-1)
+    scale = marginal.clamp_min(TINY).log()
+    if prior is not None:
+        scale = scale - prior.clamp_min(TINY).log()
+    return torch.logsumexp(beta * (log_student + log_teacher) - scale.unsqueeze(1), dim=-1)
 
 
 def pair_agreement(teacher_x: Tensor, teacher_y: Tensor) -> Tensor:

@@ -68,13 +68,26 @@ def softmax(values):
     return [p / sum(parts) for p in parts]
 
 
-def slow_sinkhorn(rows, iterations):
+def slow_sinkhorn(rows, s):
     q = [softmax(row) for row in rows]
-    for _ in range(iterations):
+    target = slow_target(q, s)
+    for _ in range(s.sinkhorn_iterations):
         sums = [sum(column) for column in zip(*q, strict=True)]
-        q = [[v / s for v, s in zip(row, sums, strict=True)] for row in q]
+        q = [[v * t / s for v, t, s in zip(row, target, sums, strict=True)] for row in q]
         q = [[v / sum(row) for v in row] for row in q]
     return q
+
+
+def slow_target(rows, s):
+    """Shares of the clusters that are aimed at in the first step."""
+    clusters = len(rows[0])
+    used = [0.9 / clusters + 0.1 * sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    if s.prior is None:
+        shares = [value ** (1 - s.balance) for value in used]
+        return [value / sum(shares) for value in shares]
+    largest = sorted(range(clusters), key=lambda c: -used[c])
+    sizes = dict(zip(largest, sorted(s.prior, reverse=True), strict=True))
+    return [sizes[c] / sum(s.prior) for c in range(clusters)]
 
 
 def slow_loss(trainer, x, y):
@@ -85,20 +98,22 @@ def slow_loss(trainer, x, y):
     student = [[softmax(row) for row in head] for head in scaled]
     teacher = student
     if s.sinkhorn:
-        teacher = [slow_sinkhorn(head, s.sinkhorn_iterations) for head in scaled]
+        teacher = [slow_sinkhorn(head, s) for head in scaled]
     pairs, heads, every = len(x), len(scaled), range(clusters)
     weights = [
         sum(sum(t[b][c] * t[pairs + b][c] for c in every) for t in teacher) / heads
         for b in range(pairs)
     ]
     out = []
+    even = s.prior is None and s.balance == 1
     for one, t in zip(student, teacher, strict=True):
+        p = [1.0] * clusters if even else slow_target(one, s)
         m = [0.9 / clusters + 0.1 * sum(row[c] for row in t) / (2 * pairs) for c in every]
         total = 0.0
         for b in range(pairs):
             value = 0.0
             for i, j in ((b, pairs + b), (pairs + b, b)):
-                pmi = math.log(sum((one[i][c] * t[j][c]) ** s.beta / m[c] for c in every))
+                pmi = math.log(sum(p[c] * (one[i][c] * t[j][c]) ** s.beta / m[c] for c in every))
                 entropy = -sum(t[j][c] * math.log(one[i][c]) for c in every)
                 value += (-s.pmi_weight * pmi + s.cross_entropy * entropy) / 2
             total += value * (weights[b] if s.instance_weights else 1.0)
@@ -110,6 +125,10 @@ SWITCHES = {
     "default": {},
     "no sinkhorn": {"sinkhorn": False},
     "more sinkhorn": {"sinkhorn_iterations": 7},
+    "prior": {"prior": (1, 5, 2, 2)},
+    "some balance": {"balance": 0.5},
+    "prior without sinkhorn": {"prior": (1, 5, 2, 2), "sinkhorn": False},
+    "no balance": {"balance": 0},
     "no weights": {"instance_weights": False},
     "no cross-entropy": {"cross_entropy": 0},
     "no pmi": {"pmi_weight": 0},
@@ -225,6 +244,35 @@ def test_training_lowers_the_loss_and_keeps_clusters_alive():
     assert all(len(np.unique(column)) == 4 for column in trainer.assign().T)
 
 
+def shares_of(trainer):
+    """Mean share of a head's largest cluster, of its second one, and so on."""
+    counts = [np.bincount(column, minlength=3) / len(column) for column in trainer.assign().T]
+    return np.sort(counts, axis=1)[:, ::-1].mean(0)
+
+
+def test_a_prior_and_less_balance_let_clusters_be_unequal():
+    """Classes of 70, 20 and 10 % that touch: with equal clusters the largest one is cut."""
+    rng = np.random.default_rng(0)
+    labels = rng.choice(3, 600, p=[0.7, 0.2, 0.1])
+    x = np.linalg.qr(rng.normal(size=(12, 3)))[0].T[labels] + 0.3 * rng.normal(size=(600, 12))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    scores = x @ x.T
+    np.fill_diagonal(scores, -2)
+    ids = torch.from_numpy(np.argsort(-scores, axis=1)[:, :6].astype(np.int32))
+    data = Data(torch.from_numpy(x).half(), ids, torch.full((600,), 6), CPU)
+    true = np.sort(np.bincount(labels))[::-1] / 600
+    errors = {}
+    for name, options in {
+        "even": {},
+        "free": {"balance": 0.0},
+        "given": {"prior": (1, 2, 7)},
+    }.items():
+        trainer = make(data=data, clusters=3, steps=150, lr=1e-2, **options)
+        trainer.start()
+        errors[name] = np.abs(shares_of(train(trainer)) - true).sum()
+    assert errors["given"] < 0.1 and errors["free"] < 0.2 < errors["even"] / 2, errors
+
+
 # --- several workers -----------------------------------------------------------------------------
 
 
@@ -241,7 +289,9 @@ def by_heads(run_workers, world, steps, **options):
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(
-    "options", [{}, {"hidden": (16, 8)}, {"precision": "bfloat16"}, {"sinkhorn": False}], ids=str
+    "options",
+    [{}, {"hidden": (16, 8)}, {"precision": "bfloat16"}, {"sinkhorn": False}, {"balance": 0.5}],
+    ids=str,
 )
 def test_by_heads_any_number_of_workers_finds_the_same(run_workers, world, options):
     alone = make(**options)
@@ -315,14 +365,14 @@ def test_by_data_two_workers_are_close_to_one(run_workers, hidden, batch_norm):
 BOTH = pytest.mark.parametrize("hidden", [(), (16, 8)])
 
 
-@BOTH
-def test_a_resumed_run_goes_on_exactly(hidden):
-    unbroken = make(hidden=hidden)
+@pytest.mark.parametrize("options", [{}, {"hidden": (16, 8)}, {"balance": 0.5}], ids=str)
+def test_a_resumed_run_goes_on_exactly(options):
+    unbroken = make(**options)
     unbroken.start()
     train(unbroken, 10)
     middle = unbroken.state()
     expected = [unbroken.step() for _ in range(12)]
-    resumed = make(hidden=hidden)
+    resumed = make(**options)
     resumed.restore([middle])
     assert resumed.step_number == 10
     for loss in expected:

@@ -45,6 +45,21 @@ def test_pmi_of_a_sure_pair_is_the_surprise_of_its_cluster():
         assert float(losses.pmi(sure, sure, marginal, 1.0)) == pytest.approx(-math.log(share))
 
 
+def test_with_a_prior_pmi_is_best_where_clusters_are_used_in_its_proportion():
+    prior = torch.tensor([[0.6, 0.3, 0.1]])
+    sure = (torch.eye(3) * 40).log_softmax(-1).unsqueeze(0)  # one pair in each cluster
+
+    def mean_of(marginal):
+        return float((marginal * losses.pmi(sure, sure, marginal, 0.6, prior)).sum())
+
+    assert mean_of(prior) == pytest.approx(0, abs=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        other = torch.rand(1, 3, generator=generator).softmax(-1)
+        divergence = float((other * (other / prior).log()).sum())
+        assert mean_of(other) == pytest.approx(-divergence, abs=1e-5)
+
+
 def test_pmi_and_its_gradient_stay_finite_at_the_ends():
     logits = torch.tensor([[[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]]], requires_grad=True)
     teacher = torch.tensor([[[-1e4, 1e4, 0.0], [-1e4, 1e4, 0.0]]]).log_softmax(-1)
