@@ -88,9 +88,13 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         if trainer.step_number % chosen.checkpoint_every == 0:
             worker.save(trainer.step_number, trainer.state() | history.state())
     worker.progress(trainer.step_number, "assigning", force=True)
+
+    def tell(rows: int) -> None:
+        worker.progress(trainer.step_number, f"assigned {rows:,} of {len(data):,} images")
+
     final = trainer.state() | history.state()
     if trainer.by_heads or worker.rank == 0:
-        final["assignments"] = torch.from_numpy(trainer.assign())
+        final["assignments"] = torch.from_numpy(trainer.assign(tell))
     if worker.rank == 0:
         final |= {f"projection.{k}": v.cpu() for k, v in projection.state_dict().items()}
     worker.save(trainer.steps + 1, final)
