@@ -4,6 +4,8 @@
     python jobs/benchmark.py split       training split by heads against by data, 1 and 2 workers
     python jobs/benchmark.py accuracy    the whole chain against ground truth, seed by seed
     python jobs/benchmark.py ablation    what each setting earns, as a sweep
+    python jobs/benchmark.py imbalance   classes of unequal size, cut from a finished run's data
+    python jobs/benchmark.py pace        accuracy over the time of training, beside TEMI's recipe
 
 Each prints a table and writes it as Markdown and JSON. `scale` and `split` work on this machine;
 inside a Ray job `scale` would see the memory of the driver alone.
@@ -27,6 +29,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from benchmarks import pace as recipes
 from benchmarks import quality
 from benchmarks.tables import machine, markdown, publish
 
@@ -515,6 +518,36 @@ def ablation(
     tables = [quality.ablation_table(results), quality.correlation_table(correlations)]
     content = {"machine": machine(), "correlations": correlations, "sweep": results}
     publish(out, "\n\n".join(tables), content)
+
+
+@app.command()
+def imbalance(
+    run_dir: Annotated[str, typer.Argument(help="A finished run with ground truth.")],
+    overrides: Overrides = None,
+    ratio: Annotated[float, typer.Option(help="Largest class over smallest.")] = 20.0,
+    seeds: Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2")] = None,
+    folder: Annotated[Path, typer.Option(help="Scratch space.")] = Path("runs/imbalance"),
+    out: Out = Path("runs/imbalance"),
+) -> None:
+    """Classes of unequal size: equal clusters, relaxed ones, and the true sizes given."""
+    found = quality.measure_imbalance(run_dir, folder, ratio, seeds or [0, 1, 2], overrides or [])
+    content = {"settings": {"run": run_dir, "ratio": ratio}, "machine": machine(), **found}
+    publish(out, quality.imbalance_table(found), content)
+
+
+@app.command()
+def pace(
+    run_dir: Annotated[str, typer.Argument(help="A run with neighbors and ground truth.")],
+    heads: Annotated[int, typer.Option(help="H")] = 16,
+    seconds: Annotated[float, typer.Option(help="Training by each recipe, at most.")] = 300.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Out = Path("runs/pace"),
+) -> None:
+    """Accuracy over the time of training, beside TEMI's recipe; also a drawing, OUT.svg."""
+    curves = recipes.measure_pace(run_dir, heads, seconds, seed)
+    recipes.pace_chart(curves, out.with_suffix(".svg"))
+    content = {"settings": {"run": run_dir, "heads": heads, "seed": seed}, "machine": machine()}
+    publish(out, recipes.pace_table(curves), {**content, "curves": curves})
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.tables import markdown
 
@@ -169,3 +172,72 @@ def correlation_table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     head = [f"all {rows[0]['settings']} settings", *(f"of {part}" for part in parts[1:])]
     return markdown(["score", *head], lines)
+
+
+# --- imbalance: a long tail cut from a balanced data set -----------------------------------------
+
+
+def long_tail(codes: np.ndarray, ratio: float, seed: int) -> np.ndarray:
+    """Sorted rows of a subset whose class sizes fall geometrically, the last 1 / ratio of the
+    first. codes: int [N], -1 for no label. Which class is large is drawn by the seed."""
+    generator = np.random.default_rng(seed)
+    classes = generator.permutation(int(codes.max()) + 1)
+    full = int(np.bincount(codes[codes >= 0]).min())
+    kept = []
+    for place, one in enumerate(classes):
+        size = round(full * ratio ** (-place / max(1, len(classes) - 1)))
+        kept.append(generator.choice(np.flatnonzero(codes == one), size, replace=False))
+    return np.sort(np.concatenate(kept))
+
+
+def measure_imbalance(
+    run_dir: str, folder: Path, ratio: float, seeds: Sequence[int], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Sweeps over `heads.balance` and the true `heads.prior` on a long tail of a finished run's
+    embeddings. Returns `sizes`, the sweep's `results` and accuracies of `kmeans`."""
+    import yaml
+
+    from icce_ray import config as configs
+    from icce_ray import sweep
+    from icce_ray.artifacts import RunDirectory
+    from icce_ray.core import metrics
+    from icce_ray.errors import DataError
+    from icce_ray.stages import evaluate
+
+    run = RunDirectory(run_dir)
+    base = configs.load(run.path("config.yaml"))
+    known = evaluate.truth(base, run, np.asarray(run.matrix("embeddings", "image_id")))
+    if known is None:
+        raise DataError(f"{run_dir} has no ground truth to cut a long tail from")
+    rows = long_tail(known.codes, ratio, seed=0)
+    x, y = np.asarray(run.matrix("embeddings", "embedding")[rows]), known.codes[rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "x.npy", x)
+    np.save(folder / "y.npy", y)
+    sizes = np.bincount(y).tolist()
+    choices = {"seed": list(seeds), "heads.balance": [0.75, 0.5, 0.25, 0.0], "heads.prior": [sizes]}
+    space = {"search": "each", "early_stop": False, "space": choices}
+    (folder / "imbalance.yaml").write_text(yaml.safe_dump(space))
+    tree = {
+        "num_classes": len(sizes),
+        "run_dir": str(folder / "run"),
+        "data": {"embeddings": str(folder / "x.npy"), "labels": str(folder / "y.npy")},
+    }
+    results = sweep.run(configs.load(tree, overrides), str(folder / "imbalance.yaml"))
+    kmeans = [metrics.scores(y, metrics.kmeans_baseline(x, len(sizes), 10, seed)) for seed in seeds]
+    return {"sizes": sizes, "results": results, "kmeans": kmeans}
+
+
+def imbalance_table(found: Mapping[str, Any]) -> str:
+    """A line for each setting, and one for k-means. Percent."""
+    keys = ("acc", "nmi", "ari")
+    groups = {
+        name: [trial["accuracy"] for trial in trials]
+        for name, trials in by_settings(found["results"]).items()
+    }
+    groups = {("heads.prior" if "prior" in name else name): found for name, found in groups.items()}
+    lines = [
+        [name, *(spread([100 * one[key] for one in each]) for key in keys)]
+        for name, each in [*groups.items(), ("k-means", found["kmeans"])]
+    ]
+    return markdown(["setting", "ACC", "NMI", "ARI"], lines)
