@@ -1,11 +1,13 @@
 """Listing of images: folders, Parquet files, WebDataset tars, on any pyarrow file system.
 
-The order is that of the addresses, compared as bytes; an image's position in it is its id.
+The order is that of the addresses, compared as bytes; an image's position in it is its id. Names
+are Arrow arrays: a million Python strings would take ten times as much memory.
 Shapes: N images.
 """
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +39,8 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm
 PARQUET = ("parquet", "pq")
 TARS = ("tar",)
 FORMATS = {"folder": IMAGES, "parquet": PARQUET, "webdataset": TARS}
+BLOCK = 65_536  # names held as Python strings at a time
+MARK = "\0"  # stands for a name; none has it
 TAR_BUFFER = 1 << 23  # bytes read at once while an object store's tar streams by
 
 T = TypeVar("T")
@@ -56,10 +60,33 @@ class Found:
     """Files below a place, sorted by name."""
 
     base: str  # URI or absolute path of the place
-    names: list[str]  # relative to it; [""] where the place is itself a file
+    names: pa.Array  # string [N], relative to it; [""] where the place is itself a file
 
-    def uri(self, name: str) -> str:
-        return join_uri(self.base, name) if name else self.base
+    @property
+    def is_file(self) -> bool:
+        return len(self.names) == 1 and not self.names[0].as_py()
+
+    def uris(self) -> pa.Array:
+        """Addresses of the files, string [N]."""
+        if self.is_file:
+            return pa.array([self.base])
+        before, _, after = join_uri(self.base, MARK).rpartition(MARK)
+        return pc.binary_join_element_wise(before, self.names, after, "")
+
+    def suffixes(self) -> pa.Array:
+        """What follows the last dot of each file's name, in lower case; "" where there is none."""
+        names = pa.array([split_options(self.base)[0]]) if self.is_file else self.names
+        last = pc.replace_substring_regex(names, r"(?s)^.*/", "")
+        after = pc.utf8_lower(pc.replace_substring_regex(last, r"(?s)^.*\.", ""))
+        return pc.if_else(pc.match_substring(last, "."), after, "")
+
+    def only(self, suffixes: Sequence[str]) -> Found:
+        """Those of the files that end so."""
+        return Found(self.base, self.names.filter(_any_of(self.suffixes(), suffixes)))
+
+
+def _any_of(values: pa.Array, wanted: Sequence[str]) -> pa.Array:
+    return pc.is_in(values, value_set=pa.array(list(wanted), pa.string()))
 
 
 def list_images(data: DataConfig) -> Listing:
@@ -72,17 +99,16 @@ def list_images(data: DataConfig) -> Listing:
     assert data.path is not None
     found = find_files(data.path)
     kind = _kind(data, found)
-    names = [name for name in found.names if _suffix(found.uri(name)) in FORMATS[kind]]
-    if data.format != "auto" and found.names == [""]:
-        names = [""]  # a single file, of whatever name, in the format the user gave
-    if not names:
+    # a single file may have any name, where the user gave its format
+    chosen = found if data.format != "auto" and found.is_file else found.only(FORMATS[kind])
+    if not len(chosen.names):
         raise _nothing(data, kind, found)
     reader: Callable[..., pa.Table] = {
         "folder": _folder_rows,
         "parquet": _parquet_rows,
         "webdataset": _tar_rows,
     }[kind]
-    table = reader(data, Found(found.base, names))
+    table = reader(data, chosen)
     if not table.num_rows:
         raise _nothing(data, kind, found)
     return finish(table, kind, data.limit)
@@ -131,20 +157,57 @@ def find_files(path: str) -> Found:
         filesystem, inside = locate(base)
         info = patiently(lambda: filesystem.get_file_info(inside), base)
         if info.type == pafs.FileType.File:
-            return Found(base, [""])
+            return Found(base, pa.array([""]))
         if info.type == pafs.FileType.NotFound:
             raise DataError(f"data.path={path}: there is no such file or folder")
-        below = pafs.FileSelector(inside, recursive=True)
-        infos = patiently(lambda: filesystem.get_file_info(below), base)
-        start = len(inside.rstrip("/")) + 1
-        names = [i.path[start:] for i in infos if i.type == pafs.FileType.File]
-    except UnicodeDecodeError as error:
+        walk = _walk_local(inside) if not is_remote(base) else _walk(filesystem, inside, base)
+        blocks = [pa.array(names, pa.string()) for names in walk]
+    except UnicodeError as error:
         raise DataError(
-            f"data.path={path}: a file name is not valid UTF-8 ({error.object!r}); rename it"
+            f"data.path={path}: a file name is not valid UTF-8 ({error.object!r}); rename it"  # type: ignore[attr-defined]
         ) from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.path={path} cannot be listed: {_one_line(error)}") from None
-    return Found(base, sorted(name for name in names if not _hidden(name)))
+    names = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
+    return Found(base, names.take(pc.sort_indices(names)))
+
+
+def _walk_local(root: str) -> Iterator[list[str]]:
+    """Names of the files below a folder of this machine, relative to it, some at a time.
+
+    Links are followed, but no folder is entered from within itself.
+    """
+    todo = [("", frozenset({os.path.realpath(root)}))]
+    names: list[str] = []
+    while todo:
+        folder, above = todo.pop()
+        with os.scandir(os.path.join(root, folder)) as entries:  # noqa: PTH118
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_file():
+                    names.append(folder + entry.name)
+                elif not entry.is_dir():
+                    continue  # a broken link, a socket
+                elif not entry.is_symlink():
+                    todo.append((f"{folder}{entry.name}/", above))
+                elif (real := os.path.realpath(entry.path)) not in above:
+                    todo.append((f"{folder}{entry.name}/", above | {real}))
+                if len(names) == BLOCK:
+                    yield names
+                    names = []
+    yield names
+
+
+def _walk(filesystem: pafs.FileSystem, root: str, uri: str) -> Iterator[list[str]]:
+    """The same for any file system, a folder at a time: its client lists a folder as a whole."""
+    start, todo = len(root.rstrip("/")) + 1, [root]
+    while todo:
+        below = pafs.FileSelector(todo.pop())
+        infos = patiently(lambda below=below: filesystem.get_file_info(below), uri)  # type: ignore[misc]
+        shown = [info for info in infos if not info.base_name.startswith(".")]
+        todo += [info.path for info in shown if info.type == pafs.FileType.Directory]
+        yield [info.path[start:] for info in shown if info.type == pafs.FileType.File]
 
 
 def check_exists(setting: str, uri: str) -> None:
@@ -161,10 +224,6 @@ def check_exists(setting: str, uri: str) -> None:
         raise DataError(f"{setting}={uri}: there is no such file or folder")
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or "/." in name
-
-
 def _suffix(name: str) -> str:
     base = split_options(name)[0].rpartition("/")[2]
     return base.rpartition(".")[2].lower() if "." in base else ""
@@ -174,8 +233,8 @@ def _kind(data: DataConfig, found: Found) -> str:
     """The format: as given, or by the files' names."""
     if data.format != "auto":
         return data.format
-    suffixes = [_suffix(found.uri(name)) for name in found.names]
-    counts = {kind: sum(s in known for s in suffixes) for kind, known in FORMATS.items()}
+    suffixes = found.suffixes()
+    counts = {k: pc.sum(_any_of(suffixes, ends)).as_py() or 0 for k, ends in FORMATS.items()}
     present = [kind for kind, count in counts.items() if count]
     if len(present) > 1:
         text = ", ".join(f"{counts[kind]:,} of format {kind}" for kind in present)
@@ -191,7 +250,7 @@ def _kind(data: DataConfig, found: Found) -> str:
 def _nothing(data: DataConfig, kind: str, found: Found) -> DataError:
     kinds = FORMATS if kind == "auto" else {kind: FORMATS[kind]}
     looked = "; ".join(f"{name}: {_dotted(ends)}" for name, ends in kinds.items())
-    seen = sorted({_suffix(found.uri(name)) for name in found.names} - {""})
+    seen = sorted(set(pc.unique(found.suffixes()).to_pylist()) - {""})
     text = f"data.path={data.path} holds no images. Looked for {looked}"
     if kind == "webdataset" and "tar" in seen:
         text += " with members KEY.jpg, KEY.png, ..., KEY being all before the first dot"
@@ -241,14 +300,11 @@ def _rows(
 
 def _folder_rows(data: DataConfig, found: Found) -> pa.Table:
     """Image files. Labels: the first folder below the root, where all lie in one and two differ."""
-    names = pa.array(found.names, pa.string())
-    uris = pa.array([found.uri(name) for name in found.names], pa.string())
-    parts = pc.split_pattern(names, "/", max_splits=1)
     labels = None
-    if pc.min(pc.list_value_length(parts)).as_py() > 1:
-        first = pc.list_element(parts, 0)
+    if pc.all(pc.match_substring(found.names, "/")).as_py():
+        first = pc.replace_substring_regex(found.names, r"(?s)/.*$", "")
         labels = first if pc.count_distinct(first).as_py() > 1 else None
-    return _rows(uris, labels)
+    return _rows(found.uris(), labels)
 
 
 # --- Parquet -------------------------------------------------------------------------------------
@@ -256,7 +312,7 @@ def _folder_rows(data: DataConfig, found: Found) -> pa.Table:
 
 def _parquet_rows(data: DataConfig, found: Found) -> pa.Table:
     """Rows of Parquet files; their footers tell how many, only labels are read."""
-    uris = [found.uri(name) for name in found.names]
+    uris = found.uris().to_pylist()
     return pa.concat_tables(_each(lambda uri: _parquet_file(data, uri), uris))
 
 
@@ -311,8 +367,7 @@ def read_labels(parquet: pq.ParquetFile, column: str) -> Any:
 
 def _tar_rows(data: DataConfig, found: Found) -> pa.Table:
     """Members of uncompressed tars, by a scan of their headers."""
-    uris = [found.uri(name) for name in found.names]
-    return pa.concat_tables(_each(_tar_file, uris))
+    return pa.concat_tables(_each(_tar_file, found.uris().to_pylist()))
 
 
 def _tar_file(uri: str) -> pa.Table:

@@ -87,8 +87,7 @@ def open_vectors(uri: str) -> Vectors:
         found = find_files(uri)
     except DataError as error:
         raise DataError(str(error).replace("data.path=", "data.embeddings=", 1)) from None
-    files = [found.uri(name) for name in found.names]
-    files = files if found.names == [""] else [f for f in files if _suffix(f) in PARQUET]
+    files = (found if found.is_file else found.only(PARQUET)).uris().to_pylist()
     if not files:
         raise DataError(f"data.embeddings={uri} is a folder without Parquet files")
     heads = [_head(file) for file in files]

@@ -113,6 +113,12 @@ def merge(
 # --- approximate search --------------------------------------------------------------------------
 
 
+def ivf_bytes(rows: int, features: int) -> float:
+    """Memory while an index of so many rows is built: itself, and what its lists are trained on."""
+    sample = min(rows, 4 * int(np.sqrt(rows)) * IVF_SAMPLE_PER_LIST)
+    return 2.0 * rows * features + 4.0 * sample * features
+
+
 def build_ivf(matrix: np.ndarray, path: Path, seed: int) -> None:
     """Write a faiss inverted-file index of all rows, half precision, about 4 sqrt(N) lists."""
     import faiss

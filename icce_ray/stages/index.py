@@ -23,7 +23,7 @@ from icce_ray.storage import locate, patiently
 
 FOLDER = "index"
 ROWS_PER_FILE = 1_000_000
-BYTES_PER_ROW = 300  # in memory while listing, as measured
+BYTES_PER_ROW = 450  # in memory while listing, as measured
 LABEL_MODES = ("auto", "none")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -232,7 +233,18 @@ def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
     images, features = size.images or 0, size.features or 1024
     lists = images * min(config.neighbors.max_neighbors, max(images, 1)) * 6
     chunk = (core.QUERY_CHUNK + features) * core.BASE_CHUNK * 4
-    return Need(memory=2 * lists + chunk, disk=2 * lists, where="Ray tasks")
+    held = max(
+        2 * lists, core.ivf_bytes(images, features) if _expect_ivf(config, size, cluster) else 0
+    )
+    return Need(memory=held + chunk, disk=2 * lists, where="Ray tasks")
+
+
+def _expect_ivf(config: Config, size: Size, cluster: Cluster) -> bool:
+    """Whether the search will be approximate; nothing is started to find out."""
+    cores = os.cpu_count() or 1
+    seconds = exact_seconds(size.images or 0, size.features or 1024, cores, 0)
+    slow = cluster.is_local and seconds > EXACT_SECONDS
+    return config.neighbors.search == "ivf" or (config.neighbors.search == "auto" and slow)
 
 
 STAGE = Stage(

@@ -350,10 +350,9 @@ class _Work:
 def _scores(config: Config, table: pa.Table, clusters: np.ndarray) -> dict[str, Any]:
     """How well the clusters, int [N], meet the images' labels; nothing where there are none."""
     known = index.labels_of(config.data.labels, table)
-    rows = np.flatnonzero((known >= 0) & (clusters >= 0)) if known is not None else []
-    if known is None or not len(rows):
+    if known is None or not (both := (known >= 0) & (clusters >= 0)).any():
         return {}
-    return {"labeled": len(rows), **metrics.scores(known[rows], clusters[rows])}
+    return {"labeled": int(both.sum()), **metrics.scores(known[both], clusters[both])}
 
 
 def _read_ids(run: RunDirectory, folder: str, name: str, start: int, stop: int) -> Columns:
