@@ -211,7 +211,8 @@ class HeadsConfig(Node):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the matrix products; losses and Sinkhorn stay in float32."""
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
-    """Ray Train workers. Default: one per GPU of the cluster, or 1. 0: in the driver's process."""
+    """Ray Train workers. Default: one per GPU; without GPUs 1, or on a local Ray 0. 0: in the
+    driver's process."""
     min_workers: Annotated[Positive | None, RUNTIME] = None
     """Workers that suffice to go on after nodes were lost, until there are `num_workers` again.
     Default: all of them."""

@@ -157,7 +157,7 @@ def _run(context: Context) -> Outcome:
     rows = run.matrix("embeddings", "image_id").shape[0]
     steps = config.heads.steps or default_steps(config.head_clusters)
     gpus = cluster.gpus_each(config.heads.num_gpus)
-    workers = cluster.workers(config.heads.num_workers, gpus)
+    workers = _workers(config, cluster, gpus)
     if config.heads.split == "heads":
         workers = min(workers, config.heads.count)
     checkpoints = training.Checkpoints(run, FOLDER)
@@ -183,6 +183,14 @@ def _run(context: Context) -> Outcome:
     results = _write(run, checkpoints.load(final), rows)
     run.delete(f"{FOLDER}/{training.TRAIN}")
     return Outcome(rows, {**results, "steps": steps, "workers": workers, "gpus_per_worker": gpus})
+
+
+def _workers(config: Config, cluster: Cluster, gpus: float) -> int:
+    """On the cores of this machine the driver trains by itself: to start the processes of Ray Train
+    takes longer than many a training."""
+    if config.heads.num_workers is None and cluster.is_local and not gpus:
+        return 0
+    return cluster.workers(config.heads.num_workers, gpus)
 
 
 def _write(run: RunDirectory, states: list[dict[str, Tensor]], rows: int) -> dict[str, Any]:

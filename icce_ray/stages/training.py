@@ -333,15 +333,16 @@ def fit(
     if group.workers:
         release(context.run, folder)  # what an earlier driver, killed since, may still hold
     token = uuid.uuid4().hex
+    direct = context.in_process or not (group.workers or datasets)
     work = {
         "run": context.run,
         "folder": folder,
         "token": token,
         "loop": loop,
         "config": dict(config),
-        "alone": context.in_process,
+        "alone": direct,
     }
-    trainer = _Direct(work) if context.in_process else _trainer(context, work, group, datasets)
+    trainer = _Direct(work) if direct else _trainer(context, work, group, datasets)
     outcome: list[BaseException] = []
     thread = threading.Thread(target=_run_trainer, args=(trainer, outcome), daemon=True)
     thread.start()
