@@ -9,11 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 # A local ray.init() would otherwise write a token file to HOME.
@@ -45,6 +46,41 @@ def ray_session() -> Iterator[None]:
 def repository() -> Path:
     """The checkout's root."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def train_heads() -> Callable[[Any, Any], np.ndarray]:
+    """A function of a run directory and its config: trains the run's heads anew, undisturbed, in
+    this process, and returns their assignments, [N, H].
+
+    With one thread, as workers that run with OMP_NUM_THREADS=1: more would round differently.
+    """
+    import torch
+
+    from icce_ray.core.head_trainer import Data, HeadTrainer, fit_projection, project
+
+    def train(run: Any, config: Any) -> np.ndarray:
+        matrix = run.matrix("embeddings", "embedding")
+        projection = fit_projection(matrix, config.heads.pca, config.seed)
+        lists = (np.array(run.matrix("neighbors", name)) for name in ("ids", "count"))
+        ids, counts = map(torch.from_numpy, lists)
+        cpu, steps = torch.device("cpu"), config.heads.steps
+        data = Data(project(matrix, projection, cpu), ids, counts, cpu)
+        trainer = HeadTrainer(data, config.heads, config.head_clusters, config.seed, steps)
+        trainer.start()
+        for _ in range(steps):
+            trainer.step()
+        return trainer.assign()
+
+    def train_with_one_thread(run: Any, config: Any) -> np.ndarray:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return train(run, config)
+        finally:
+            torch.set_num_threads(threads)
+
+    return train_with_one_thread
 
 
 # For `python -c` on Linux: ends the process also where pytest is killed.

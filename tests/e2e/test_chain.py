@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from icce_ray import pipeline
+from icce_ray.artifacts import RunDirectory
 from icce_ray.config import load
 from icce_ray.errors import ArtifactError
 
@@ -33,6 +36,8 @@ SMALL = [
     "ray.num_cpus=2",
 ]
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "icce_ray.cli", *arguments]
@@ -40,7 +45,13 @@ def command(*arguments: str) -> list[str]:
 
 def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=400, check=False
+        command(*arguments),
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
 
 
@@ -49,15 +60,87 @@ def clusters(run: Path, stage: str = "consensus") -> np.ndarray:
     return table.sort_by("image_id")["cluster"].to_numpy()
 
 
+def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    """SIGKILL a run, driver first, as soon as `ready()`; its local Ray dies with it."""
+    deadline = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@dataclass
+class Killed:
+    """A small quickstart in `folder`/run, killed while it embeds and while heads train."""
+
+    folder: Path
+    shards: dict[Path, int]  # finished by the first kill, and when
+    embedded: dict[Path, int]  # the same, by the second
+    status: str  # what `icce-ray status` said then
+    last: subprocess.CompletedProcess[str]  # the command that went through
+
+
+def written(run: Path) -> dict[Path, int]:
+    """Shards of embeddings, and when they were written."""
+    return {path: path.stat().st_mtime_ns for path in run.glob("embeddings/part-*.parquet")}
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished small quickstart in `run`."""
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    """One core at first: embedding must not wait for a second one."""
     folder = tmp_path_factory.mktemp("chain")
-    done = cli("run", "quickstart", "run_dir=run", *SMALL, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "accuracy" in done.stdout
-    assert str(folder / "run" / "report" / "index.html") in done.stdout
-    return folder
+    run, arguments = folder / "run", ["run", "quickstart", "run_dir=run", *SMALL]
+    looks = [
+        lambda: bool(written(run)),
+        lambda: any(run.glob("heads/train/step-*/complete.json")),
+    ]
+    kept = []
+    for ready in looks:
+        with subprocess.Popen(
+            command(*arguments, "ray.num_cpus=1"),
+            cwd=folder,
+            env=ENVIRONMENT,
+            start_new_session=True,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            kill_when(process, ready)
+        kept.append(written(run))
+    status = cli("status", "run", cwd=folder).stdout
+    assert not (run / "heads" / "manifest.json").exists()
+    return Killed(folder, *kept, status, cli(*arguments, cwd=folder))
+
+
+@pytest.fixture(scope="module")
+def finished(killed: Killed) -> Path:
+    """A folder with a finished small quickstart in `run`."""
+    assert killed.last.returncode == 0, killed.last.stderr
+    return killed.folder
+
+
+def test_the_command_ends_with_the_accuracy_and_the_report(killed: Killed) -> None:
+    assert killed.last.returncode == 0, killed.last.stderr
+    assert "accuracy" in killed.last.stdout
+    assert str(killed.folder / "run" / "report" / "index.html") in killed.last.stdout
+
+
+def test_a_killed_run_goes_on(killed: Killed) -> None:
+    assert 0 < len(killed.shards) < 5 == len(killed.embedded), "the kill came too late"
+    run = killed.folder / "run"
+    for kept in (killed.shards, killed.embedded):  # finished shards were not written again
+        assert kept.items() <= written(run).items()
+    ids = RunDirectory(str(run)).matrix("embeddings", "image_id")
+    assert ids.tolist() == list(range(300))
+    assert "half done" in killed.status
+    assert "heads goes on from partial work" in killed.last.stderr
+    assert "resumed from the checkpoint at" in killed.last.stderr
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(finished: Path, train_heads: Any) -> None:
+    run = RunDirectory(str(finished / "run"))
+    found = np.array(run.matrix("heads", "assignments"))
+    assert (found == train_heads(run, load(finished / "run" / "config.yaml"))).all()
 
 
 def test_every_stage_leaves_its_manifest_and_the_metrics(finished: Path) -> None:
@@ -92,11 +175,11 @@ def test_a_changed_setting_names_what_it_invalidates(finished: Path) -> None:
 
 
 def test_predict_labels_new_images_as_the_classifier_does(finished: Path) -> None:
-    done = cli("predict", "run", "data/digits", "out=predicted", cwd=finished)
+    done = cli("predict", "run", "data/digits", "out=predicted", "data.limit=600", cwd=finished)
     assert "Accuracy" in done.stderr
     assert done.returncode == 0, done.stderr
     table = pq.read_table(sorted((finished / "predicted").glob("*.parquet")))
-    assert len(table) == 1797
+    assert len(table) == 600
     confidence = table["confidence"].to_numpy()
     assert ((confidence > 0) & (confidence <= 1)).all()
     index = pq.read_table(finished / "run" / "index" / "part-00000.parquet")
@@ -114,36 +197,6 @@ def test_status_and_report_read_a_finished_run(finished: Path) -> None:
     report = cli("report", "run", cwd=finished)
     assert report.returncode == 0
     assert Path(report.stdout.strip()).is_file()
-
-
-def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
-    """SIGKILL a run, driver first, as soon as `ready()`; its local Ray dies with it."""
-    deadline = time.monotonic() + 240
-    while not ready():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the run never got there"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def test_a_killed_run_goes_on_and_ends_the_same(finished: Path, tmp_path: Path) -> None:
-    """Killed while heads train; tests/ray/test_embed.py kills one that embeds."""
-    run = tmp_path / "run"
-    arguments = ["run", "quickstart", f"run_dir={run}", *SMALL]
-    with subprocess.Popen(
-        command(*arguments), cwd=finished, start_new_session=True, stderr=subprocess.DEVNULL
-    ) as process:
-        kill_when(process, lambda: any(run.glob("heads/train/step-*/complete.json")))
-    assert not (run / "heads" / "manifest.json").exists()
-    first = {p: p.stat().st_mtime_ns for p in run.glob("embeddings/part-*.parquet")}
-    assert cli("status", str(run), cwd=finished).returncode == 0
-    again = cli(*arguments, cwd=finished)
-    assert again.returncode == 0, again.stderr
-    assert "goes on from partial work" in again.stderr
-    for path, written in first.items():  # finished shards were not written again
-        assert path.stat().st_mtime_ns == written
-    assert (clusters(run) == clusters(finished / "run")).all()
 
 
 @pytest.fixture

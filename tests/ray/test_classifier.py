@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from icce_ray.cluster import Cluster
 from icce_ray.core import classifier as core
 from icce_ray.errors import ConfigError, DataError, StageError
 from icce_ray.progress import Reporter
-from icce_ray.stages import Context, Outcome, classifier, training
+from icce_ray.stages import Context, Outcome, classifier
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -213,26 +212,6 @@ def _open(path: Path) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
-def test_finetune_goes_on_after_the_last_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context = wide(make_run(tmp_path, 38, [*FINETUNE, "classifier.num_workers=0"]))
-    real, epochs = core.finetune_epoch, []
-
-    def fails_once(*args: Any, **more: Any) -> dict[str, float]:
-        epochs.append(args[3].epoch)
-        if epochs == [0, 1]:
-            raise RuntimeError("the power is gone")
-        return real(*args, **more)
-
-    monkeypatch.setattr(core, "finetune_epoch", fails_once)
-    with pytest.raises(StageError, match="the power is gone"):
-        classifier.STAGE.run(context)
-    classifier.STAGE.run(context)
-    assert epochs == [0, 1, 1]
-    assert [e["epoch"] for e in context.run.read_json("classifier", "history.json")] == [1, 2]
-
-
 def test_workers_must_leave_a_core_for_decoding(tmp_path: Path) -> None:
     context = make_run(tmp_path, 12, [*FINETUNE, "classifier.num_workers=4"])
     with pytest.raises(ConfigError, match="at most 3"):
@@ -254,49 +233,6 @@ def test_packed_images_are_shuffled_in_stretches() -> None:
         jumps = int((np.diff(order) != 1).sum())
         assert (jumps <= 21) == (kind != "files")
         assert jumps > 0
-
-
-@pytest.mark.slow
-def test_two_workers_survive_a_killed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """37 rows do not divide by two workers; one worker dies after the first epoch, once."""
-    options = [
-        *FINETUNE,
-        "classifier.num_workers=2",
-        "classifier.batch_size=8",
-        "embed.max_actors=1",
-    ]
-    context = wide(make_run(tmp_path, 39, options))
-    mark, loop = str(tmp_path / "died"), classifier._finetune_loop
-
-    def dies_once(worker: training.Worker, task: Any) -> None:
-        if worker.rank == 1 and not os.path.exists(mark):  # noqa: PTH110
-            save = worker.save
-
-            def save_and_die(step: int, state: Any) -> None:
-                save(step, state)
-                open(mark, "w").close()  # noqa: PTH123
-                os._exit(1)
-
-            worker.save = save_and_die  # type: ignore[method-assign]
-        loop(worker, task)
-
-    monkeypatch.setattr(classifier, "_finetune_loop", dies_once)
-    outcome = classifier.STAGE.run(context)
-    history = context.run.read_json("classifier", "history.json")
-    assert Path(mark).exists()
-    assert outcome.rows == 37 and outcome.results["workers"] == 2
-    assert [entry["epoch"] for entry in history] == [1, 2]
-    assert any("workers were lost" in text for text in context.reporter.events)
-
-
-@pytest.mark.slow
-def test_a_probe_by_data_equals_one_in_a_task(tmp_path: Path) -> None:
-    alone = make_run(tmp_path / "a", 95, ["classifier.epochs=3"])
-    group = make_run(tmp_path / "b", 95, ["classifier.epochs=3", "classifier.num_workers=2"])
-    for context in (alone, group):
-        classifier.STAGE.run(context)
-    one, other = loaded(alone.run)[0], loaded(group.run)[0]
-    torch.testing.assert_close(one.out.weight, other.out.weight, atol=0.02, rtol=0.02)
 
 
 def test_settings_that_only_say_where_do_not_count() -> None:

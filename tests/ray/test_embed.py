@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -370,47 +364,3 @@ def test_errors_of_the_workers_keep_their_type(tmp_path: Path, ray_session: None
     with pytest.raises(ConfigError, match=r"test_vit") as caught:
         start(make(tmp_path, "backbone.name=test_vit", "backbone.image_size=7"))
     assert "Traceback" not in str(caught.value)
-
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {here!r})
-from pathlib import Path
-import test_embed
-config = test_embed.make(Path({folder!r}), "ray.num_cpus={cpus}", "embed.shard_size=64")
-context, outcome = test_embed.start(config, resumed=len(sys.argv) > 1)
-print("rows", outcome.rows, "resumed", context.resumed)
-context.cluster.stop()
-"""
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize("cpus", [1])
-def test_killed_in_the_middle_on_few_cores(tmp_path: Path, cpus: int) -> None:
-    """SIGKILL in mid-embed, then the same call: shards that were finished stay as they are."""
-    write_images(tmp_path / "images", 1500)
-    here = str(Path(__file__).resolve().parent)
-    script = SCRIPT.format(here=here, folder=str(tmp_path), cpus=cpus)
-    command = [sys.executable, "-c", script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
-    parts = tmp_path / "run" / "embeddings"
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 180
-        while not list(parts.glob("part-*.parquet")):
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-    kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*.parquet")}
-    assert 0 < len(kept) < 24, "the kill came too late to show anything"
-    command.append("again")
-    again = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert re.search("rows 1500 resumed True", again.stdout), again.stderr[-3000:]
-    assert kept == {name: (parts / name).stat().st_mtime_ns for name in kept}
-    ids = RunDirectory(str(tmp_path / "run")).read_table("embeddings", columns=["image_id"])
-    assert ids["image_id"].to_pylist() == list(range(1500))

@@ -1,4 +1,5 @@
-"""The neighbors and heads stages on a small run made by hand."""
+"""The neighbors and heads stages on a small run made by hand. For several workers and killed ones,
+see test_nodes.py."""
 
 from __future__ import annotations
 
@@ -158,21 +159,6 @@ def test_training_in_process_finds_the_blobs_and_writes_all(tmp_path: Path) -> N
     x = torch.nn.functional.normalize(x, dim=-1)
     logits = torch.einsum("np,hpk->nhk", x, tensors["last.weight"]) + tensors["last.bias"][:, 0]
     assert (logits.argmax(-1).numpy() == assignments).mean() > 0.999  # stored heads are these
-
-
-@pytest.mark.slow
-def test_two_workers_find_exactly_what_one_process_does(tmp_path: Path) -> None:
-    alone, _ = trained(with_neighbors(tmp_path / "alone"))
-    context = with_neighbors(tmp_path / "two", ["heads.num_workers=2"])
-    together, outcome = trained(context)
-    assert outcome.results["workers"] == 2
-    assert (together == alone).all()
-    one, two = (
-        json.loads(RunDirectory(str(tmp_path / name)).read_bytes("heads", "history.json"))
-        for name in ("alone", "two")
-    )
-    assert one["step"] == two["step"]
-    np.testing.assert_allclose(one["loss"], two["loss"], atol=1e-4)
 
 
 class Lost(Exception):

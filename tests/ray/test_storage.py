@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 import pytest
 from sklearn.datasets import load_digits
 
-from icce_ray import cli, pipeline, storage
+from icce_ray import cli, config, pipeline, storage
 from icce_ray.artifacts import RunDirectory, to_matrix
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -43,17 +43,14 @@ import ctypes; ctypes.CDLL(None).prctl(1, 9)  # ends where pytest is killed
 import json, sys
 from icce_ray import config, pipeline
 from icce_ray.cluster import Cluster
-from icce_ray.stages.predict import predict
-runs, images, out = json.loads(sys.argv[1])
+runs = json.loads(sys.argv[1])
 shared = Cluster(config.RayConfig(num_cpus=2))
 shared.start()
-for overrides in runs:
-    manifests = pipeline.run(config.load("quickstart", overrides))
-    print("run", flush=True)
+for overrides, last in zip(runs, ("neighbors", None)):
+    manifests = pipeline.run(config.load("quickstart", overrides), last=last)
 print(json.dumps([m.id for m in manifests.values()]))
 manifests = pipeline.run(config.load("quickstart", overrides), quiet=True)
 print(json.dumps([m.id for m in manifests.values()]))
-print(predict(overrides[0].partition("=")[2], images, out, quiet=True).rows)
 shared.stop()
 """
 
@@ -85,19 +82,19 @@ def column(run: RunDirectory, folder: str, name: str) -> np.ndarray:
 
 
 def test_the_whole_chain_on_s3_through_two_outages(
-    s3, digits, tmp_path, monkeypatch, capsys
+    s3, digits, tmp_path, monkeypatch, capsys, train_heads
 ) -> None:
     """Real images, a Ray Train worker; the server hangs once while it embeds, once while it trains.
 
-    All is named by URIs with options; the result is that of the same run on a local disk.
+    All is named by URIs with options; the result is that of undisturbed work on a local disk.
     """
-    data, run, out = (s3.uri(f"chain/{name}") for name in ("data", "run", "out"))
+    data, run = (s3.uri(f"chain/{name}") for name in ("data", "run"))
     filesystem, path = storage.locate(data)
     pafs.copy_files(str(digits), path, destination_filesystem=filesystem)
     local = tmp_path / "run"
     common = [text.format(data=data) for text in SMALL]
     runs = [
-        [f"run_dir={local}", *(t.format(data=digits) for t in SMALL), "heads.num_workers=0"],
+        [f"run_dir={local}", *(t.format(data=digits) for t in SMALL)],
         [f"run_dir={run}", *common, "heads.num_workers=1"],
     ]
     monkeypatch.setenv("ICCE_RAY_STORAGE_PATIENCE", "120")
@@ -105,7 +102,7 @@ def test_the_whole_chain_on_s3_through_two_outages(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     remote = RunDirectory(run)
     with subprocess.Popen(
-        [sys.executable, "-c", CHAIN, json.dumps([runs, data, out])],
+        [sys.executable, "-c", CHAIN, json.dumps(runs)],
         stdout=subprocess.PIPE,
         stderr=(tmp_path / "stderr").open("w"),
         text=True,
@@ -127,7 +124,9 @@ def test_the_whole_chain_on_s3_through_two_outages(
     assert process.returncode == 0, said[-3000:]
     assert "storage does not answer" in said and "trying again in" in said
     assert "Traceback" not in said
-    _check_chain(RunDirectory(str(local)), remote, lines[-3:], RunDirectory(s3.uri("chain")))
+    _check_chain(RunDirectory(str(local)), remote, lines[-2:])
+    expected = train_heads(remote, config.load("quickstart", runs[1]))
+    assert (column(remote, "heads", "assignments") == expected).all()
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
     by_environment = f"s3://{s3.bucket}/chain/run"
     cli.app(["status", by_environment], standalone_mode=False)
@@ -136,28 +135,17 @@ def test_the_whole_chain_on_s3_through_two_outages(
     assert capsys.readouterr().out.strip() == f"{by_environment}/report/index.html"
 
 
-def _check_chain(
-    local: RunDirectory, remote: RunDirectory, lines: list[str], above: RunDirectory
-) -> None:
+def _check_chain(local: RunDirectory, remote: RunDirectory, lines: list[str]) -> None:
     assert lines[0] == lines[1] and lines[0].count(",") == len(pipeline.STAGES) - 1  # all skipped
-    assert int(lines[2]) == IMAGES
-    for folder, name in (
-        ("embeddings", "embedding"),
-        ("neighbors", "ids"),
-        ("consensus", "cluster"),
-    ):
+    for folder, name in (("embeddings", "embedding"), ("neighbors", "ids")):
         assert (column(remote, folder, name) == column(local, folder, name)).all(), folder
     assert remote.manifest("embeddings").results["quarantined"] == 0  # type: ignore[union-attr]
     events = [e for f in ("embeddings", "heads") for e in remote.manifest(f).events]  # type: ignore[union-attr]
     assert any("does not answer" in event for event in events)
     assert any("answers again" in event for event in events)
-    scores = [r.read_json("evaluation", "metrics.json")["acc"] for r in (local, remote)]
-    assert scores[0] == scores[1] > 0.3
+    assert remote.read_json("evaluation", "metrics.json")["acc"] > 0.3
     assert remote.folders("heads") == [] and not remote.list("heads/train")
     assert b"done in" in remote.read_bytes("log")
-    found = above.read_table("out", columns=["cluster", "uri"])
-    assert (found["cluster"].to_numpy() >= 0).all()
-    assert found["uri"][0].as_py().partition("?")[0].endswith(".png")
 
 
 # --- full disks ----------------------------------------------------------------------------------
