@@ -836,7 +836,8 @@ def _closing(results: Mapping[str, Any]) -> Iterator[str]:
     failed = [trial for trial in results["trials"] if trial["state"] == "failed"]
     if failed:
         reason = failed[0]["error"].splitlines()[0]
-        yield f"{len(failed)} trial{'s' * (len(failed) != 1)} failed, for example {failed[0]['id']}: {reason}"
+        trials = f"{len(failed)} trial{'s' * (len(failed) != 1)}"
+        yield f"{trials} failed, for example {failed[0]['id']}: {reason}"
         yield "the same command tries those again"
     yield f"report    {results['report']}"
     yield f"best      {results['best_config']}"

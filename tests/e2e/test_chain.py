@@ -73,11 +73,10 @@ def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> No
 
 @dataclass
 class Killed:
-    """A small quickstart in `folder`/run, killed while it embeds and while heads train."""
+    """A small quickstart in `folder`/run, killed while it embeds, and gone on with."""
 
     folder: Path
-    shards: dict[Path, int]  # finished by the first kill, and when
-    embedded: dict[Path, int]  # the same, by the second
+    shards: dict[Path, int]  # finished by then, and when
     status: str  # what `icce-ray status` said then
     last: subprocess.CompletedProcess[str]  # the command that went through
 
@@ -89,27 +88,20 @@ def written(run: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
-    """One core at first: embedding must not wait for a second one."""
+    """On one core at first: embedding must not wait for a second one."""
     folder = tmp_path_factory.mktemp("chain")
     run, arguments = folder / "run", ["run", "quickstart", "run_dir=run", *SMALL]
-    looks = [
-        lambda: bool(written(run)),
-        lambda: any(run.glob("heads/train/step-*/complete.json")),
-    ]
-    kept = []
-    for ready in looks:
-        with subprocess.Popen(
-            command(*arguments, "ray.num_cpus=1"),
-            cwd=folder,
-            env=ENVIRONMENT,
-            start_new_session=True,
-            stderr=subprocess.DEVNULL,
-        ) as process:
-            kill_when(process, ready)
-        kept.append(written(run))
+    with subprocess.Popen(
+        command(*arguments, "ray.num_cpus=1"),
+        cwd=folder,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        kill_when(process, lambda: bool(written(run)))
+    shards = written(run)
     status = cli("status", "run", cwd=folder).stdout
-    assert not (run / "heads" / "manifest.json").exists()
-    return Killed(folder, *kept, status, cli(*arguments, cwd=folder))
+    return Killed(folder, shards, status, cli(*arguments, cwd=folder))
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +118,13 @@ def test_the_command_ends_with_the_accuracy_and_the_report(killed: Killed) -> No
 
 
 def test_a_killed_run_goes_on(killed: Killed) -> None:
-    assert 0 < len(killed.shards) < 5 == len(killed.embedded), "the kill came too late"
+    assert 0 < len(killed.shards) < 5, "the kill came too late to show anything"
     run = killed.folder / "run"
-    for kept in (killed.shards, killed.embedded):  # finished shards were not written again
-        assert kept.items() <= written(run).items()
+    assert killed.shards.items() <= written(run).items()  # they were not written again
     ids = RunDirectory(str(run)).matrix("embeddings", "image_id")
     assert ids.tolist() == list(range(300))
     assert "half done" in killed.status
-    assert "heads goes on from partial work" in killed.last.stderr
-    assert "resumed from the checkpoint at" in killed.last.stderr
+    assert "embed goes on from partial work" in killed.last.stderr
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(finished: Path, train_heads: Any) -> None:

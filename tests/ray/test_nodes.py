@@ -315,6 +315,9 @@ class Story:
         until(lambda: said() or self._ended(), text)
         assert said(), self.printed("second" if len(self.drivers) > 2 else "first")
 
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.run / "status.json").read_text())
+
     def _ended(self) -> bool:
         return self.drivers[-1].poll() is not None
 
@@ -368,7 +371,8 @@ def embedding(story: Story) -> None:
         story.shut(gate)
     story.start("first", f"run_dir={story.run}")
     story.says("waiting for the cluster to provide 1 CPU core;")
-    story.facts["status"] = json.loads((story.run / "status.json").read_text())
+    until(lambda: "waiting" in story.status(), "a status that says so")
+    story.facts["status"] = story.status()
     nodes.add("a")
     nodes.add("b")
     story.facts["decoding"] = story.comes("embed", 2)
