@@ -241,7 +241,10 @@ def preflight(config: Config) -> None:
     with storage.hastily():
         storage.check(config.run_dir)
         index.preflight(config)
-        embed.preflight(config)
+        steps = make_steps(config, RunDirectory(config.run_dir))
+        embedded = any(step.stage is embed.STAGE and step.state == "done" for step in steps)
+        if not embedded:  # else the backbone was there; to import timm takes seconds
+            embed.preflight(config)
 
 
 def run(
