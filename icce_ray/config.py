@@ -470,14 +470,9 @@ def _fetch(uri: str) -> bytes:
     """A file of settings in object storage, such as a sweep's best.yaml."""
     from icce_ray import storage
 
-    def read() -> bytes:
-        filesystem, path = storage.locate(uri)
-        with filesystem.open_input_stream(path) as stream:
-            return stream.read()
-
     try:
         with storage.hastily():
-            return storage.patiently(read, uri)
+            return storage.read(uri)
     except OSError as error:
         raise ConfigError(f"{uri} cannot be read: {error}") from None
 

@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from icce_ray import storage
 from icce_ray.errors import DataError, IcceError, NoAnswerError
 from icce_ray.storage import is_remote, locate, patiently
 
@@ -143,13 +144,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _read_file(uri: str, position: int, out: list[bytes | BadImage]) -> None:
-    def read() -> bytes:
-        filesystem, path = locate(uri)
-        with filesystem.open_input_file(path) as stream:
-            return stream.read()
-
     try:
-        out[position] = patiently(read, uri)
+        out[position] = storage.read(uri)
     except NoAnswerError:
         raise
     except (OSError, pa.ArrowException, IcceError, ValueError) as error:

@@ -75,8 +75,9 @@ class Found:
 
     def suffixes(self) -> pa.Array:
         """What follows the last dot of each file's name, in lower case; "" where there is none."""
-        names = pa.array([split_options(self.base)[0]]) if self.is_file else self.names
-        last = pc.replace_substring_regex(names, r"(?s)^.*/", "")
+        if self.is_file:
+            return pa.array([_suffix(self.base)])
+        last = pc.replace_substring_regex(self.names, r"(?s)^.*/", "")
         after = pc.utf8_lower(pc.replace_substring_regex(last, r"(?s)^.*\.", ""))
         return pc.if_else(pc.match_substring(last, "."), after, "")
 

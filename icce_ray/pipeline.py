@@ -236,15 +236,19 @@ def _check_disk(context: Context, steps: Sequence[Step], size: Size) -> None:
 # --- running -------------------------------------------------------------------------------------
 
 
-def preflight(config: Config) -> None:
-    """Everything that can be wrong and is cheap to see, before anything is started."""
+def preflight(config: Config, chosen: Sequence[str] = NAMES) -> list[Step]:
+    """Everything that can be wrong and is cheap to see, before anything is started.
+
+    Returns what `make_steps` does, which it looks at.
+    """
     with storage.hastily():
         storage.check(config.run_dir)
         index.preflight(config)
-        steps = make_steps(config, RunDirectory(config.run_dir))
+        steps = make_steps(config, RunDirectory(config.run_dir), chosen)
         embedded = any(step.stage is embed.STAGE and step.state == "done" for step in steps)
         if not embedded:  # else the backbone was there; to import timm takes seconds
             embed.preflight(config)
+    return steps
 
 
 def run(
@@ -264,8 +268,7 @@ def run(
     """
     chosen = select(first, last)
     directory = RunDirectory(config.run_dir)
-    preflight(config)
-    steps = make_steps(config, directory, chosen)
+    steps = preflight(config, chosen)
     _check(steps, directory, chosen, overwrite)
     reporter = Reporter(directory, quiet)
     cluster = Cluster(config.ray)

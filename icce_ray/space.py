@@ -301,11 +301,17 @@ def _one_at_a_time(
 
 def lookup(tree: Any, key: str) -> Any:
     """The value of a dotted key."""
+    group, last = _holder(tree, key)
+    return group[last]
+
+
+def _holder(tree: Any, key: str) -> tuple[Any, str]:
+    """The group that holds a dotted key's value, and the value's name in it."""
     parts = key.split(".")
-    for depth, part in enumerate(parts):
+    for depth, part in enumerate(parts[:-1]):
         group = configs._group(tree, parts, depth)
         tree = group if group is not tree and part.isdecimal() else group[part]
-    return tree
+    return configs._group(tree, parts, len(parts) - 1), parts[-1]
 
 
 def _draw_one(choices: Any, generator: np.random.Generator) -> Any:
@@ -318,12 +324,8 @@ def apply(base: Mapping[str, Any], settings: Mapping[str, Any]) -> Config:
     """The config with these settings in it. Raises ConfigError where they do not fit together."""
     tree = copy.deepcopy(dict(base))
     for key, value in settings.items():
-        parts = key.split(".")
-        node: Any = tree
-        for depth, part in enumerate(parts[:-1]):
-            group = configs._group(node, parts, depth)
-            node = group if group is not node and part.isdecimal() else group[part]
-        configs._group(node, parts, len(parts) - 1)[parts[-1]] = value
+        group, last = _holder(tree, key)
+        group[last] = value
     return configs.validate(tree)
 
 

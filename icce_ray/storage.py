@@ -262,6 +262,18 @@ def patiently(work: Callable[[], T], uri: str) -> T:
     return found
 
 
+def read(uri: str) -> bytes:
+    """A whole file. Raises as `patiently`."""
+
+    def work() -> bytes:
+        filesystem, path = locate(uri)
+        # Not a stream: that is read in several requests, between which the object may change.
+        with filesystem.open_input_file(path) as file:
+            return file.read()
+
+    return patiently(work, uri)
+
+
 def _tell_answer(statistics: dict[str, Any]) -> None:
     if statistics.get("attempt_number", 1) > 1:
         _tell(f"the storage answers again, after {statistics['idle_for']:.0f} s of waiting", True)

@@ -428,7 +428,7 @@ def split_table(paces: Sequence[Pace]) -> str:
 
 @app.callback()
 def _about() -> None:
-    """Measure time, memory and traffic on this machine."""
+    """Measure time, memory, traffic and accuracy."""
 
 
 Out = Annotated[Path, typer.Option(help="Result files, without their endings.")]

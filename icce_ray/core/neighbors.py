@@ -115,16 +115,21 @@ def merge(
 
 def ivf_bytes(rows: int, features: int) -> float:
     """Memory while an index of so many rows is built: itself, and what its lists are trained on."""
-    sample = min(rows, 4 * int(np.sqrt(rows)) * IVF_SAMPLE_PER_LIST)
-    return 2.0 * rows * features + 4.0 * sample * features
+    return 2.0 * rows * features + 4.0 * _ivf_shape(rows)[1] * features
+
+
+def _ivf_shape(rows: int) -> tuple[int, int]:
+    """Inverted lists, about 4 sqrt(N), and the rows that their centroids are trained on."""
+    lists = max(1, min(int(4 * np.sqrt(rows)), rows // IVF_SAMPLE_PER_LIST))
+    return lists, min(rows, lists * IVF_SAMPLE_PER_LIST)
 
 
 def build_ivf(matrix: np.ndarray, path: Path, seed: int) -> None:
-    """Write a faiss inverted-file index of all rows, half precision, about 4 sqrt(N) lists."""
+    """Write a faiss inverted-file index of all rows, half precision."""
     import faiss
 
     rows, features = matrix.shape
-    lists = max(1, min(int(4 * np.sqrt(rows)), rows // IVF_SAMPLE_PER_LIST))
+    lists, sample = _ivf_shape(rows)
     quantizer = faiss.IndexFlatIP(features)
     half = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexIVFScalarQuantizer(
@@ -132,7 +137,6 @@ def build_ivf(matrix: np.ndarray, path: Path, seed: int) -> None:
     )
     index.by_residual = False
     index.cp.spherical, index.cp.seed = True, seed
-    sample = min(rows, lists * IVF_SAMPLE_PER_LIST)
     chosen = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False))
     index.train(np.asarray(matrix[chosen], dtype=np.float32))
     for start in range(0, rows, BASE_CHUNK):

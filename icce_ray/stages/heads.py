@@ -51,7 +51,8 @@ def _settings(config: Config) -> dict[str, Any]:
 # --- in the workers ------------------------------------------------------------------------------
 
 
-def _load_data(run: RunDirectory, projection: Projection, device: torch.device) -> Data:
+def load_data(run: RunDirectory, projection: Projection, device: torch.device) -> Data:
+    """What heads are trained on, of a run whose neighbors are there."""
     matrix = run.matrix("embeddings", "embedding")
     ids = torch.from_numpy(np.array(run.matrix("neighbors", "ids"))).to(device)
     counts = torch.from_numpy(np.array(run.matrix("neighbors", "count"))).to(device)
@@ -66,7 +67,7 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         return  # lost after its last checkpoint: nothing is left to do
     embeddings = worker.run.matrix("embeddings", "embedding")
     projection = fit_projection(embeddings, chosen.pca, config["seed"])
-    data = _load_data(worker.run, projection, worker.device)
+    data = load_data(worker.run, projection, worker.device)
     trainer = HeadTrainer(
         data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
     )

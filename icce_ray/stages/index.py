@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray import datasets, listing, vectors
+from icce_ray import datasets, listing, storage, vectors
 from icce_ray.artifacts import RunDirectory
 from icce_ray.cluster import Cluster
 from icce_ray.config import Config, settings
 from icce_ray.errors import ConfigError, DataError
 from icce_ray.images import row_uri
 from icce_ray.stages import Context, Need, Outcome, Size, Stage
-from icce_ray.storage import locate, patiently
 
 FOLDER = "index"
 ROWS_PER_FILE = 1_000_000
@@ -166,14 +165,8 @@ def _check_length(uri: str, labels: int, images: Sequence[int]) -> None:
 
 def _read_labels(uri: str) -> np.ndarray:
     """A .npy file, or text with one label a line. Returns [N] of integers or of objects."""
-
-    def read() -> bytes:
-        filesystem, path = locate(listing.absolute(uri))
-        with filesystem.open_input_stream(path) as stream:
-            return stream.read()
-
     try:
-        data = patiently(read, uri)
+        data = storage.read(listing.absolute(uri))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"data.labels={uri} cannot be read: {error}") from None
     try:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from icce_ray.artifacts import Manifest, RunDirectory, neighbors_schema, tensor_column, to_matrix
 from icce_ray.cluster import Cluster, Request, Wait, completed
-from icce_ray.config import Config, settings
+from icce_ray.config import Config, NeighborsConfig, settings
 from icce_ray.core import neighbors as core
 from icce_ray.errors import DataError
 from icce_ray.progress import duration
@@ -35,6 +35,11 @@ def exact_seconds(rows: int, features: int, cpus: int, gpus: int) -> float:
     """Expected time of exact search: 2 N^2 D operations."""
     rate = gpus * GPU_FLOPS if gpus else max(1, cpus) * CPU_FLOPS
     return 2.0 * rows**2 * features / rate
+
+
+def _approximate(config: NeighborsConfig, exact: float) -> bool:
+    """Whether to search approximately, where exact search would take so many seconds."""
+    return config.search == "ivf" or (config.search == "auto" and exact > EXACT_SECONDS)
 
 
 # --- in the tasks --------------------------------------------------------------------------------
@@ -132,7 +137,7 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
     Wait(cluster, context.reporter, [Request(1, gpus)], ADVICE).until_there()
     have, cpus = cluster.resources(), cluster.cpus_each(1, gpus)
     seconds = exact_seconds(rows, features, have.cpus, have.gpus if gpus else 0)
-    ivf = config.search == "ivf" or (config.search == "auto" and seconds > EXACT_SECONDS)
+    ivf = _approximate(config, seconds)
     if config.search == "auto" and ivf:
         context.reporter.say(
             f"exact search would take about {duration(seconds)} here: using approximate search "
@@ -233,18 +238,11 @@ def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
     images, features = size.images or 0, size.features or 1024
     lists = images * min(config.neighbors.max_neighbors, max(images, 1)) * 6
     chunk = (core.QUERY_CHUNK + features) * core.BASE_CHUNK * 4
-    held = max(
-        2 * lists, core.ivf_bytes(images, features) if _expect_ivf(config, size, cluster) else 0
-    )
-    return Need(memory=held + chunk, disk=2 * lists, where="Ray tasks")
-
-
-def _expect_ivf(config: Config, size: Size, cluster: Cluster) -> bool:
-    """Whether the search will be approximate; nothing is started to find out."""
+    # Nothing is started to find out what there is; a cluster is taken to search exactly.
     cores = os.cpu_count() or 1
-    seconds = exact_seconds(size.images or 0, size.features or 1024, cores, 0)
-    slow = cluster.is_local and seconds > EXACT_SECONDS
-    return config.neighbors.search == "ivf" or (config.neighbors.search == "auto" and slow)
+    seconds = exact_seconds(images, features, cores, 0) if cluster.is_local else 0.0
+    index = core.ivf_bytes(images, features) if _approximate(config.neighbors, seconds) else 0.0
+    return Need(memory=max(2 * lists, index) + chunk, disk=2 * lists, where="Ray tasks")
 
 
 STAGE = Stage(

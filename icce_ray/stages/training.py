@@ -96,7 +96,7 @@ class Worker:
 
     def __init__(self, run: RunDirectory, folder: str, token: str, alone: bool) -> None:
         self.run, self.folder, self.token = run, folder, token
-        self.alone = alone  # Ray Train is not there: Ray Tune, in a trial, excludes it
+        self.alone = alone  # one process, without Ray Train
         self.rank, self.world = (0, 1) if alone else _rank_and_world()
         self.device = _device(alone)
         self.collective: Collective = Distributed() if self.world > 1 else Alone()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown, open_labeled
 
 POINTS = 40  # of a curve
 SCORED_ROWS = 20_000  # that accuracy is measured on
@@ -47,12 +47,12 @@ class Point:
     best: float
 
 
-def recipes(rows: int, own_steps: int) -> dict[str, dict[str, Any]]:
+def recipes(rows: int) -> dict[str, dict[str, Any]]:
     """Settings of each recipe; TEMI's lasts 100 epochs."""
     return {
-        "ours": {"steps": own_steps},
-        "ours, random start": {"steps": own_steps, "start": "random"},
-        "ours, slow teacher": {"steps": own_steps, "teacher_momentum": 0.996},
+        "ours": {},
+        "ours, random start": {"start": "random"},
+        "ours, slow teacher": {"teacher_momentum": 0.996},
         "TEMI": {**TEMI, "steps": TEMI_EPOCHS * rows // TEMI_BATCH},
     }
 
@@ -63,29 +63,18 @@ def measure_pace(
     """Train by each recipe until it is through, or for so many seconds; the curves."""
     import torch
 
-    from icce_ray import config as configs
-    from icce_ray.artifacts import RunDirectory
     from icce_ray.config import HeadsConfig
     from icce_ray.core import head_trainer as core
-    from icce_ray.errors import DataError
-    from icce_ray.stages import evaluate
+    from icce_ray.stages.heads import load_data
 
-    run = RunDirectory(run_dir)
-    base, matrix = configs.load(run.path("config.yaml")), run.matrix("embeddings", "embedding")
-    known = evaluate.truth(base, run, np.asarray(run.matrix("embeddings", "image_id")))
-    if known is None:
-        raise DataError(f"{run_dir} has no ground truth to draw accuracy from")
-    lists = (np.array(run.matrix("neighbors", name)) for name in ("ids", "count"))
-    ids, counts = map(torch.from_numpy, lists)
-    curves = {}
-    own_steps = core.default_steps(base.num_classes)
-    for name, changes in recipes(len(matrix), own_steps).items():
+    run, config, known = open_labeled(run_dir)
+    matrix, curves = run.matrix("embeddings", "embedding"), {}
+    for name, changes in recipes(len(matrix)).items():
         settings = HeadsConfig.model_validate({"count": heads, **changes})
         projection = core.fit_projection(matrix, settings.pca, seed)
-        features = core.project(matrix, projection, torch.device("cpu"))
-        data = core.Data(features, ids, counts, torch.device("cpu"))
-        assert settings.steps is not None
-        trainer = core.HeadTrainer(data, settings, base.num_classes, seed, settings.steps)
+        data = load_data(run, projection, torch.device("cpu"))
+        steps = settings.steps or core.default_steps(config.num_classes)
+        trainer = core.HeadTrainer(data, settings, config.num_classes, seed, steps)
         curves[name] = [asdict(point) for point in _curve(trainer, known.codes, seconds)]
     return curves
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown, open_labeled
 
 SCORED = ("neighbors", "heads", "consensus", "classifier")  # stages that the peers' times include
 
@@ -199,16 +199,9 @@ def measure_imbalance(
 
     from icce_ray import config as configs
     from icce_ray import sweep
-    from icce_ray.artifacts import RunDirectory
     from icce_ray.core import metrics
-    from icce_ray.errors import DataError
-    from icce_ray.stages import evaluate
 
-    run = RunDirectory(run_dir)
-    base = configs.load(run.path("config.yaml"))
-    known = evaluate.truth(base, run, np.asarray(run.matrix("embeddings", "image_id")))
-    if known is None:
-        raise DataError(f"{run_dir} has no ground truth to cut a long tail from")
+    run, _, known = open_labeled(run_dir)
     rows = long_tail(known.codes, ratio, seed=0)
     x, y = np.asarray(run.matrix("embeddings", "embedding")[rows]), known.codes[rows]
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,10 +225,9 @@ def imbalance_table(found: Mapping[str, Any]) -> str:
     """A line for each setting, and one for k-means. Percent."""
     keys = ("acc", "nmi", "ari")
     groups = {
-        name: [trial["accuracy"] for trial in trials]
+        "heads.prior" if "prior" in name else name: [trial["accuracy"] for trial in trials]
         for name, trials in by_settings(found["results"]).items()
     }
-    groups = {("heads.prior" if "prior" in name else name): found for name, found in groups.items()}
     lines = [
         [name, *(spread([100 * one[key] for one in each]) for key in keys)]
         for name, each in [*groups.items(), ("k-means", found["kmeans"])]

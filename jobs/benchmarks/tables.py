@@ -1,4 +1,4 @@
-"""Tables and files that a measurement leaves, and the machine it was made on."""
+"""What measurements share: the labeled run they look at, the tables and files they leave."""
 
 from __future__ import annotations
 
@@ -15,6 +15,21 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table; all but the first column to the right."""
     rule = ["---", *("--:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
+
+
+def open_labeled(run_dir: str) -> tuple[Any, Any, Any]:
+    """A run, its config, and the truth of its embeddings. Raises DataError: there is none."""
+    from icce_ray import config as configs
+    from icce_ray.artifacts import RunDirectory
+    from icce_ray.errors import DataError
+    from icce_ray.stages import evaluate
+
+    run = RunDirectory(run_dir)
+    config = configs.load(run.path("config.yaml"))
+    known = evaluate.truth(config, run, run.matrix("embeddings", "image_id"))
+    if known is None:
+        raise DataError(f"{run_dir} has no ground truth to compare with")
+    return run, config, known
 
 
 def machine() -> dict[str, Any]:

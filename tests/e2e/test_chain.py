@@ -75,7 +75,7 @@ def here(
     return call
 
 
-def clusters(run: Path, stage: str = "consensus") -> np.ndarray:
+def clusters(run: Path, stage: str) -> np.ndarray:
     table = pq.read_table(run / stage / "part-00000.parquet")
     return table.sort_by("image_id")["cluster"].to_numpy()
 

@@ -362,8 +362,6 @@ def test_by_data_two_workers_are_close_to_one(run_workers, hidden, batch_norm):
 
 # --- state ---------------------------------------------------------------------------------------
 
-BOTH = pytest.mark.parametrize("hidden", [(), (16, 8)])
-
 
 @pytest.mark.parametrize("options", [{}, {"hidden": (16, 8)}, {"balance": 0.5}], ids=str)
 def test_a_resumed_run_goes_on_exactly(options):
@@ -401,7 +399,7 @@ def test_a_state_before_the_first_step_restores_too():
     same(again.state(), trainer.state())
 
 
-@BOTH
+@pytest.mark.parametrize("hidden", [(), (16, 8)])
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (2, 3), (3, 2)], ids=str)
 def test_another_number_of_workers_resumes_exactly(run_workers, hidden, worlds):
     before, after = worlds
