@@ -199,10 +199,10 @@ class HeadTrainer:
             student = self.student(rows)
             with torch.no_grad():
                 teacher = self.teacher(rows) / temperature
-        s = (student / temperature).log_softmax(-1)
+        s = losses.log_softmax(student / temperature)
         prior = self._prior(teacher)
         if not self.settings.sinkhorn:
-            return s, teacher.log_softmax(-1), prior
+            return s, losses.log_softmax(teacher), prior
         group, count = None if self.by_heads else self.group, self.settings.sinkhorn_iterations
         return s, losses.sinkhorn(teacher, count, prior=prior, collective=group), prior
 
@@ -212,7 +212,7 @@ class HeadTrainer:
         s = self.settings
         if s.prior is None and s.balance == 1:
             return None
-        self._follow(self.usage, logits.float().softmax(-1))
+        self._follow(self.usage, losses.log_softmax(logits.float()).exp())
         if s.prior is None:
             return F.normalize(self.usage ** (1 - s.balance), p=1, dim=1)
         shares = torch.tensor(sorted(s.prior, reverse=True), device=logits.device)

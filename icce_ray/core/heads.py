@@ -20,6 +20,7 @@ from torch.nn import functional as F
 BN_MOMENTUM = 0.1
 BN_EPSILON = 1e-5
 SEEDED = 100  # clusters up to which k-means is seeded with care
+SHORT = 64  # outputs below which the rows are the last axis in memory
 LINEAR_START = 0.1  # of torch's usual deviation
 
 
@@ -44,8 +45,13 @@ class BatchedLinear(nn.Module):
 
     def _shared_input(self, x: Tensor) -> Tensor:
         # One plain product over all heads' columns: with few outputs per head a batched one is up
-        # to a hundred times slower on CPUs.
+        # to a hundred times slower on CPUs. Few outputs are laid out as [H, O, B]: over a last axis
+        # that is shorter than their vector units, softmax and sums are several times slower. What
+        # is done element by element, or reduced, keeps that layout.
         heads, inputs, outputs = self.weight.shape
+        if outputs < SHORT:
+            columns = self.weight.transpose(1, 2).reshape(heads * outputs, inputs)
+            return (columns.to(x.dtype) @ x.T).view(heads, outputs, len(x)).transpose(1, 2)
         columns = self.weight.permute(1, 0, 2).reshape(inputs, heads * outputs)
         return (x @ columns.to(x.dtype)).view(len(x), heads, outputs).permute(1, 0, 2).contiguous()
 

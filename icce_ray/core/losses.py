@@ -16,6 +16,13 @@ from icce_ray.core.collective import Alone, Collective
 TINY = 1e-8  # keeps logarithms finite
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """Over the clusters: [H, B, K] -> [H, B, K], in the layout in memory that `logits` have."""
+    if logits.stride(-1) == 1:
+        return logits.log_softmax(-1)
+    return logits.transpose(1, 2).log_softmax(1).transpose(1, 2)
+
+
 def pmi(
     log_student: Tensor,
     log_teacher: Tensor,
@@ -79,7 +86,7 @@ def sinkhorn(
         log_prior = prior.clamp_min(TINY).log()
         target = log_prior if log_prior.dim() == 1 else log_prior.unsqueeze(1)
     # A row's own scale would be divided out in the end; without it, few iterations get nearer.
-    scores = logits.float().log_softmax(-1)
+    scores = log_softmax(logits.float())
     for _ in range(iterations):
         scores = scores - _log_column_sums(scores, group)
         if prior is not None:
