@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,7 +32,12 @@ class _Runtime:
 
 RUNTIME = _Runtime()
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+_Each = TypeVar("_Each")
+PerHead = Union[_Each, Annotated[tuple[_Each, ...], Field(min_length=1)]]  # noqa: UP007
+BALANCES = (0.5, 0.25)  # heads.balance, where it is not given
+KEEP_SHARE, KEEP_LEAST = 0.25, 8  # consensus.keep, likewise
 
 
 class Node(BaseModel):
@@ -152,7 +157,7 @@ def _check_workers(least: int | None, workers: int | None) -> None:
 
 
 class HeadsConfig(Node):
-    count: Positive = 16
+    count: Positive = 24
     """H: clustering heads (the paper: 50)."""
     clusters: Positive | None = None
     """L: clusters per head. Default: num_classes. More (over-clustering) lets one training serve
@@ -170,7 +175,7 @@ class HeadsConfig(Node):
     batch_norm: bool = True
     """Batch normalization after each hidden layer (linear heads have none)."""
     steps: Positive | None = None
-    """Training steps. Default: 600, and more with more classes (600 x sqrt(K / 10))."""
+    """Training steps. Default: 1,200, and more with more classes (1,200 x sqrt(K / 10))."""
     batch_size: Positive | None = None
     """Pairs per step, over all workers. Default: 8 per class, at least 1,024, at most 4,096."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
@@ -179,10 +184,11 @@ class HeadsConfig(Node):
     """AdamW's weight decay."""
     warmup: Fraction = 0.05
     """Share of the steps over which the learning rate rises."""
-    beta: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """Exponent of TEMI's pointwise mutual information; below 1 it keeps clusters from merging."""
-    temperature: Annotated[float, Field(gt=0)] = 0.1
-    """Softmax temperature of student and teacher."""
+    beta: PerHead[Annotated[float, Field(gt=0, le=1)]] = 0.6
+    """Exponent of TEMI's pointwise mutual information; below 1 it keeps clusters from merging. One
+    number, or several that heads take in turn, so that they differ."""
+    temperature: PerHead[Annotated[float, Field(gt=0)]] = 0.1
+    """Softmax temperature of student and teacher; one, or several that heads take in turn."""
     pmi_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of TEMI's term. 0 switches it off."""
     cross_entropy: Annotated[float, Field(ge=0)] = 0.1
@@ -196,10 +202,19 @@ class HeadsConfig(Node):
     prior: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Sizes of the classes, in any order and unit, where they are known. Each head's largest
     cluster is made to have the largest one, and so on. Default: equal sizes."""
-    balance: Fraction = 1.0
-    """How far clusters are evened out, where no prior is given. The size aimed at goes with the
-    share s that the teacher gives a cluster by itself, as s^(1 - balance): 1 makes all equal, 0
-    leaves them alone, and between them classes of unequal size keep a part of their difference."""
+    balance: PerHead[Fraction] | None = None
+    """How far clusters are evened out, where no prior is given; one number, or several that heads
+    take in turn. The size aimed at goes with the share s that the teacher gives a cluster by
+    itself, as s^(1 - balance): 1 makes all equal, 0 leaves them alone, and between them classes of
+    unequal size keep a part of their difference. Default: 0.5 and 0.25 in turn, of which
+    consensus.keep takes what fits the data."""
+    feature_share: Share = 1.0
+    """Share of the components that each head sees, a random part of its own."""
+    image_share: Share = 1.0
+    """Share of the images that each head is trained on, a random part of its own (bagging)."""
+    neighbor_share: PerHead[Share] = 1.0
+    """Share of an image's neighbors, nearest first, that heads are trained on; one, or several that
+    heads take in turn."""
     instance_weights: bool = True
     """TEMI's pair weights: pairs the teachers disagree on count less."""
     teacher_momentum: Fraction = 0.5
@@ -230,9 +245,16 @@ class HeadsConfig(Node):
 
     @model_validator(mode="after")
     def _one_target(self) -> HeadsConfig:
-        if self.prior is not None and self.balance < 1:
+        if self.prior is not None and self.balance is not None:
             raise ValueError("give prior or balance, not both")
         return self
+
+    @property
+    def balances(self) -> float | tuple[float, ...]:
+        """`balance`, or its default."""
+        if self.balance is not None or self.prior is not None:
+            return 1.0 if self.balance is None else self.balance
+        return BALANCES
 
     @model_validator(mode="after")
     def _enough_workers(self) -> HeadsConfig:
@@ -245,11 +267,13 @@ class ConsensusConfig(Node):
     """How the heads' clusterings become one. voting: aligned majority. cspa, hgpa, mcla: Strehl &
     Ghosh 2002. hbgf: Fern & Brodley 2004. dawid-skene: a confusion matrix per head, fitted by EM
     from MCLA's result."""
-    keep: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the heads that enter the ensemble, rounded; at least one does."""
-    keep_by: Literal["agreement", "loss", "diversity"] = "agreement"
-    """Which heads are kept. agreement: highest mean NMI with the others. loss: lowest final loss.
-    diversity: the most agreeing one, then always the one least like those kept."""
+    keep: Share | None = None
+    """Share of the heads that enter the ensemble, rounded; at least one does. Default: a quarter,
+    but no fewer than 8."""
+    keep_by: Literal["information", "agreement", "loss", "diversity"] = "information"
+    """Which heads are kept. information: those whose clusters tell most of their neighbors'.
+    agreement: highest mean NMI with the others. loss: lowest final loss. diversity: the most
+    agreeing one, then always the one least like those kept."""
     weights: Literal["equal", "agreement", "loss"] = "equal"
     """How much each kept head counts. agreement: its mean NMI with the others. loss: exp(-z), z
     being its final loss in standard deviations from the mean. Every method honors it;
@@ -389,11 +413,19 @@ class Config(Node):
             raise ValueError(
                 f"{over}consensus.method=voting cannot merge clusters; choose another method"
             )
-        if round(self.consensus.keep * self.heads.count) < 2:
+        if self.kept_heads < 2:
             raise ValueError(
                 f"{over}nothing tells how one head's clusters merge; raise heads.count or "
                 "consensus.keep"
             )
+
+    @property
+    def kept_heads(self) -> int:
+        """Heads that enter the ensemble."""
+        count, keep = self.heads.count, self.consensus.keep
+        if keep is None:
+            return min(count, max(KEEP_LEAST, round(KEEP_SHARE * count)))
+        return max(1, round(keep * count))
 
     @property
     def head_clusters(self) -> int:

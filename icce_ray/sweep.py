@@ -693,6 +693,7 @@ def _consensus(trial: Trial) -> tuple[dict[str, float], float]:
     found = score(
         list(SCORES),
         clusters=table["cluster"].to_numpy(),
+        num_clusters=config.num_classes,
         assignments=view.matrix("heads", "assignments"),
         ids=view.matrix(neighbors.NEAREST, "ids"),
         features=view.matrix("embeddings", "embedding"),

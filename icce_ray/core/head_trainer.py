@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from icce_ray.config import HeadsConfig
-from icce_ray.core import losses
+from icce_ray.core import diversity, losses
 from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.heads import Heads, Projection, head_seed, kmeans_start
 from icce_ray.errors import StageError
@@ -36,7 +36,7 @@ START_ROWS = 20_000  # rows that the k-means of a head's start is made on, or 50
 
 def default_steps(clusters: int) -> int:
     """Steps where the settings name none."""
-    return round(600 * math.sqrt(max(1.0, clusters / 10)))
+    return round(1200 * math.sqrt(max(1.0, clusters / 10)))
 
 
 def default_batch(clusters: int) -> int:
@@ -122,6 +122,10 @@ class HeadTrainer:
         )
         self.student = self._new_heads(num_clusters)
         self.teacher = self._new_heads(num_clusters).requires_grad_(False)
+        self.seeds = torch.tensor([head_seed(seed, n) for n in self.numbers], device=data.device)
+        self.temperature = self._each(settings.temperature).view(-1, 1, 1)
+        self.beta = self._each(settings.beta).view(-1, 1, 1)
+        self.balance = self._each(settings.balances).view(-1, 1)
         self.marginal = torch.full(
             (len(self.numbers), num_clusters), 1 / num_clusters, device=data.device
         )
@@ -133,6 +137,23 @@ class HeadTrainer:
             groups, lr=settings.lr, weight_decay=settings.weight_decay
         )
         self.step_number = 0
+        self._hide_features()
+
+    def _each(self, setting: diversity.Setting) -> Tensor:
+        """A setting of each of this worker's heads, [H]."""
+        return torch.tensor(diversity.in_turn(setting, self.numbers), device=self.data.device)
+
+    def _hide_features(self) -> None:
+        """Where heads see a part of the components, make the weights of the others 0, for good."""
+        share = self.settings.feature_share
+        if share == 1:
+            return
+        components = self.data.features.shape[1]
+        mask = diversity.feature_mask(share, components, self.seeds.tolist())
+        mask = mask.unsqueeze(2).to(self.data.device)
+        for heads in (self.student, self.teacher):
+            heads.first.weight.data.mul_(mask)
+        self.student.first.weight.register_hook(lambda gradient: gradient * mask)
 
     def _new_heads(self, num_clusters: int) -> Heads:
         s = self.settings
@@ -152,7 +173,9 @@ class HeadTrainer:
         for position, number in enumerate(self.numbers):
             weight = kmeans_start(sample, clusters, head_seed(self.seed, number))
             for heads in (self.student, self.teacher):
-                heads.last.weight.data[position] = weight.to(self.data.device)
+                # what a head must not see is 0 here, and stays so
+                seen = heads.last.weight.data[position].any(1, keepdim=True)
+                heads.last.weight.data[position] = weight.to(self.data.device) * seen
 
     # one step
 
@@ -164,8 +187,8 @@ class HeadTrainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._lr_factor()
-        x, y = self._draw_pairs()
-        loss = self._loss(*self._views(x, y))
+        x, y, used = self._draw_pairs()
+        loss = self._loss(*self._views(x, y), used)
         self._check_finite(loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.sum().backward()
@@ -177,8 +200,9 @@ class HeadTrainer:
         self.step_number += 1
         return loss.detach()
 
-    def _draw_pairs(self) -> tuple[Tensor, Tensor]:
-        """Row numbers of images and of one random neighbor each, [B]."""
+    def _draw_pairs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Row numbers of images and of one random neighbor each, [B]; and which of these pairs each
+        head is trained on, [H, B], or None where it is all."""
         device = self.data.counts.device
         generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + self.step_number)
         size = (self.batch,)
@@ -187,19 +211,27 @@ class HeadTrainer:
         column = (u * self.data.counts[x]).long()
         y = self.data.ids[x, column].long()
         if not self.by_heads:
-            x, y = (part[self.group.rank :: self.group.world] for part in (x, y))
-        return x, y
+            x, y, u = (part[self.group.rank :: self.group.world] for part in (x, y, u))
+        return x, y, self._used_pairs(x, u)
+
+    def _used_pairs(self, x: Tensor, u: Tensor) -> Tensor | None:
+        """1 for the pairs that a head is trained on, else 0: [H, B]. u: how far down its image's
+        list a neighbor stands, 0..1."""
+        images, near = self.settings.image_share, self.settings.neighbor_share
+        if images == 1 and near == 1:
+            return None
+        used = u.unsqueeze(0) < self._each(near).unsqueeze(1)
+        return (used & diversity.in_bag(x, images, self.seeds)).float()
 
     def _views(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities of student and teacher for both images of each pair, [H, 2B, K]; and
         the shares of the clusters that are aimed at."""
         rows = self.data.rows(torch.cat([x, y]))
-        temperature = self.settings.temperature
         with self._autocast():
             student = self.student(rows)
             with torch.no_grad():
-                teacher = self.teacher(rows) / temperature
-        s = losses.log_softmax(student / temperature)
+                teacher = self.teacher(rows) / self.temperature
+        s = losses.log_softmax(student / self.temperature)
         prior = self._prior(teacher)
         if not self.settings.sinkhorn:
             return s, losses.log_softmax(teacher), prior
@@ -210,16 +242,22 @@ class HeadTrainer:
     def _prior(self, logits: Tensor) -> Tensor | None:
         """Shares of the clusters to aim at, [H, K]; None: equal ones. logits: [H, 2B, K]."""
         s = self.settings
-        if s.prior is None and s.balance == 1:
+        if s.prior is None and set(diversity.in_turn(s.balances, range(s.count))) == {1.0}:
             return None
         self._follow(self.usage, losses.log_softmax(logits.float()).exp())
         if s.prior is None:
-            return F.normalize(self.usage ** (1 - s.balance), p=1, dim=1)
+            return F.normalize(self.usage ** (1 - self.balance), p=1, dim=1)
         shares = torch.tensor(sorted(s.prior, reverse=True), device=logits.device)
         rank = self.usage.argsort(1, descending=True).argsort(1)  # the largest gets the largest
         return (shares / shares.sum())[rank]
 
-    def _loss(self, log_student: Tensor, log_teacher: Tensor, prior: Tensor | None) -> Tensor:
+    def _loss(
+        self,
+        log_student: Tensor,
+        log_teacher: Tensor,
+        prior: Tensor | None,
+        used: Tensor | None,
+    ) -> Tensor:
         """Mean loss per head over the batch, [H]."""
         s = self.settings
         teacher = log_teacher.exp()
@@ -229,8 +267,8 @@ class HeadTrainer:
         t_x, t_y = teacher.chunk(2, dim=1)
         total = torch.zeros_like(t_x[..., 0])
         if s.pmi_weight:
-            both = losses.pmi(log_x, log_t_y, self.marginal, s.beta, prior) + losses.pmi(
-                log_y, log_t_x, self.marginal, s.beta, prior
+            both = losses.pmi(log_x, log_t_y, self.marginal, self.beta, prior) + losses.pmi(
+                log_y, log_t_x, self.marginal, self.beta, prior
             )
             total = total - s.pmi_weight / 2 * both
         if s.cross_entropy:
@@ -238,7 +276,9 @@ class HeadTrainer:
             total = total + s.cross_entropy / 2 * both
         if s.instance_weights:
             total = total * self._instance_weights(t_x, t_y)
-        return total.mean(1)
+        if used is None:
+            return total.mean(1)
+        return (total * used).sum(1) / used.sum(1).clamp_min(1)
 
     @torch.no_grad()
     def _instance_weights(self, t_x: Tensor, t_y: Tensor) -> Tensor:

@@ -143,6 +143,13 @@ class Heads(nn.Module):
         self.last = BatchedLinear(count, widths[-1], clusters, bias=not self.cosine)
         self._reset(numbers, seed)
 
+    @property
+    def first(self) -> BatchedLinear:
+        """The layer that sees the embeddings."""
+        first = next(iter(self.layers), self.last)
+        assert isinstance(first, BatchedLinear)
+        return first
+
     def _reset(self, numbers: Sequence[int], seed: int) -> None:
         generators = [torch.Generator().manual_seed(head_seed(seed, n)) for n in numbers]
         for layer in [*self.layers, self.last]:

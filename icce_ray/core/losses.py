@@ -27,13 +27,14 @@ def pmi(
     log_student: Tensor,
     log_teacher: Tensor,
     marginal: Tensor,
-    beta: float,
+    beta: float | Tensor,
     prior: Tensor | None = None,
 ) -> Tensor:
     """Pointwise mutual information of each pair (TEMI, eq. 5).
 
     log sum_c p(c) (s(c|x) t(c|y))^beta / m(c), for log-probabilities of the student of x and of
-    the teacher of y, [H, B, K] each, the running marginal m [H, K], and p, the prior [H, K].
+    the teacher of y, [H, B, K] each, the running marginal m [H, K], and p, the prior [H, K]. beta
+    is one number, or of each head, [H, 1, 1].
 
     p is ours; without it (p = 1) it is TEMI's. A sure pair in cluster c earns log p(c) / m(c): on
     average, over pairs, minus the divergence of m from p, which is least where clusters are used in

@@ -37,8 +37,8 @@ SCORES: Mapping[str, str] = {
     "above chance",
     "neighbor_consistency": f"share of the {NEAREST} nearest neighbors in the same cluster, "
     "above chance",
-    "neighbor_information": "what an image's cluster tells of its neighbors': their normalized "
-    "mutual information, above chance",
+    "neighbor_information": "what an image's cluster tells of its neighbors': their mutual "
+    "information, above chance, as a share of the most that so many clusters could tell",
     "generalization": "how well a linear probe trained on some images' clusters predicts those of "
     "others, above chance",
 }
@@ -47,6 +47,7 @@ SCORES: Mapping[str, str] = {
 @dataclass(frozen=True)
 class _Input:
     clusters: np.ndarray  # int [N]
+    num_clusters: int  # K
     assignments: np.ndarray  # int [N, H]
     ids: np.ndarray  # int32 [N, M]
     features: np.ndarray  # float16 [N, D]
@@ -67,6 +68,7 @@ def score(
     names: Iterable[str],
     *,
     clusters: np.ndarray,
+    num_clusters: int | None = None,
     assignments: np.ndarray,
     ids: np.ndarray,
     features: np.ndarray,
@@ -77,6 +79,7 @@ def score(
     Args:
         names: some of SCORES.
         clusters: the consensus, int [N].
+        num_clusters: K, where not all are used. Default: as many as `clusters` name.
         assignments: the heads' clusters, int [N, H].
         ids: row numbers of the nearest neighbors, best first, int [N, M]. The same lists must serve
             all clusterings that are compared.
@@ -91,7 +94,9 @@ def score(
     unknown = [name for name in wanted if name not in SCORES]
     if unknown:
         raise ConfigError(f"no score {unknown[0]!r}; there are {', '.join(SCORES)}")
-    given = _Input(clusters, assignments, ids, features, seed)
+    if num_clusters is None:
+        num_clusters = int(np.max(clusters, initial=0)) + 1
+    given = _Input(clusters, num_clusters, assignments, ids, features, seed)
     _check(given)
     return {name: float(_FUNCTIONS[name](given)) for name in wanted}
 
@@ -104,8 +109,11 @@ def _check(given: _Input) -> None:
         )
     if rows < 2:
         raise DataError(f"a clustering of {rows} images cannot be scored; at least 2 are needed")
-    if given.clusters.min() < 0:
-        raise DataError(f"clusters must be codes from 0; found {given.clusters.min()}")
+    low, high = given.clusters.min(), given.clusters.max()
+    if low < 0 or high >= given.num_clusters:
+        raise DataError(
+            f"clusters must be codes from 0 to {given.num_clusters - 1}; found {low} to {high}"
+        )
     for name in ("assignments", "ids", "features"):
         value = getattr(given, name)
         if value.ndim != 2 or len(value) != rows or not value.shape[1]:
@@ -169,13 +177,18 @@ def _columns(given: _Input) -> np.ndarray:
 
 def _nmi(a: np.ndarray, b: np.ndarray) -> float:
     """Mutual information over the mean entropy; 0 where a or b is constant. int [n] each."""
+    apart = _entropy(np.bincount(a)) + _entropy(np.bincount(b))
+    return 2 * _mutual_information(a, b) / apart if apart > 0 else 0.0
+
+
+def _mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """In nats; 0 where a or b is constant. int >= 0, [n] each."""
     width = int(b.max()) + 1
     key = a.astype(np.int64) * width + b
     size = (int(a.max()) + 1) * width
     joint = np.bincount(key) if size <= 4 * len(key) else np.unique(key, return_counts=True)[1]
-    apart = _entropy(np.bincount(a)) + _entropy(np.bincount(b))
-    alone = min(_entropy(np.bincount(a)), _entropy(np.bincount(b)))
-    return 2 * (apart - _entropy(joint)) / apart if alone > 0 else 0.0
+    alone = _entropy(np.bincount(a)), _entropy(np.bincount(b))
+    return sum(alone) - _entropy(joint) if min(alone) > 0 else 0.0
 
 
 def _entropy(counts: np.ndarray) -> float:
@@ -189,13 +202,18 @@ def _entropy(counts: np.ndarray) -> float:
 def _nearest(given: _Input) -> tuple[np.ndarray, np.ndarray]:
     """Clusters of sampled images [n], and of their nearest neighbors [n, NEAREST]."""
     rows = given.sample(NEIGHBOR_ROWS)
-    near = np.asarray(given.ids[rows, :NEAREST])
-    if near.min() < 0 or near.max() >= len(given):
+    near = _neighbors_of(given.ids, rows)
+    return given.clusters[rows], given.clusters[near]
+
+
+def _neighbors_of(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    near = np.asarray(ids[rows, :NEAREST])
+    if near.min() < 0 or near.max() >= len(ids):
         raise DataError(
-            f"neighbor ids must be row numbers 0..{len(given) - 1}; found {near.min()} to "
+            f"neighbor ids must be row numbers 0..{len(ids) - 1}; found {near.min()} to "
             f"{near.max()}"
         )
-    return given.clusters[rows], given.clusters[near]
+    return near
 
 
 def _neighbor_consistency(given: _Input) -> float:
@@ -210,16 +228,53 @@ def _neighbor_consistency(given: _Input) -> float:
 
 
 def _neighbor_information(given: _Input) -> float:
-    """Normalized mutual information of an image's cluster and its neighbor's, above chance.
+    """Mutual information of an image's cluster and its neighbor's, above chance; over log K.
 
     The hard-label form of TEMI's objective (arXiv 2303.17896). Beside consistency, which counts
-    images, it counts a small cluster's purity by the information in it. Chance: the lists of
-    neighbors handed to other images.
+    images, it counts a small cluster's purity by the information in it. It is not divided by the
+    clusters' own entropy: so divided, it would be highest where a few clusters hold nearly all
+    images. Chance: the lists of neighbors handed to other images.
     """
     own, near = _nearest(given)
-    repeated = np.repeat(own, near.shape[1])
-    shuffled = np.random.default_rng(given.seed).permutation(near)
-    return _above_chance(_nmi(repeated, near.ravel()), _nmi(repeated, shuffled.ravel()))
+    return _information(own, near, given.num_clusters, given.seed)
+
+
+def _information(own: np.ndarray, near: np.ndarray, clusters: int, seed: int) -> float:
+    """own: int [n]; near: int [n, M]. 0 for a single cluster."""
+    if clusters < 2:
+        return 0.0
+    repeated, shuffled = (
+        np.repeat(own, near.shape[1]),
+        np.random.default_rng(seed).permutation(near),
+    )
+    chance = _mutual_information(repeated, shuffled.ravel()) / np.log(clusters)
+    return _above_chance(
+        _mutual_information(repeated, near.ravel()) / float(np.log(clusters)), float(chance)
+    )
+
+
+def heads_information(
+    assignments: np.ndarray, ids: np.ndarray, clusters: int, seed: int
+) -> np.ndarray:
+    """`neighbor_information` of each head by itself, float64 [H].
+
+    Args:
+        assignments: int [N, H] in 0..L-1; may be memory-mapped, only sampled rows are read.
+        ids: row numbers of the nearest neighbors, best first, int [N, M].
+        clusters: L.
+        seed: draws the rows.
+
+    Raises:
+        DataError: ids that are not row numbers.
+    """
+    rows = np.arange(len(ids))
+    if len(ids) > NEIGHBOR_ROWS:
+        rows = np.sort(np.random.default_rng(seed).choice(len(ids), NEIGHBOR_ROWS, replace=False))
+    near = _neighbors_of(ids, rows)
+    used, where = np.unique(np.concatenate([rows, near.ravel()]), return_inverse=True)
+    columns = np.ascontiguousarray(np.asarray(assignments[used]).T)
+    own, beside = where[: len(rows)], where[len(rows) :].reshape(near.shape)
+    return np.array([_information(c[own], c[beside], clusters, seed) for c in columns])
 
 
 # --- the probe -----------------------------------------------------------------------------------

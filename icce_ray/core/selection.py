@@ -1,8 +1,9 @@
 """Which heads the ensemble keeps, and how much each counts. Label-free.
 
 Choosing some members of an ensemble by quality or by diversity is cluster ensemble selection
-(Fern & Lin, Statistical Analysis and Data Mining 1, 2008, 128-141): a member's quality is its mean
-NMI with the others, and a subset can beat the whole.
+(Fern & Lin, Statistical Analysis and Data Mining 1, 2008, 128-141): there a member's quality is its
+mean NMI with the others, and a subset can beat the whole. Ours by default is what its clusters tell
+of their neighbors' (TEMI's objective on hard labels), which knows more than the other members do.
 
 Shapes: N images, H heads.
 """
@@ -14,22 +15,18 @@ import numpy as np
 from icce_ray.core.consensus import pairwise_nmi
 from icce_ray.errors import ConfigError, DataError
 
-KEEP_BY = ("agreement", "loss", "diversity")
+KEEP_BY = ("information", "agreement", "loss", "diversity")
 WEIGHTS = ("equal", "agreement", "loss")
-
-
-def kept_count(heads: int, keep: float) -> int:
-    """How many of H heads a share of `keep` is: rounded, at least one."""
-    return max(1, round(keep * heads))
 
 
 def head_weights(
     assignments: np.ndarray,
     *,
-    keep: float = 1.0,
+    keep: int | None = None,
     keep_by: str = "agreement",
     weights: str = "equal",
     losses: np.ndarray | None = None,
+    information: np.ndarray | None = None,
     max_rows: int | None = None,
     seed: int = 0,
 ) -> np.ndarray:
@@ -37,13 +34,16 @@ def head_weights(
 
     Args:
         assignments: integers >= 0, [N, H]; may be memory-mapped.
-        keep: share of the heads to keep, in (0, 1]; at least one is kept.
-        keep_by: agreement: highest mean NMI with the other heads. loss: lowest final loss.
+        keep: how many heads to keep, 1 to H. Default: all.
+        keep_by: information: highest `information`. agreement: highest mean NMI with the other
+            heads. loss: lowest final loss.
             diversity: the most agreeing head, then again and again the one whose NMI with the
             nearest kept one is lowest.
         weights: equal; agreement: mean NMI with the other heads; loss: exp(-z), z being the loss in
             standard deviations from the mean of the kept heads.
         losses: final loss of each head [H], for keep_by=loss and weights=loss.
+        information: what each head's clusters tell of their neighbors' [H], for
+            keep_by=information: `scores.heads_information`.
         max_rows: images that the NMI is taken on, at most (a random subset).
         seed: of that subset.
 
@@ -51,43 +51,54 @@ def head_weights(
 
     Raises:
         ConfigError: keep, keep_by or weights that do not exist.
-        DataError: no losses where they are needed, or not H finite ones.
+        DataError: no losses or information where they are needed, or not H finite numbers.
     """
-    _check_choices(keep, keep_by, weights)
     heads = assignments.shape[1]
-    count = kept_count(heads, keep)
-    picks = count < heads
+    keep = heads if keep is None else keep
+    _check_choices(keep, heads, keep_by, weights)
+    picks = keep < heads
     likeness = np.eye(heads)
-    if weights == "agreement" or (picks and keep_by != "loss"):
+    if weights == "agreement" or (picks and keep_by in ("agreement", "diversity")):
         likeness = _likeness(assignments, max_rows, seed)
     values = np.zeros(heads)
     if weights == "loss" or (picks and keep_by == "loss"):
-        values = _checked_losses(losses, heads)
-    kept = _choose(likeness, values, count, keep_by) if picks else np.arange(heads)
+        values = _checked(losses, heads, "final losses")
+    kept = np.arange(heads)
+    if picks and keep_by == "information":
+        kept = _best(_checked(information, heads, "neighbor information"), keep)
+    elif picks:
+        kept = _choose(likeness, values, keep, keep_by)
     out = np.zeros(heads)
     out[kept] = _weigh(_quality(likeness)[kept], values[kept], weights)
     return out
 
 
-def _check_choices(keep: float, keep_by: str, weights: str) -> None:
-    if not 0 < keep <= 1:
-        raise ConfigError(f"consensus.keep={keep} must be above 0 and at most 1")
+def _check_choices(keep: int, heads: int, keep_by: str, weights: str) -> None:
+    if not 1 <= keep <= heads:
+        raise ConfigError(
+            f"{keep} of {heads} heads cannot be kept: consensus.keep is a share of them"
+        )
     if keep_by not in KEEP_BY:
         raise ConfigError(f"unknown consensus.keep_by={keep_by!r}; choose {', '.join(KEEP_BY)}")
     if weights not in WEIGHTS:
         raise ConfigError(f"unknown consensus.weights={weights!r}; choose {', '.join(WEIGHTS)}")
 
 
-def _checked_losses(losses: np.ndarray | None, heads: int) -> np.ndarray:
-    if losses is None:
+def _checked(given: np.ndarray | None, heads: int, what: str) -> np.ndarray:
+    if given is None:
         raise DataError(
-            "the heads' final losses are not known; use consensus.keep_by=agreement and "
+            f"the heads' {what} are not known; use consensus.keep_by=agreement and "
             "consensus.weights=equal"
         )
-    values = np.asarray(losses, np.float64)
+    values = np.asarray(given, np.float64)
     if values.shape != (heads,) or not np.isfinite(values).all():
-        raise DataError(f"the heads' final losses must be {heads} finite numbers")
+        raise DataError(f"the heads' {what} must be {heads} finite numbers")
     return values
+
+
+def _best(quality: np.ndarray, count: int) -> np.ndarray:
+    """Numbers of the heads of highest quality, ascending; ties go to the lower number."""
+    return np.sort(np.argsort(-quality, kind="stable")[:count])
 
 
 def _likeness(assignments: np.ndarray, max_rows: int | None, seed: int) -> np.ndarray:
@@ -112,8 +123,7 @@ def _choose(likeness: np.ndarray, losses: np.ndarray, count: int, keep_by: str) 
     """Numbers of the kept heads, ascending; ties go to the lower number."""
     if keep_by == "diversity":
         return np.sort(_spread(likeness, count))
-    badness = losses if keep_by == "loss" else -_quality(likeness)
-    return np.sort(np.argsort(badness, kind="stable")[:count])
+    return _best(-losses if keep_by == "loss" else _quality(likeness), count)
 
 
 def _spread(likeness: np.ndarray, count: int) -> np.ndarray:

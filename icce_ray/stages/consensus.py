@@ -1,4 +1,5 @@
-"""Stage 5: the heads' clusterings become one. A single Ray task; only label vectors are read.
+"""Stage 5: the heads' clusterings become one. A single Ray task. It reads label vectors, and some
+neighbor lists to tell good heads by.
 
 Writes consensus/part-00000.parquet: image_id, cluster, confidence, in the heads' row order.
 Shapes: N images, H heads, L clusters per head, K clusters.
@@ -16,6 +17,7 @@ from icce_ray.cluster import Cluster, Request, Wait, result
 from icce_ray.config import Config, settings
 from icce_ray.core import consensus as core
 from icce_ray.core import selection
+from icce_ray.core.scores import heads_information
 from icce_ray.errors import ArtifactError
 from icce_ray.stages import Context, Need, Outcome, Size, Stage
 
@@ -50,14 +52,20 @@ def final_losses(run: RunDirectory) -> np.ndarray:
 
 def _weights(run: RunDirectory, config: Config, assignments: np.ndarray) -> np.ndarray:
     """How much each head counts, float64 [H]."""
-    chosen = config.consensus
-    by_loss = "loss" in (chosen.weights, chosen.keep_by if chosen.keep < 1 else None)
+    chosen, count = config.consensus, assignments.shape[1]
+    keep = min(config.kept_heads, count)
+    keep_by = chosen.keep_by if keep < count else None
+    information = None
+    if keep_by == "information":
+        ids = run.matrix("neighbors", "ids")
+        information = heads_information(assignments, ids, config.head_clusters, config.seed)
     return selection.head_weights(
         assignments,
-        keep=chosen.keep,
+        keep=keep,
         keep_by=chosen.keep_by,
         weights=chosen.weights,
-        losses=final_losses(run) if by_loss else None,
+        losses=final_losses(run) if "loss" in (chosen.weights, keep_by) else None,
+        information=information,
         max_rows=chosen.max_rows,
         seed=config.seed,
     )
@@ -131,7 +139,7 @@ def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
 STAGE = Stage(
     name="consensus",
     folder=FOLDER,
-    needs=("heads",),
+    needs=("neighbors", "heads"),
     settings=_settings,
     run=_run,
     estimate=_estimate,

@@ -114,7 +114,7 @@ def test_the_error_names_keys_losses_and_remedies(folder: Path) -> None:
     with pytest.raises(ArtifactError) as error:
         pipeline.run(config(folder, "heads.count=3"), quiet=True)
     text = str(error.value)
-    assert "heads.count: 16 -> 3" in text
+    assert "heads.count: 24 -> 3" in text
     assert "invalidates: heads, consensus, classifier, evaluate, report" in text
     assert "Kept: index, embed, neighbors" in text
     assert "--overwrite" in text and "run_dir" in text
@@ -162,7 +162,7 @@ def test_required_labels_are_missed_early(folder: Path) -> None:
 def test_a_plan_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline.run(config(folder), plan_only=True) == {}
     shown = capsys.readouterr().err
-    assert "D 8" in shown and "H 16" in shown and "K 3" in shown
+    assert "D 8" in shown and "H 24" in shown and "K 3" in shown
     assert all(name in shown for name in pipeline.NAMES)
     assert not (folder / "run").exists()
 

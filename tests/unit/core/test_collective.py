@@ -68,9 +68,9 @@ def test_split_by_heads_only_agreements_are_exchanged() -> None:
 def test_split_by_data_gradients_marginals_and_column_sums_are(iterations: int) -> None:
     sent = sent_per_step("data", sinkhorn_iterations=iterations)
     weights = HEADS * (FEATURES * CLUSTERS + CLUSTERS)  # one linear layer and its bias
-    marginal = HEADS * CLUSTERS
+    marginals = 2 * HEADS * CLUSTERS  # before and after Sinkhorn
     assert sent["all_reduce"] == pytest.approx(
-        2 * (WORLD - 1) / WORLD * (weights + marginal) * FLOAT
+        2 * (WORLD - 1) / WORLD * (weights + marginals) * FLOAT
     )
     assert sent["all_gather"] == (WORLD - 1) * iterations * HEADS * CLUSTERS * FLOAT
 

@@ -68,9 +68,14 @@ def softmax(values):
     return [p / sum(parts) for p in parts]
 
 
-def slow_sinkhorn(rows, s):
+def own(value, head):
+    """A head's own value of a setting."""
+    return value[head % len(value)] if isinstance(value, tuple) else value
+
+
+def slow_sinkhorn(rows, s, head):
     q = [softmax(row) for row in rows]
-    target = slow_target(q, s)
+    target = slow_target(q, s, head)
     for _ in range(s.sinkhorn_iterations):
         sums = [sum(column) for column in zip(*q, strict=True)]
         q = [[v * t / s for v, t, s in zip(row, target, sums, strict=True)] for row in q]
@@ -78,46 +83,48 @@ def slow_sinkhorn(rows, s):
     return q
 
 
-def slow_target(rows, s):
+def slow_target(rows, s, head):
     """Shares of the clusters that are aimed at in the first step."""
     clusters = len(rows[0])
     used = [0.9 / clusters + 0.1 * sum(column) / len(rows) for column in zip(*rows, strict=True)]
     if s.prior is None:
-        shares = [value ** (1 - s.balance) for value in used]
+        shares = [value ** (1 - own(s.balances, head)) for value in used]
         return [value / sum(shares) for value in shares]
     largest = sorted(range(clusters), key=lambda c: -used[c])
     sizes = dict(zip(largest, sorted(s.prior, reverse=True), strict=True))
     return [sizes[c] / sum(s.prior) for c in range(clusters)]
 
 
-def slow_loss(trainer, x, y):
+def slow_loss(trainer, x, y, used):
     """Loss of each head, from the logits on, with one loop per axis of the formula."""
     s, clusters = trainer.settings, trainer.marginal.shape[1]
     logits = trainer.student(trainer.data.rows(torch.cat([x, y]))).detach().double()
-    scaled = (logits / s.temperature).tolist()
+    scaled = [(one / own(s.temperature, h)).tolist() for h, one in enumerate(logits)]
     student = [[softmax(row) for row in head] for head in scaled]
     teacher = student
     if s.sinkhorn:
-        teacher = [slow_sinkhorn(head, s) for head in scaled]
+        teacher = [slow_sinkhorn(one, s, head) for head, one in enumerate(scaled)]
     pairs, heads, every = len(x), len(scaled), range(clusters)
     weights = [
         sum(sum(t[b][c] * t[pairs + b][c] for c in every) for t in teacher) / heads
         for b in range(pairs)
     ]
     out = []
-    even = s.prior is None and s.balance == 1
-    for one, t in zip(student, teacher, strict=True):
-        p = [1.0] * clusters if even else slow_target(one, s)
+    even = s.prior is None and s.balances == 1
+    counted = [[1.0] * pairs] * heads if used is None else used.tolist()
+    for head, (one, t) in enumerate(zip(student, teacher, strict=True)):
+        p = [1.0] * clusters if even else slow_target(one, s, head)
+        beta = own(s.beta, head)
         m = [0.9 / clusters + 0.1 * sum(row[c] for row in t) / (2 * pairs) for c in every]
         total = 0.0
         for b in range(pairs):
             value = 0.0
             for i, j in ((b, pairs + b), (pairs + b, b)):
-                pmi = math.log(sum(p[c] * (one[i][c] * t[j][c]) ** s.beta / m[c] for c in every))
+                pmi = math.log(sum(p[c] * (one[i][c] * t[j][c]) ** beta / m[c] for c in every))
                 entropy = -sum(t[j][c] * math.log(one[i][c]) for c in every)
                 value += (-s.pmi_weight * pmi + s.cross_entropy * entropy) / 2
-            total += value * (weights[b] if s.instance_weights else 1.0)
-        out.append(total / pairs)
+            total += value * counted[head][b] * (weights[b] if s.instance_weights else 1.0)
+        out.append(total / sum(counted[head]))
     return out
 
 
@@ -127,6 +134,13 @@ SWITCHES = {
     "more sinkhorn": {"sinkhorn_iterations": 7},
     "prior": {"prior": (1, 5, 2, 2)},
     "some balance": {"balance": 0.5},
+    "full balance": {"balance": 1},
+    "balance in turn": {"balance": (0.25, 1)},
+    "beta in turn": {"beta": (0.5, 0.9)},
+    "temperature in turn": {"temperature": (0.05, 0.1, 0.3)},
+    "parts of the features": {"feature_share": 0.4},
+    "parts of the images": {"image_share": 0.5},
+    "parts of the neighbors": {"neighbor_share": (0.3, 0.8)},
     "prior without sinkhorn": {"prior": (1, 5, 2, 2), "sinkhorn": False},
     "no balance": {"balance": 0},
     "no weights": {"instance_weights": False},
@@ -163,9 +177,11 @@ def test_a_step_follows_the_losses_own_gradient():
     trainer = make(count=2, weight_decay=0.0, warmup=0.0)
     trainer.start()
     before = trainer.student.last.weight.detach().clone()
-    loss = trainer._loss(*trainer._views(*trainer._draw_pairs())).sum()
+    x, y, used = trainer._draw_pairs()
+    loss = trainer._loss(*trainer._views(x, y), used).sum()
     (gradient,) = torch.autograd.grad(loss, [trainer.student.last.weight])
-    trainer.marginal.fill_(1 / 4)  # as it was before the look ahead
+    for running in (trainer.marginal, trainer.usage):
+        running.fill_(1 / 4)  # as it was before the look ahead
     trainer.step()
     moved = trainer.student.last.weight.detach() - before
     clear = gradient.abs() > 1e-4
@@ -173,6 +189,35 @@ def test_a_step_follows_the_losses_own_gradient():
     np.testing.assert_allclose(
         moved[clear], -trainer.settings.lr * gradient[clear].sign(), rtol=1e-2
     )
+
+
+def test_heads_see_their_own_part_of_the_components_alone():
+    trainer = make(feature_share=0.5, steps=5)
+    trainer.start()
+    train(trainer)
+    for heads in (trainer.student, trainer.teacher):
+        seen = heads.last.weight.detach().any(2)  # [H, P]
+        assert (seen.sum(1) == 6).all()
+        assert len({tuple(row) for row in seen.tolist()}) > 1
+    again = make(feature_share=0.5, steps=10)
+    again.restore([trainer.state()])
+    train(again, 2)
+    assert torch.equal(again.student.last.weight.any(2), seen)
+
+
+def test_heads_are_trained_on_their_own_parts_of_images_and_neighbors():
+    trainer = make(batch_size=4000, image_share=0.7, neighbor_share=(0.5, 1.0))
+    x, y, used = trainer._draw_pairs()
+    for head, near in enumerate((0.5, 1.0, 0.5, 1.0, 0.5)):
+        for image in x.unique():
+            shares = used[head][x == image]
+            assert near == 0.5 or shares.min() == shares.max()  # an image is in the bag or not
+        bag = {int(i) for i in x[used[head] > 0]}
+        assert 0.55 < len(bag) / len(HARD) < 0.85
+        place = (HARD.ids[x] == y.unsqueeze(1)).int().argmax(1)
+        allowed = place < (near * HARD.counts[x]).ceil()
+        assert (allowed | (used[head] == 0)).all()
+    assert not torch.equal(used[1], used[3])
 
 
 def test_heads_do_not_touch_each_other_without_instance_weights():
@@ -189,7 +234,8 @@ def test_heads_do_not_touch_each_other_without_instance_weights():
 
 def test_pairs_are_an_image_and_one_of_its_valid_neighbors():
     trainer = make(batch_size=4000)
-    x, y = trainer._draw_pairs()
+    x, y, used = trainer._draw_pairs()
+    assert used is None
     ids, counts = HARD.ids.numpy(), HARD.counts.numpy()
     assert all(b in ids[a][: counts[a]] for a, b in zip(x.tolist(), y.tolist(), strict=True))
     assert len(x.unique()) == len(HARD)
@@ -200,8 +246,8 @@ def test_pairs_are_an_image_and_one_of_its_valid_neighbors():
 
 def test_pairs_depend_on_seed_and_step_alone():
     one, two, other = make(), make(hidden=(8,)), make(seed=1)
-    first = one._draw_pairs()
-    assert all(map(torch.equal, first, two._draw_pairs()))
+    first = one._draw_pairs()[:2]
+    assert all(map(torch.equal, first, two._draw_pairs()[:2]))
     assert not torch.equal(first[0], other._draw_pairs()[0])
     one.step()
     assert not torch.equal(first[0], one._draw_pairs()[0])
@@ -209,10 +255,12 @@ def test_pairs_depend_on_seed_and_step_alone():
 
 @pytest.mark.parametrize("batch", [64, 63])
 def test_by_data_the_workers_share_out_the_batch(run_workers, batch):
-    whole = sorted(zip(*(p.tolist() for p in make(batch_size=batch)._draw_pairs()), strict=True))
+    whole = sorted(
+        zip(*(p.tolist() for p in make(batch_size=batch)._draw_pairs()[:2]), strict=True)
+    )
 
     def work(group):
-        x, y = make(batch_size=batch, split="data", group=group)._draw_pairs()
+        x, y, _ = make(batch_size=batch, split="data", group=group)._draw_pairs()
         return list(zip(x.tolist(), y.tolist(), strict=True))
 
     assert sorted(pair for part in run_workers(3, work) for pair in part) == whole
@@ -263,7 +311,7 @@ def test_a_prior_and_less_balance_let_clusters_be_unequal():
     true = np.sort(np.bincount(labels))[::-1] / 600
     errors = {}
     for name, options in {
-        "even": {},
+        "even": {"balance": 1.0},
         "free": {"balance": 0.0},
         "given": {"prior": (1, 2, 7)},
     }.items():
@@ -290,7 +338,13 @@ def by_heads(run_workers, world, steps, **options):
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"hidden": (16, 8)}, {"precision": "bfloat16"}, {"sinkhorn": False}, {"balance": 0.5}],
+    [
+        {},
+        {"hidden": (16, 8)},
+        {"precision": "bfloat16"},
+        {"sinkhorn": False},
+        {"balance": (1, 0.5), "image_share": 0.5, "feature_share": 0.5},
+    ],
     ids=str,
 )
 def test_by_heads_any_number_of_workers_finds_the_same(run_workers, world, options):
@@ -576,7 +630,7 @@ def test_heads_are_shared_out_once_and_evenly(count, world):
 
 
 def test_defaults_grow_with_the_number_of_classes():
-    assert [core.default_steps(k) for k in (2, 10, 1000)] == [600, 600, 6000]
+    assert [core.default_steps(k) for k in (2, 10, 1000)] == [1200, 1200, 12000]
     assert [core.default_batch(k) for k in (2, 100, 900)] == [1024, 1024, 4096]
 
 

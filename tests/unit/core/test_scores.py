@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import cohen_kappa_score
+from sklearn.metrics import cohen_kappa_score, mutual_info_score
 from sklearn.metrics import normalized_mutual_info_score as sklearn_nmi
 
 from icce_ray.core import scores
@@ -95,6 +95,37 @@ def test_neighbor_consistency_equals_its_definition(case):
     given_ = {"clusters": labels, "assignments": labels[:, None], "ids": ids}
     found = score(["neighbor_consistency"], features=np.ones((rows, 2)), seed=0, **given_)
     assert found["neighbor_consistency"] == pytest.approx(expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(small)
+def test_neighbor_information_equals_its_definition(case):
+    """Of the consensus and of each head: I(c; c') over log K, above that of shuffled lists."""
+    rows, clusters, seed = case
+    rng = np.random.default_rng(seed)
+    labels, ids = rng.integers(0, clusters, rows), rng.integers(0, rows, (rows, 12))
+    repeated = np.repeat(labels, 10)
+    shuffled = np.random.default_rng(3).permutation(ids[:, :10])
+    value, chance = (
+        mutual_info_score(repeated, labels[near].ravel()) / np.log(clusters)
+        for near in (ids[:, :10], shuffled)
+    )
+    expected = (value - chance) / (1 - chance) if chance < 1 else 0
+    heads = np.stack([labels, np.zeros(rows, int)], axis=1)
+    found = scores.heads_information(heads, ids, clusters, 3)
+    assert found == pytest.approx([expected, 0], abs=1e-9)
+    given_ = {"clusters": labels, "assignments": heads, "ids": ids, "num_clusters": clusters}
+    one = score(["neighbor_information"], features=np.ones((rows, 2)), seed=3, **given_)
+    assert one["neighbor_information"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_neighbor_information_asks_for_many_clusters_in_use():
+    """Merged into fewer ones they are more consistent, and tell less."""
+    arrays = blobs(error=0.2)
+    merged = {**arrays, "clusters": np.where(arrays["clusters"] < 4, 0, arrays["clusters"])}
+    options = {"names": ["neighbor_consistency", "neighbor_information"], "seed": 0}
+    fine, coarse = (score(num_clusters=6, **options, **one) for one in (arrays, merged))
+    assert coarse["neighbor_information"] < fine["neighbor_information"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -187,7 +218,7 @@ def test_names_of_clusters_do_not_matter(good, seed):
         "clusters": rng.permutation(9)[good["clusters"]],
         "assignments": np.stack([rng.permutation(8)[h] for h in good["assignments"].T], axis=1),
     }
-    before, after = all_scores(good, seed), all_scores(renamed, seed)
+    before, after = (all_scores({**one, "num_clusters": 9}, seed) for one in (good, renamed))
     for name in SCORES:
         assert after[name] == pytest.approx(before[name], abs=1e-6)
 
@@ -236,6 +267,7 @@ def test_any_small_input_gives_finite_scores(data):
         ({"clusters": np.zeros(5, int)}, DataError, "there are 5 clusters"),
         ({"clusters": np.zeros(900)}, DataError, "integers"),
         ({"clusters": np.full(900, -1)}, DataError, "codes from 0"),
+        ({"num_clusters": 5}, DataError, "codes from 0 to 4; found 0 to 5"),
         ({"clusters": np.zeros((900, 1), int)}, DataError, r"\[N\]"),
         ({"assignments": np.zeros((900, 0), int)}, DataError, "assignments are"),
         ({"assignments": np.zeros((900, 2))}, DataError, "assignments must be integers"),

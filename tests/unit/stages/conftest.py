@@ -46,7 +46,7 @@ class SyntheticRun:
         self.labels, self.names, self.bad = np.asarray(labels), names, bad
         self.k = int(self.labels.max()) + 1
         self.run = RunDirectory(str(root / "run"))
-        self.config = self._config(root, images, overrides)
+        self.config = self._config(root, images, [f"heads.count={heads}", *overrides])
         self.uris = self._store(root, images, file_name)
         self.rows = np.arange(bad, len(labels))
         self.truth = self.labels[self.rows]

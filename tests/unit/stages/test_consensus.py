@@ -9,6 +9,7 @@ import pytest
 
 from icce_ray import config as configs
 from icce_ray.core.consensus import align
+from icce_ray.core.scores import heads_information
 from icce_ray.errors import ArtifactError, ConfigError
 from icce_ray.stages import consensus, heads
 
@@ -33,6 +34,21 @@ def test_all_heads_count_alike_by_default(solve):
     _, results, _ = solve()
     assert results["head_weights"] == [1.0] * 4
     assert results["heads"] == 4
+
+
+def test_by_default_the_heads_whose_clusters_tell_most_of_neighbors_are_kept(solve):
+    """Of 4 heads all, of 40 a quarter."""
+    _, results, context = solve(heads=40)
+    ids = context.run.matrix("neighbors", "ids")
+    told = heads_information(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
+    best = np.argsort(-told)[:10]
+    assert np.flatnonzero(results["head_weights"]).tolist() == sorted(best.tolist())
+
+
+@pytest.mark.parametrize(("heads", "keep", "count"), [(4, 1e-3, 1), (5, 0.5, 2), (3, 1, 3)])
+def test_a_share_of_the_heads_is_rounded_and_never_empty(heads, keep, count):
+    found = configs.load(TREE, [f"heads.count={heads}", f"consensus.keep={keep}"])
+    assert found.kept_heads == count
 
 
 def test_keep_by_loss_takes_the_heads_of_lowest_final_loss(solve):
