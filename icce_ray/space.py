@@ -71,7 +71,7 @@ def _short(value: float) -> float:
 class Space(Node):
     """The content of a space file."""
 
-    objective: str = "neighbor_consistency"
+    objective: str = "neighbor_information"
     """Label-free score to maximize."""
     trials: Positive = 30
     """Trials that search=random draws."""

@@ -37,7 +37,7 @@ from icce_ray.cluster import Cluster
 from icce_ray.config import Config
 from icce_ray.core import metrics
 from icce_ray.core.head_trainer import default_steps
-from icce_ray.core.scores import SCORES, score
+from icce_ray.core.scores import ACROSS_CLUSTERS, SCORES, score
 from icce_ray.errors import ArtifactError, IcceError, StageError
 from icce_ray.progress import Reporter, duration
 from icce_ray.space import Draws, Space
@@ -230,10 +230,11 @@ def plan_lines(sweep: Sweep, draws: Draws) -> list[str]:
         lines.append(f"left out: {draws.dropped} combinations that are not valid ({draws.why})")
     if sweep.space.search == "random" and total < sweep.space.trials:
         lines.append(f"the space has only {total} valid combinations, fewer than trials asks for")
-    if len({trial.config.num_classes for trial in sweep.trials}) > 1:
+    several = len({trial.config.num_classes for trial in sweep.trials}) > 1
+    if several and sweep.space.objective not in ACROSS_CLUSTERS:
         lines.append(
-            "! num_classes differs between trials: label-free scores favor fewer classes, so "
-            "compare trials of equal num_classes"
+            "! num_classes differs between trials: this score favors fewer classes, so compare "
+            f"trials of equal num_classes, or take objective: {ACROSS_CLUSTERS[0]}"
         )
     if len(groups(sweep.trials, "embed")) > 1:
         lines.append(

@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from icce_ray.config import BackboneConfig, ClassifierConfig
 from icce_ray.core.collective import Alone, Collective
+from icce_ray.core.optimizer import AdamW
 from icce_ray.errors import ArtifactError, DataError, StageError
 
 FORMAT = 1  # of classifier.json
@@ -355,7 +356,7 @@ class _ProbeTrainer:
         self.batch = probe_batch(rows.shape[0], settings.batch_size)
         self.steps = math.ceil(rows.shape[0] / self.batch)  # per epoch
         self.total = self.steps * settings.epochs
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             _groups(model.named_parameters(), settings.lr), weight_decay=settings.weight_decay
         )
 
@@ -438,11 +439,11 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return out.round().clamp(0, 255).to(torch.uint8)
 
 
-def finetune_optimizer(model: FineTuned, settings: ClassifierConfig) -> torch.optim.AdamW:
+def finetune_optimizer(model: FineTuned, settings: ClassifierConfig) -> AdamW:
     """AdamW with backbone_lr for the backbone and lr for the head."""
     groups = _groups(model.backbone.named_parameters(), settings.backbone_lr)
     groups += _groups(model.head.named_parameters(), settings.lr)
-    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    return AdamW(groups, weight_decay=settings.weight_decay)
 
 
 def finetune_step(

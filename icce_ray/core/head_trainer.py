@@ -26,11 +26,12 @@ from icce_ray.config import HeadsConfig
 from icce_ray.core import diversity, losses
 from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.heads import Heads, Projection, head_seed, kmeans_start
+from icce_ray.core.optimizer import AdamW
 from icce_ray.errors import StageError
 
 MARGINAL_MOMENTUM = 0.9  # TEMI: running mean of the teacher's predictions
 ASSIGN_ROWS = 8192  # rows per forward pass when all images are assigned
-STATISTICS_ROWS = 50_000  # rows that the input's mean and deviation are taken from
+STATISTICS_ROWS = 20_000  # rows that the input's mean and deviation are taken from
 START_ROWS = 20_000  # rows that the k-means of a head's start is made on, or 50 per cluster
 
 
@@ -133,9 +134,7 @@ class HeadTrainer:
         decayed = [p for p in self.student.parameters() if p.shape[1] > 1]
         plain = [p for p in self.student.parameters() if p.shape[1] == 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.lr, weight_decay=settings.weight_decay
-        )
+        self.optimizer = AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
         self.step_number = 0
         self._hide_features()
 

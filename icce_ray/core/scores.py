@@ -5,8 +5,8 @@ what chance alone would give is taken off. One giant cluster, which agrees with 
 0. All are measured on random rows drawn by the seed, the same ones for every clustering of the same
 images, so that two settings are compared on equal terms.
 
-No score knows the right number of clusters: each can be had more cheaply with fewer of them. They
-compare settings of equal num_classes.
+All but neighbor_modularity compare settings of equal num_classes alone: each can be had more
+cheaply with fewer clusters.
 
 Shapes: N images, H heads, L clusters per head, K clusters, M neighbors, D features.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from icce_ray.core.consensus import pairwise_nmi
 from icce_ray.errors import ConfigError, DataError
 
+ACROSS_CLUSTERS = ("neighbor_modularity",)  # scores that compare numbers of clusters too
 LABEL_ROWS = 200_000  # rows for scores of label vectors alone
 NEIGHBOR_ROWS = 50_000  # rows whose neighbors are looked at
 NEAREST = 10  # neighbors of each
@@ -37,6 +38,8 @@ SCORES: Mapping[str, str] = {
     "above chance",
     "neighbor_consistency": f"share of the {NEAREST} nearest neighbors in the same cluster, "
     "above chance",
+    "neighbor_modularity": f"the same share of the {NEAREST} nearest neighbors, less "
+    "that by chance: also compares numbers of clusters",
     "neighbor_information": "what an image's cluster tells of its neighbors': their mutual "
     "information, above chance, as a share of the most that so many clusters could tell",
     "generalization": "how well a linear probe trained on some images' clusters predicts those of "
@@ -223,8 +226,23 @@ def _neighbor_consistency(given: _Input) -> float:
     correction is that of Cohen's kappa (1960).
     """
     own, near = _nearest(given)
-    shares = np.bincount(given.clusters) / len(given)
-    return _above_chance(float((near == own[:, None]).mean()), float((shares**2).sum()))
+    return _above_chance(float((near == own[:, None]).mean()), _chance(given.clusters))
+
+
+def _neighbor_modularity(given: _Input) -> float:
+    """agree - c: the modularity of the clusters on the graph of neighbors (Newman & Girvan 2004).
+
+    Below 1 - c even for perfect clusters, so a further cluster raises it as long as it costs fewer
+    agreements than it takes from chance: with 1 / K - 1 / (K + 1) to be won, it can find some tens
+    of clusters, and finds too few of hundreds (Fortunato & Barthelemy, PNAS 104, 2007).
+    """
+    own, near = _nearest(given)
+    return float((near == own[:, None]).mean()) - _chance(given.clusters)
+
+
+def _chance(clusters: np.ndarray) -> float:
+    """That two images share a cluster: sum p_k^2."""
+    return float(((np.bincount(clusters) / len(clusters)) ** 2).sum())
 
 
 def _neighbor_information(given: _Input) -> float:
@@ -346,6 +364,7 @@ _FUNCTIONS: dict[str, Callable[[_Input], float]] = {
     "head_agreement": _head_agreement,
     "consensus_agreement": _consensus_agreement,
     "neighbor_consistency": _neighbor_consistency,
+    "neighbor_modularity": _neighbor_modularity,
     "neighbor_information": _neighbor_information,
     "generalization": _generalization,
 }

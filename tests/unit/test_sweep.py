@@ -344,7 +344,7 @@ def test_the_plan_counts_what_is_needed_and_what_is_there(tmp_path: Path) -> Non
 def test_a_plan_warns_of_scores_that_do_not_compare(tmp_path: Path) -> None:
     config = make_run(tmp_path)
     made, drawn = make_sweep(config, {"search": "grid", "space": {"num_classes": [3, 4]}})
-    assert any("favor fewer classes" in line for line in sweep.plan_lines(made, drawn))
+    assert any("favors fewer classes" in line for line in sweep.plan_lines(made, drawn))
 
 
 def test_how_heads_ended_is_remembered(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_labels_do_not_change_the_ranking(tmp_path: Path) -> None:
 
 def test_scores_that_are_no_numbers_do_not_rank(tmp_path: Path) -> None:
     made = finished_sweep(tmp_path, [0] * ROWS)
-    made.trials[1].scores["neighbor_consistency"] = float("nan")
+    made.trials[1].scores["neighbor_information"] = float("nan")
     assert sweep.rank(made) == [made.trials[0]]
 
 
@@ -432,7 +432,7 @@ def test_best_yaml_is_the_best_trials_config(tmp_path: Path) -> None:
     assert loaded.consensus.method == "mcla"
     states = [step.state for step in pipeline.make_steps(loaded, RunDirectory(loaded.run_dir))]
     assert states[:5] == ["done"] * 5 and states[5] == "run"
-    assert "neighbor_consistency 0.7000" in Path(path).read_text().splitlines()[0]
+    assert "neighbor_information 0.7000" in Path(path).read_text().splitlines()[0]
 
 
 def test_a_sweep_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
