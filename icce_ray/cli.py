@@ -71,10 +71,13 @@ def run(
     Finished stages are skipped and half-done ones resumed, so the same command goes on after a
     crash or Ctrl-C.
     """
-    from icce_ray import pipeline
+    from icce_ray import classes, pipeline
 
-    config = configs.load(name, overrides or [])
+    pipeline.select(first, last)
     started = time.monotonic()
+    config = classes.resolve(name, overrides or [], plan_only=plan, quiet=quiet)
+    if config is None:
+        return
     pipeline.run(config, first=first, last=last, overwrite=overwrite, plan_only=plan, quiet=quiet)
     if not plan:
         _print_end(config.run_dir, time.monotonic() - started)

@@ -355,7 +355,8 @@ class Config(Node):
     """Everything a run is made of."""
 
     num_classes: Annotated[int, Field(ge=2)]
-    """K: clusters to find. Must not exceed the number of images."""
+    """K: clusters to find. Must not exceed the number of images. `icce-ray run` also takes auto, or
+    a range such as 4-30, and tries them all by a label-free score."""
     run_dir: Annotated[str, RUNTIME] = ""
     """Where artifacts go: a folder, s3:// or gs://. Default: runs/NAME, NAME being the config's."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -460,6 +461,11 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     Raises:
         ConfigError: with every problem found, each as dotted key, value, reason and fix.
     """
+    return validate(merge(source, overrides))
+
+
+def merge(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain tree that `load` checks. Raises ConfigError for what cannot be read or set."""
     tree, name = _read(source)
     one = tree.get("backbone") or {}
     if isinstance(one, Mapping):  # so that backbone.name and backbone.0.name both work
@@ -468,7 +474,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         _apply(tree, override)
     if not tree.get("run_dir"):
         tree["run_dir"] = f"runs/{name}"
-    return validate(tree)
+    return tree
 
 
 def validate(tree: Mapping[str, Any]) -> Config:

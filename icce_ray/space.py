@@ -113,12 +113,17 @@ def golden_spaces() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load(source: str | Path, objectives: Sequence[str]) -> tuple[Space, str]:
-    """Read a golden space's name or a YAML file; returns the space and its name.
+def load(
+    source: str | Path | tuple[str, Mapping[str, Any]], objectives: Sequence[str]
+) -> tuple[Space, str]:
+    """Read a golden space's name, a YAML file, or a name and the content of one; returns the space
+    and its name.
 
     Raises:
         ConfigError: with every problem found.
     """
+    if isinstance(source, tuple):
+        return parse(source[1], objectives), source[0]
     known = golden_spaces()
     path = known.get(str(source)) or Path(source)
     if not path.is_file():

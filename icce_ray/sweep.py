@@ -249,7 +249,7 @@ def plan_lines(sweep: Sweep, draws: Draws) -> list[str]:
 
 def run(
     config: Config,
-    source: str,
+    source: str | tuple[str, Mapping[str, Any]],
     *,
     overwrite: bool = False,
     plan_only: bool = False,
@@ -259,7 +259,7 @@ def run(
 
     Args:
         config: the settings that trials do not vary; run_dir is where the sweep goes.
-        source: a golden space's name, or a YAML file.
+        source: a golden space's name, a YAML file, or a name and the content of one.
         overwrite: forget this sweep's results. Artifacts in the store are used all the same: they
             are found by all that they depend on.
 

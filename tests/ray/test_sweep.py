@@ -175,6 +175,24 @@ def test_a_second_run_does_nothing_and_a_wider_space_only_what_is_new(
     assert new == {"consensus", "trials"} and results(finished)["counts"]["done"] == 6
 
 
+def test_the_number_of_classes_is_found_and_the_run_goes_on_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_config(tmp_path, steps=60)
+    arguments = ["run", str(base), "num_classes=4-5", "--until", "consensus"]
+    cli.app(arguments, standalone_mode=False)
+    found = results(tmp_path, "classes")
+    assert found["objective"] == "neighbor_modularity" and found["counts"]["done"] == 2
+    best = found["trials"][0]["settings"]["num_classes"]
+    assert best == CLUSTERS
+    run = RunDirectory(str(tmp_path / "run"))
+    assert config.load(run.path("config.yaml")).num_classes == best
+    assert len(np.unique(run.matrix("consensus", "cluster"))) == best
+    assert not list((tmp_path / "run" / "store").glob("embed*"))  # the run's own were used
+    cli.app([*arguments, "--plan"], standalone_mode=False)
+    assert "2 of 2 head trainings" in capsys.readouterr().err
+
+
 def test_bad_heads_are_stopped_and_failed_ones_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
