@@ -14,6 +14,7 @@ import pytest
 import typer.main
 import yaml
 
+from icce_ray import classes
 from icce_ray import config as configs
 from icce_ray import space as spaces
 from icce_ray.cli import app
@@ -82,7 +83,10 @@ def test_run_commands_resolve(readme: str, tmp_path: Path, monkeypatch: pytest.M
     found = [arguments for arguments in found if arguments[0] != MADE_BY_A_SWEEP]
     assert len(found) >= 7
     for name, *overrides in found:
-        assert configs.load(name, overrides).num_classes >= 2
+        given = configs.merge(name, overrides)["num_classes"]
+        tried = classes.numbers_to_try(given) or [given]  # auto is a sweep first
+        for number in tried:
+            assert configs.load(name, [*overrides, f"num_classes={number}"]).num_classes == number
 
 
 def test_run_directories_of_the_examples_differ(readme: str) -> None:
