@@ -208,7 +208,7 @@ def measure_imbalance(
     np.save(folder / "x.npy", x)
     np.save(folder / "y.npy", y)
     sizes = np.bincount(y).tolist()
-    choices = {"seed": list(seeds), "heads.balance": [0.75, 0.5, 0.25, 0.0], "heads.prior": [sizes]}
+    choices = {"seed": list(seeds), "heads.balance": [1.0, 0.25, 0.0], "heads.prior": [sizes]}
     space = {"search": "each", "early_stop": False, "space": choices}
     (folder / "imbalance.yaml").write_text(yaml.safe_dump(space))
     tree = {
