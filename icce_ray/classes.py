@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from icce_ray import config as configs
 from icce_ray import pipeline, space, sweep
 from icce_ray.artifacts import RunDirectory
@@ -70,11 +72,9 @@ def numbers_to_try(value: Any) -> list[int] | None:
         raise ConfigError(
             f"num_classes={value}: a range goes from 2 or more to a higher number, such as 4-30"
         )
-    steps = min(MOST_TRIED, high - low + 1)
-    spread = [low * (high / low) ** (step / (steps - 1)) for step in range(steps)]
     if high - low < MOST_TRIED:
         return list(range(low, high + 1))
-    return sorted({round(number) for number in spread})
+    return sorted({round(number) for number in np.geomspace(low, high, MOST_TRIED)})
 
 
 def _embed(config: Config, quiet: bool) -> None:

@@ -61,10 +61,13 @@ class _Input:
 
     def sample(self, most: int) -> np.ndarray:
         """Sorted numbers of at most `most` random rows."""
-        if len(self) <= most:
-            return np.arange(len(self))
-        rng = np.random.default_rng(self.seed)
-        return np.sort(rng.choice(len(self), most, replace=False))
+        return _sample(len(self), most, self.seed)
+
+
+def _sample(rows: int, most: int, seed: int) -> np.ndarray:
+    if rows <= most:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
 
 
 def score(
@@ -285,9 +288,7 @@ def heads_information(
     Raises:
         DataError: ids that are not row numbers.
     """
-    rows = np.arange(len(ids))
-    if len(ids) > NEIGHBOR_ROWS:
-        rows = np.sort(np.random.default_rng(seed).choice(len(ids), NEIGHBOR_ROWS, replace=False))
+    rows = _sample(len(ids), NEIGHBOR_ROWS, seed)
     near = _neighbors_of(ids, rows)
     used, where = np.unique(np.concatenate([rows, near.ravel()]), return_inverse=True)
     columns = np.ascontiguousarray(np.asarray(assignments[used]).T)
