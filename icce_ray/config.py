@@ -96,9 +96,10 @@ class BackboneConfig(Node):
 
 
 class EmbedConfig(Node):
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Arithmetic of the backbone. bfloat16 is 3-6 times faster; features differ slightly (cosine
-    0.98 on the worst images measured)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the backbone. bfloat16 is 3-6 times faster where the processor has it, and many
+    times slower where it does not; features differ slightly (cosine 0.98 on the worst images
+    measured). auto: bfloat16 on the GPUs and CPUs that have it, else float32."""
     batch_size: Annotated[Positive, RUNTIME] = 256
     """Images per forward pass of one actor."""
     shard_size: Annotated[Positive, RUNTIME] = 8192

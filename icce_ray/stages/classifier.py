@@ -61,7 +61,7 @@ def _task(config: Config) -> dict[str, Any]:
         "backbone": [one.model_dump(mode="json") for one in config.backbone],
         "num_classes": config.num_classes,
         "seed": config.seed,
-        "bfloat16": config.embed.precision == "bfloat16",
+        "precision": config.embed.precision,
     }
 
 
@@ -411,7 +411,7 @@ def _epoch(
         batches,
         position,
         task["seed"],
-        bfloat16=task["bfloat16"],
+        bfloat16=backbones.arithmetic(task["precision"], worker.device) == "bfloat16",
         collective=worker.collective,
         on_step=progress,
     )

@@ -79,7 +79,8 @@ class Embedder:
     def __init__(
         self, configs: Sequence[BackboneConfig], slots: Sequence[int], precision: str
     ) -> None:
-        self.configs, self.slots, self.precision = configs, slots, precision
+        self.configs, self.slots = configs, slots
+        self.precision: Any = precision  # as asked for; once loaded, what the device computes in
         self.backbones: list[Any] = []
 
     def load(self, device: torch.device) -> list[dict[str, Any]]:
@@ -87,7 +88,8 @@ class Embedder:
         from icce_ray.core import backbone as core
 
         loaded = [core.load(config) for config in self.configs]
-        described = [one.describe() for one in loaded]
+        self.precision = core.arithmetic(self.precision, device)
+        described = [{**one.describe(), "precision": self.precision} for one in loaded]
         self.backbones = [one.to(device) for one in loaded]
         return described
 
@@ -164,6 +166,11 @@ class Gatherer:
             run.write_json(self.loaded.backbones, FOLDER, BACKBONES)
             for line in self.loaded.describe():
                 self.context.reporter.say(line)
+            if self.loaded.mixed:
+                self.context.reporter.event(
+                    "some images were embedded in float32, others in bfloat16, as their machines "
+                    "compute; to have all alike, name one by embed.precision and add --overwrite"
+                )
         good = np.array([not reason for reason in batch["reason"]])
         ids = batch["image_id"]
         self._check_features(ids[good & ~batch["valid"]])
@@ -196,7 +203,7 @@ class Gatherer:
         return {
             "backbones": self.loaded.backbones,
             "features": sum(one["features"] for one in self.loaded.backbones),
-            "precision": self.context.config.embed.precision,
+            "precision": self.loaded.precision,
             "quarantined": bad,
             "images_per_second": round(self.rate, 1),
         }

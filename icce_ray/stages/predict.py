@@ -192,14 +192,15 @@ class Predictor:
 
     def load(self, device: torch.device) -> list[dict[str, Any]]:
         from icce_ray.core import classifier as core
+        from icce_ray.core.backbone import arithmetic
 
         weights = self.run.read_bytes(CLASSIFIER, WEIGHTS)
         self.classifier = core.load(weights, self.run.read_json(CLASSIFIER, DESCRIPTION))
-        described = (
-            [self.classifier.backbone.describe()] if self.finetuned else self.embedder.load(device)
-        )
         self.classifier = self.classifier.to(device).eval()
-        return described
+        if not self.finetuned:
+            return self.embedder.load(device)
+        precision = self.embedder.precision = arithmetic(self.embedder.precision, device)
+        return [{**self.classifier.backbone.describe(), "precision": precision}]
 
     def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
         """`cluster` int32 [B], `confidence` float32 [B], and `valid`: finite."""
@@ -262,7 +263,9 @@ class _Work:
     def _expected(self) -> list[Mapping[str, Any]]:
         """Backbones with the hash of their weights, as the run had them."""
         found = self.description["backbone"]
-        return list(found) if all("sha256" in one for one in found) else []
+        if not all("sha256" in one for one in found):
+            return []
+        return [{k: v for k, v in one.items() if k != "precision"} for one in found]
 
     def _open(self, resumed: bool) -> Shards:
         size, total = self.config.embed.shard_size, self.table.num_rows

@@ -422,8 +422,18 @@ class Loaded:
         self.backbones = [dict(one) for one in expected]
         self._seen = False
 
+    @property
+    def precision(self) -> str:
+        """Arithmetic of the actors so far; of several, joined by `and`."""
+        return str(self.backbones[0].get("precision", "")) if self.backbones else ""
+
+    @property
+    def mixed(self) -> bool:
+        return " and " in self.precision
+
     def see(self, notes: np.ndarray) -> bool:
-        """Take in the notes of a batch. Returns True where they are the first of this process.
+        """Take in the notes of a batch. Returns True where they are the first of this process, or
+        tell of another arithmetic.
 
         Raises:
             StageError: an actor with other weights than the first, or than an earlier run.
@@ -441,13 +451,17 @@ class Loaded:
                         "now. All workers need the same file; after a change of weights add "
                         "--overwrite, or choose another run_dir."
                     )
+                known = one.setdefault("precision", other["precision"])
+                if other["precision"] not in known:
+                    one["precision"], first = f"{known} and {other['precision']}", True
         return first
 
     def describe(self) -> list[str]:
         """One line per backbone."""
         return [
             f"backbone {one['name']}: {one['source']}, sha256 {one['sha256'][:12]}, "
-            f"D {one['features']}, {one['input_size']} x {one['input_size']} pixels"
+            f"D {one['features']}, {one['input_size']} x {one['input_size']} pixels, "
+            f"{one['precision']}"
             for one in self.backbones
         ]
 

@@ -111,6 +111,15 @@ def test_bfloat16_is_close_and_has_no_gradient() -> None:
     assert found(images).requires_grad  # what fine-tuning needs
 
 
+def test_auto_takes_bfloat16_only_where_the_device_has_it(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    for known, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda k=known: k)
+        assert core.arithmetic("auto", cpu) == expected
+        assert core.arithmetic("float32", cpu) == "float32"
+        assert core.arithmetic("bfloat16", cpu) == "bfloat16"
+
+
 def test_join_averages_the_cosines() -> None:
     generator = torch.Generator().manual_seed(0)
     spaces = [torch.randn(5, width, generator=generator) * 10 for width in (4, 9, 30)]
