@@ -22,7 +22,7 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -389,7 +389,7 @@ class RunDirectory:
             with self.node_lock(target):
                 if not target.exists():
                     _remove_stale(target, f"{name}-{column}-*.npy")
-                    self._build_matrix(folder, column, done.rows, target)
+                    self.write_matrix(target, done.rows, self._parts(folder, column, done.rows))
         return np.load(target, mmap_mode="r", allow_pickle=False)
 
     def matrix_name(self, folder: str) -> str:
@@ -448,27 +448,34 @@ class RunDirectory:
         finally:
             path.with_suffix(".tmp").unlink(missing_ok=True)
 
-    def _build_matrix(self, folder: str, column: str, rows: int, target: Path) -> None:
-        # Plain writes, not a writable map: on a full disk a map kills the process.
-        temporary = target.with_suffix(".tmp")
+    def _parts(self, folder: str, column: str, rows: int) -> Iterator[np.ndarray]:
+        """A column's shards one by one. Raises ArtifactError: not of one shape, or not N rows."""
         names = [n for n in self.list(folder, ".parquet") if not n.startswith("quarantine")]
-        start, shape, dtype = 0, None, None
+        first, found = None, 0
+        for name in names:
+            part = to_matrix(self.read_table(folder, name, columns=[column])[column])
+            kind = (part.shape[1:], part.dtype)
+            first, found = first or kind, found + len(part)
+            if kind != first:
+                raise ArtifactError(f"{self.path(folder, name)} does not fit {names[0]}")
+            yield part
+        if first is None or found != rows:
+            raise ArtifactError(
+                f"{self.path(folder)} has {found} rows, its manifest {rows}. Run that stage again "
+                "(--overwrite)."
+            )
+
+    def write_matrix(self, target: Path, rows: int, parts: Iterable[np.ndarray]) -> None:
+        """A node file of N rows from consecutive parts [., ...], whole or not at all."""
+        # Plain writes, not a writable map: on a full disk a map kills the process.
+        temporary, begun = target.with_suffix(".tmp"), False
         try:
             with temporary.open("wb") as stream:
-                for name in names:
-                    part = to_matrix(self.read_table(folder, name, columns=[column])[column])
-                    if shape is None:
-                        shape, dtype = (rows, *part.shape[1:]), part.dtype
-                        _write_npy_header(stream, shape, dtype)
-                    if part.shape[1:] != shape[1:] or part.dtype != dtype:
-                        raise ArtifactError(f"{self.path(folder, name)} does not fit {names[0]}")
+                for part in parts:
+                    if not begun:
+                        _write_npy_header(stream, (rows, *part.shape[1:]), part.dtype)
+                        begun = True
                     stream.write(np.ascontiguousarray(part).data)
-                    start += len(part)
-            if shape is None or start != rows:
-                raise ArtifactError(
-                    f"{self.path(folder)} has {start} rows, its manifest {rows}. Run that stage "
-                    "again (--overwrite)."
-                )
             temporary.replace(target)
         except OSError as error:
             raise self._cache_error(error, target) from None

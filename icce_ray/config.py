@@ -133,6 +133,9 @@ class NeighborsConfig(Node):
     """Every image keeps at least this many, below the threshold if need be."""
     mutual: bool = False
     """Keep a neighbor only where both images have each other (min_neighbors still holds)."""
+    pca: Positive | None = 256
+    """Principal components that neighbors are searched in; most of the cost is in the rest. null:
+    the embeddings as they are."""
     search: Literal["auto", "exact", "ivf"] = "auto"
     """exact: brute force. ivf: approximate, faiss inverted lists. auto: exact where it takes less
     than about an hour on the devices found, else ivf."""

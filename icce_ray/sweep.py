@@ -157,7 +157,7 @@ def _list_places(
 
 
 def _list_print(config: Config, prints: Mapping[str, str]) -> str:
-    search = {"search": config.neighbors.search, "nprobe": config.neighbors.nprobe}
+    search = {name: getattr(config.neighbors, name) for name in neighbors.SEARCHED}
     return fingerprint("top", search, {"embed": prints["embed"]})
 
 
@@ -441,8 +441,12 @@ def _own_lists_serve(run: RunDirectory, trial: Trial, most: int) -> bool:
     if done is None or embedded is None or done.inputs.get("embed") != embedded.id:
         return False
     old, new = done.settings["neighbors"], trial.config.neighbors
-    same = old["search"] == new.search and old["nprobe"] == new.nprobe and not old["mutual"]
-    return same and min(old["max_neighbors"], done.rows - 1) >= min(most, done.rows - 1)
+    same = all(old.get(name) == getattr(new, name) for name in neighbors.SEARCHED)
+    return (
+        same
+        and not old["mutual"]
+        and min(old["max_neighbors"], done.rows - 1) >= min(most, done.rows - 1)
+    )
 
 
 def _make_nearest(trial: Trial) -> None:

@@ -25,13 +25,12 @@ from torch.nn import functional as F
 from icce_ray.config import HeadsConfig
 from icce_ray.core import diversity, losses
 from icce_ray.core.collective import Alone, Collective
-from icce_ray.core.heads import Heads, Projection, head_seed, kmeans_start
+from icce_ray.core.heads import Heads, head_seed, kmeans_start
 from icce_ray.core.optimizer import AdamW
 from icce_ray.errors import StageError
 
 MARGINAL_MOMENTUM = 0.9  # TEMI: running mean of the teacher's predictions
 ASSIGN_ROWS = 8192  # rows per forward pass when all images are assigned
-STATISTICS_ROWS = 20_000  # rows that the input's mean and deviation are taken from
 START_ROWS = 20_000  # rows that the k-means of a head's start is made on, or 50 per cluster
 
 
@@ -69,34 +68,6 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.counts)
-
-
-def fit_projection(embeddings: np.ndarray, components: int | None, seed: int) -> Projection:
-    """The projection that the settings ask for, from a sample of float16 embeddings [N, D]."""
-    rows, features = embeddings.shape
-    chosen = np.arange(rows)
-    if rows > STATISTICS_ROWS:
-        generator = np.random.default_rng(seed)
-        chosen = np.sort(generator.choice(rows, STATISTICS_ROWS, replace=False))
-    sample = torch.from_numpy(np.asarray(embeddings[chosen], dtype=np.float32))
-    if components is None or components >= features:
-        projection = Projection(features, features)
-        projection.center.copy_(sample.mean(0))
-        return projection
-    return Projection(features, components).fit(sample)
-
-
-@torch.no_grad()
-def project(embeddings: np.ndarray, projection: Projection, device: torch.device) -> Tensor:
-    """All rows projected: float16 [N, P] on the device, without a copy of the embeddings."""
-    projection = projection.to(device)
-    out = torch.empty(
-        len(embeddings), projection.basis.shape[1], dtype=torch.float16, device=device
-    )
-    for start in range(0, len(out), ASSIGN_ROWS):
-        part = np.asarray(embeddings[start : start + ASSIGN_ROWS], dtype=np.float32)
-        out[start : start + len(part)] = projection(torch.from_numpy(part).to(device)).half()
-    return out
 
 
 class HeadTrainer:

@@ -81,37 +81,6 @@ class BatchedNorm(nn.Module):
         return x * gain + (self.shift - mean * gain)
 
 
-class Projection(nn.Module):
-    """The heads' input: centered embeddings on their leading principal components, unit rows.
-
-    Dropping the trailing components removes noise and most of the cost. Their relative sizes are
-    kept: whitening, or batch normalization of the input, let noise dominate in our trials.
-    """
-
-    center: Tensor
-    basis: Tensor
-
-    def __init__(self, features: int, components: int) -> None:
-        super().__init__()
-        self.register_buffer("center", torch.zeros(features))
-        self.register_buffer("basis", torch.eye(features)[:, :components].contiguous())
-
-    def fit(self, sample: Tensor) -> Projection:
-        """Center and components of a sample of embeddings, float [N, D]."""
-        center = sample.double().mean(0)
-        centered = sample.double() - center
-        _, vectors = torch.linalg.eigh(centered.T @ centered)
-        basis = vectors.flip(1)[:, : self.basis.shape[1]]
-        largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-        self.center.copy_(center)
-        self.basis.copy_(basis * largest.sign())  # eigenvectors have no sign of their own
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, D] -> [B, P]."""
-        return F.normalize((x - self.center) @ self.basis, dim=-1)
-
-
 class Heads(nn.Module):
     """The heads numbered `numbers`, of the H that a run trains.
 

@@ -26,11 +26,9 @@ from icce_ray.core.head_trainer import (
     HeadTrainer,
     default_batch,
     default_steps,
-    fit_projection,
     merge_states,
-    project,
 )
-from icce_ray.core.heads import Projection
+from icce_ray.core.projection import Projection, fit_projection, project
 from icce_ray.errors import ArtifactError
 from icce_ray.stages import Context, Need, Outcome, Size, Stage, training
 

@@ -17,6 +17,7 @@ from icce_ray.progress import duration
 from icce_ray.stages import Context, Need, Outcome, Size, Stage
 
 FOLDER = "neighbors"
+SEARCHED = ("pca", "search", "nprobe")  # settings of the search; the others are the rule's
 RAW = "top"  # working folder: what the tasks write, before the rule is applied
 TOP = f"{FOLDER}/{RAW}"
 NEAREST = "nearest"  # of a sweep: the best few ids of every row, which all its trials share
@@ -45,18 +46,43 @@ def _approximate(config: NeighborsConfig, exact: float) -> bool:
 # --- in the tasks --------------------------------------------------------------------------------
 
 
+def searched(run: RunDirectory, pca: int | None) -> np.ndarray:
+    """What neighbors are searched in: the embeddings, or their leading principal components, which
+    the first task of a node writes to a file. float16 [N, D or P], unit rows."""
+    import torch
+
+    from icce_ray.core.projection import fit_projection, projected
+
+    matrix, done = run.matrix("embeddings", "embedding"), run.manifest("embeddings")
+    assert done is not None
+    if pca is None or pca >= matrix.shape[1]:
+        return matrix
+    path = run.node_file(f"components-{pca}-{done.id}.npy")
+    with run.node_lock(path):
+        if not path.exists():
+            projection = fit_projection(matrix, pca, seed=0)
+            parts = projected(matrix, projection, torch.device("cpu"))
+            run.write_matrix(path, len(matrix), (part.numpy() for part in parts))
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
 def _search_task(
-    run: RunDirectory, start: int, stop: int, most: int, ivf: bool, nprobe: int, cpus: int
+    run: RunDirectory,
+    start: int,
+    stop: int,
+    most: int,
+    ivf: bool,
+    config: NeighborsConfig,
+    cpus: int,
 ) -> int:
     """Search one query shard and write it. Returns the rows done."""
     import torch
 
     torch.set_num_threads(cpus)
-    matrix = run.matrix("embeddings", "embedding")
+    matrix = searched(run, config.pca)
     if ivf:
-        ids, similarity = core.search_ivf(
-            _ivf_index(run, matrix), matrix, start, stop, most, nprobe
-        )
+        index = _ivf_index(run, matrix)
+        ids, similarity = core.search_ivf(index, matrix, start, stop, most, config.nprobe)
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         ids, similarity = core.search(matrix, start, stop, most, device)
@@ -77,7 +103,7 @@ def _ivf_index(run: RunDirectory, matrix: np.ndarray) -> Any:
     import torch
 
     done = run.manifest("embeddings")
-    path = run.node_file(f"ivf-{done.id if done else 'none'}.faiss")
+    path = run.node_file(f"ivf-{matrix.shape[1]}-{done.id if done else 'none'}.faiss")
     with run.node_lock(path):
         if not path.exists():
             with run.writing(path):
@@ -136,7 +162,8 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
     gpus = cluster.gpus_each(config.num_gpus)
     Wait(cluster, context.reporter, [Request(1, gpus)], ADVICE).until_there()
     have, cpus = cluster.resources(), cluster.cpus_each(1, gpus)
-    seconds = exact_seconds(rows, features, have.cpus, have.gpus if gpus else 0)
+    width = min(features, config.pca or features)
+    seconds = exact_seconds(rows, width, have.cpus, have.gpus if gpus else 0)
     ivf = _approximate(config, seconds)
     if config.search == "auto" and ivf:
         context.reporter.say(
@@ -144,9 +171,7 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
             "(neighbors.search=exact to insist)"
         )
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(_search_task)
-    refs = [
-        task.remote(run, start, stop, most, ivf, config.nprobe, cpus) for start, stop in missing
-    ]
+    refs = [task.remote(run, start, stop, most, ivf, config, cpus) for start, stop in missing]
     finished = rows - sum(stop - start for start, stop in missing)
     wait = Wait(cluster, context.reporter, [Request(cpus, gpus)], ADVICE)
     with context.reporter.bar("neighbors", rows, "images", done=finished) as bar:
@@ -235,14 +260,18 @@ def _write(run: RunDirectory, selection: core.Selection) -> None:
 
 
 def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    images, features = size.images or 0, size.features or 1024
+    images, given = size.images or 0, size.features or 1024
+    features = min(given, config.neighbors.pca or given)
+    components = 2.0 * images * features if features < given else 0.0
     lists = images * min(config.neighbors.max_neighbors, max(images, 1)) * 6
     chunk = (core.QUERY_CHUNK + features) * core.BASE_CHUNK * 4
     # Nothing is started to find out what there is; a cluster is taken to search exactly.
     cores = os.cpu_count() or 1
     seconds = exact_seconds(images, features, cores, 0) if cluster.is_local else 0.0
     index = core.ivf_bytes(images, features) if _approximate(config.neighbors, seconds) else 0.0
-    return Need(memory=max(2 * lists, index) + chunk, disk=2 * lists, where="Ray tasks")
+    return Need(
+        memory=max(2 * lists, index) + chunk, disk=2 * lists + components, where="Ray tasks"
+    )
 
 
 STAGE = Stage(

@@ -8,7 +8,8 @@ import torch
 
 from icce_ray.config import ClassifierConfig, HeadsConfig
 from icce_ray.core import classifier, neighbors
-from icce_ray.core.head_trainer import Data, HeadTrainer, fit_projection, project
+from icce_ray.core.head_trainer import Data, HeadTrainer
+from icce_ray.core.projection import fit_projection, project
 
 pytestmark = pytest.mark.gpu
 

@@ -79,20 +79,31 @@ def trained(context: Context) -> tuple[np.ndarray, Outcome]:
 # --- neighbors -----------------------------------------------------------------------------------
 
 
-def brute(most: int) -> np.ndarray:
+def brute(most: int, matrix: np.ndarray | None = None) -> np.ndarray:
     """Similarities to the best `most` neighbors, float64."""
-    x = blobs()[0].astype(np.float64)
+    x = (blobs()[0] if matrix is None else matrix).astype(np.float64)
     scores = x @ x.T
     np.fill_diagonal(scores, -np.inf)
     return -np.sort(-scores, axis=1)[:, :most]
 
 
+def search_part(context: Context, start: int, stop: int) -> None:
+    """What one task of the search does."""
+    neighbors._search_task(context.run, start, stop, 20, False, context.config.neighbors, 1)
+
+
 @pytest.mark.parametrize("search", ["exact", "ivf"])
-def test_neighbors_in_shards_are_those_of_the_whole(tmp_path: Path, search: str) -> None:
-    overrides = ["neighbors.query_rows=170", f"neighbors.search={search}", "neighbors.nprobe=1000"]
-    run = with_neighbors(tmp_path, overrides).run
+@pytest.mark.parametrize("components", [None, 5])
+def test_neighbors_in_shards_are_those_of_the_whole(
+    tmp_path: Path, search: str, components: int | None
+) -> None:
+    settings = {"query_rows": 170, "search": search, "nprobe": 1000, "pca": components}
+    run = with_neighbors(tmp_path, [f"neighbors.{k}={v}" for k, v in settings.items()]).run
     ids, counts = run.matrix("neighbors", "ids"), run.matrix("neighbors", "count")
-    np.testing.assert_allclose(run.matrix("neighbors", "similarity"), brute(20), atol=2e-3)
+    searched = neighbors.searched(run, components)
+    assert searched.shape == (ROWS, components or FEATURES)
+    expected = brute(20) if components is None else brute(20, searched)
+    np.testing.assert_allclose(run.matrix("neighbors", "similarity"), expected, atol=2e-3)
     assert (ids != np.arange(ROWS)[:, None]).all() and ids.min() >= 0
     assert (run.matrix("neighbors", "image_id") == np.arange(2, ROWS + 2)).all()
     assert counts.min() >= 5 and counts.max() <= 20
@@ -105,7 +116,9 @@ def test_a_resumed_search_may_cut_the_rows_anew(tmp_path: Path) -> None:
     """Shards of another size than now must not pass for finished ones."""
     context = make_run(tmp_path, ["neighbors.query_rows=100"])
     for start in (0, 100, 300):
-        neighbors._search_task(context.run, start, start + 100, 20, False, 1, 1)
+        neighbors._search_task(
+            context.run, start, start + 100, 20, False, context.config.neighbors, 1
+        )
     context.config = config.load(
         {**context.config.model_dump(), "neighbors": {"max_neighbors": 20, "query_rows": 150}}
     )
@@ -117,7 +130,9 @@ def test_a_resumed_search_may_cut_the_rows_anew(tmp_path: Path) -> None:
 def test_done_shards_are_not_searched_again(tmp_path: Path) -> None:
     context = make_run(tmp_path, ["neighbors.query_rows=300"])
     for start in (0, 300):
-        neighbors._search_task(context.run, start, start + 300, 20, False, 1, 1)
+        neighbors._search_task(
+            context.run, start, start + 300, 20, False, context.config.neighbors, 1
+        )
     shards = sorted((tmp_path / "neighbors" / "top").iterdir())
     before = [shard.stat().st_mtime_ns for shard in shards]
     neighbors._search_shards(context, ROWS, FEATURES, 20)

@@ -40,7 +40,7 @@ data: {{labels: none}}
 backbone: {{name: test_resnet, pretrained: false, image_size: 32}}
 embed: {{precision: float32, shard_size: 24, batch_size: 8, min_actors: 2, max_actors: 2,
          num_gpus: 0}}
-neighbors: {{query_rows: 120, num_gpus: 1, max_neighbors: 20}}
+neighbors: {{query_rows: 120, num_gpus: 1, max_neighbors: 20, pca: null}}
 heads: {{count: 5, steps: 60, batch_size: 256, checkpoint_every: 20, num_workers: 2,
          min_workers: 1, num_gpus: 0}}
 classifier: {{kind: finetune, epochs: 2, batch_size: 24, num_workers: 2, min_workers: 1,

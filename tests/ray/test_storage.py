@@ -23,6 +23,7 @@ from icce_ray import cli, config, pipeline, storage
 from icce_ray.artifacts import RunDirectory, to_matrix
 from icce_ray.core import backbone as backbones
 from icce_ray.core import neighbors as nearest
+from icce_ray.core.projection import fit_projection, project
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -141,8 +142,10 @@ def _check_embeddings(
     images = np.stack([model.transform(Image.open(file).convert("RGB")) for file in files])
     expected = torch.nn.functional.normalize(model.embed(torch.from_numpy(images)), dim=-1)
     found = column(run, "embeddings", "embedding")
-    assert (found * expected.numpy()).sum(1).min() > 0.97  # it worked in bfloat16
-    _, similarity = nearest.search(found, 0, IMAGES, 100, "cpu")
+    assert (found * expected.numpy()).sum(1).min() > 0.97  # where there is bfloat16, it is used
+    cpu, components = torch.device("cpu"), config.NeighborsConfig().pca
+    searched = project(found, fit_projection(found, components, 0), cpu).numpy()
+    _, similarity = nearest.search(searched, 0, IMAGES, 100, "cpu")
     stored = column(run, "neighbors", "similarity")
     np.testing.assert_allclose(stored, similarity[:, : stored.shape[1]], atol=2e-3)
 

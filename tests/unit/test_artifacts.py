@@ -521,9 +521,9 @@ def test_a_full_disk_while_a_matrix_is_built(run, disk_fails):
 def test_many_readers_build_one_matrix(run, monkeypatch):
     matrix = write_embeddings(run, 20)
     finish(run, rows=20)
-    built, build = [], RunDirectory._build_matrix
+    built, build = [], RunDirectory.write_matrix
     monkeypatch.setattr(
-        RunDirectory, "_build_matrix", lambda self, *a: (built.append(a), build(self, *a))
+        RunDirectory, "write_matrix", lambda self, *a: (built.append(a), build(self, *a))
     )
     found = []
     readers = [

@@ -285,7 +285,7 @@ def test_separated_blobs_are_found(options):
 
 
 def test_training_lowers_the_loss_and_keeps_clusters_alive():
-    trainer = make(steps=60)
+    trainer = make(steps=60, balance=0.5)
     first = trainer.step().mean()
     train(trainer, 58)
     assert trainer.step().mean() < first
@@ -632,26 +632,3 @@ def test_heads_are_shared_out_once_and_evenly(count, world):
 def test_defaults_grow_with_the_number_of_classes():
     assert [core.default_steps(k) for k in (2, 10, 1000)] == [1200, 1200, 12000]
     assert [core.default_batch(k) for k in (2, 100, 900)] == [1024, 1024, 4096]
-
-
-@pytest.mark.parametrize("components", [None, 4, 99])
-def test_projection_of_all_rows_in_pieces(monkeypatch, components):
-    embeddings = np.random.default_rng(0).normal(size=(70, 9)).astype(np.float16)
-    projection = core.fit_projection(embeddings, components, 0)
-    monkeypatch.setattr(core, "ASSIGN_ROWS", 16)
-    out = core.project(embeddings, projection, CPU)
-    assert out.shape == (70, 4 if components == 4 else 9) and out.dtype == torch.float16
-    assert not out.is_inference()  # autograd must be able to save rows of it
-    expected = projection(torch.from_numpy(embeddings).float())
-    np.testing.assert_allclose(out, expected, atol=1e-3)
-    if components != 4:  # all of them: only centered
-        centered = embeddings.astype(np.float32) - embeddings.astype(np.float32).mean(0)
-        centered /= np.linalg.norm(centered, axis=1, keepdims=True)
-        np.testing.assert_allclose(out, centered, atol=2e-3)
-
-
-def test_projection_is_fitted_on_a_sample_that_repeats(monkeypatch):
-    monkeypatch.setattr(core, "STATISTICS_ROWS", 40)
-    embeddings = np.random.default_rng(0).normal(size=(90, 6)).astype(np.float16)
-    one, two, other = (core.fit_projection(embeddings, 3, seed) for seed in (0, 0, 1))
-    assert torch.equal(one.basis, two.basis) and not torch.equal(one.center, other.center)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA
 from torch import nn
 from torch.nn import functional as F
 
-from icce_ray.core.heads import Heads, Projection, head_seed, kmeans_start, lloyd
+from icce_ray.core.heads import Heads, head_seed, kmeans_start, lloyd
 
 COUNT, ROWS, FEATURES, CLUSTERS = 4, 33, 12, 5
 
@@ -137,36 +136,6 @@ def test_seeds_of_heads_do_not_meet():
     seeds = {head_seed(seed, number) for seed in range(4) for number in range(500)}
     assert len(seeds) == 2000
     make(numbers=[0], seed=2**31 - 1)  # the largest seed that the settings allow
-
-
-# --- projection ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("components", [1, 5, 12])
-def test_projection_is_pca_on_unit_rows(components):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(200, 12)) * np.geomspace(4, 0.2, 12) + rng.normal(size=12)
-    projection = Projection(12, components).fit(torch.from_numpy(x.astype(np.float32)))
-    expected = PCA(components, svd_solver="full").fit(x).transform(x)
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    found = projection(torch.from_numpy(x).float()).numpy()
-    signs = np.sign((found * expected).sum(0))
-    np.testing.assert_allclose(found * signs, expected, atol=1e-3)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-
-
-def test_signs_of_the_components_do_not_depend_on_row_order():
-    x = unit_rows(80)
-    one, two = (Projection(FEATURES, 6).fit(rows).basis for rows in (x, x.flip(0)))
-    torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
-
-
-def test_projection_of_fewer_rows_than_components_is_finite():
-    x = unit_rows(3)
-    out = Projection(FEATURES, 8).fit(x)(x)
-    assert out.shape == (3, 8) and out.isfinite().all()
-    same = Projection(FEATURES, 4).fit(x[:1].expand(5, -1))(x[:1])  # the center itself
-    assert same.isfinite().all()
 
 
 # --- k-means start -------------------------------------------------------------------------------

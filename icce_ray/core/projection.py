@@ -1,0 +1,84 @@
+"""Embeddings on their leading principal components: what heads see, and neighbors are searched in.
+
+Shapes: N rows, B rows of a batch, D features, P components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STATISTICS_ROWS = 20_000  # rows that center and components are taken from
+PROJECTED_ROWS = 8192  # rows projected at a time
+
+
+class Projection(nn.Module):
+    """Centered embeddings on their leading principal components, unit rows.
+
+    Dropping the trailing components removes noise and most of the cost. Their relative sizes are
+    kept: whitening, or batch normalization of the input, let noise dominate in our trials.
+    """
+
+    center: Tensor
+    basis: Tensor
+
+    def __init__(self, features: int, components: int) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(features))
+        self.register_buffer("basis", torch.eye(features)[:, :components].contiguous())
+
+    def fit(self, sample: Tensor) -> Projection:
+        """Center and components of a sample of embeddings, float [N, D]."""
+        center = sample.double().mean(0)
+        centered = sample.double() - center
+        _, vectors = torch.linalg.eigh(centered.T @ centered)
+        basis = vectors.flip(1)[:, : self.basis.shape[1]]
+        largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+        self.center.copy_(center)
+        self.basis.copy_(basis * largest.sign())  # eigenvectors have no sign of their own
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, P]."""
+        return F.normalize((x - self.center) @ self.basis, dim=-1)
+
+
+def fit_projection(embeddings: np.ndarray, components: int | None, seed: int) -> Projection:
+    """The projection that the settings ask for, from a sample of float16 embeddings [N, D]."""
+    rows, features = embeddings.shape
+    chosen = np.arange(rows)
+    if rows > STATISTICS_ROWS:
+        generator = np.random.default_rng(seed)
+        chosen = np.sort(generator.choice(rows, STATISTICS_ROWS, replace=False))
+    sample = torch.from_numpy(np.asarray(embeddings[chosen], dtype=np.float32))
+    if components is None or components >= features:
+        projection = Projection(features, features)
+        projection.center.copy_(sample.mean(0))
+        return projection
+    return Projection(features, components).fit(sample)
+
+
+@torch.no_grad()
+def projected(
+    embeddings: np.ndarray, projection: Projection, device: torch.device
+) -> Iterator[Tensor]:
+    """Consecutive rows projected, float16 [., P] on the device; N x D embeddings are only read."""
+    projection = projection.to(device)
+    for start in range(0, len(embeddings), PROJECTED_ROWS):
+        part = np.asarray(embeddings[start : start + PROJECTED_ROWS], dtype=np.float32)
+        yield projection(torch.from_numpy(part).to(device)).half()
+
+
+def project(embeddings: np.ndarray, projection: Projection, device: torch.device) -> Tensor:
+    """All rows projected: float16 [N, P] on the device, without a copy of the embeddings."""
+    width = projection.basis.shape[1]
+    out = torch.empty(len(embeddings), width, dtype=torch.float16, device=device)
+    start = 0
+    for part in projected(embeddings, projection, device):
+        out[start : start + len(part)] = part
+        start += len(part)
+    return out
