@@ -36,7 +36,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 _Each = TypeVar("_Each")
 PerHead = Union[_Each, Annotated[tuple[_Each, ...], Field(min_length=1)]]  # noqa: UP007
-BALANCES = (0.5, 0.25)  # heads.balance, where it is not given
+BALANCES = (0.5, 0.25, 0.0)  # heads.balance, where it is not given
 KEEP_SHARE, KEEP_LEAST = 0.25, 8  # consensus.keep, likewise
 
 
@@ -210,8 +210,8 @@ class HeadsConfig(Node):
     """How far clusters are evened out, where no prior is given; one number, or several that heads
     take in turn. The size aimed at goes with the share s that the teacher gives a cluster by
     itself, as s^(1 - balance): 1 makes all equal, 0 leaves them alone, and between them classes of
-    unequal size keep a part of their difference. Default: 0.5 and 0.25 in turn, of which
-    consensus.keep takes what fits the data."""
+    unequal size keep a part of their difference. Of several, the consensus takes the heads of the
+    one that fits the data best (neighbor_evidence). Default: 0.5, 0.25 and 0 in turn."""
     feature_share: Share = 1.0
     """Share of the components that each head sees, a random part of its own."""
     image_share: Share = 1.0
@@ -260,6 +260,12 @@ class HeadsConfig(Node):
             return 1.0 if self.balance is None else self.balance
         return BALANCES
 
+    @property
+    def groups(self) -> int:
+        """Into how many groups of one balance the heads fall."""
+        balances = self.balances
+        return len(set(balances[: self.count])) if isinstance(balances, tuple) else 1
+
     @model_validator(mode="after")
     def _enough_workers(self) -> HeadsConfig:
         _check_workers(self.min_workers, self.num_workers)
@@ -272,8 +278,8 @@ class ConsensusConfig(Node):
     Ghosh 2002. hbgf: Fern & Brodley 2004. dawid-skene: a confusion matrix per head, fitted by EM
     from MCLA's result."""
     keep: Share | None = None
-    """Share of the heads that enter the ensemble, rounded; at least one does. Default: a quarter,
-    but no fewer than 8."""
+    """Share of the heads that enter the ensemble, rounded, of those of the heads.balance that fits
+    best; at least one does. Default: a quarter of all, but no fewer than 8, if so many have it."""
     keep_by: Literal["information", "agreement", "loss", "diversity"] = "information"
     """Which heads are kept. information: those whose clusters tell most of their neighbors'.
     agreement: highest mean NMI with the others. loss: lowest final loss. diversity: the most
@@ -418,19 +424,17 @@ class Config(Node):
             raise ValueError(
                 f"{over}consensus.method=voting cannot merge clusters; choose another method"
             )
-        if self.kept_heads < 2:
+        if self.kept_heads(self.heads.count // self.heads.groups) < 2:
             raise ValueError(
                 f"{over}nothing tells how one head's clusters merge; raise heads.count or "
-                "consensus.keep"
+                "consensus.keep, or give a single heads.balance"
             )
 
-    @property
-    def kept_heads(self) -> int:
-        """Heads that enter the ensemble."""
-        count, keep = self.heads.count, self.consensus.keep
-        if keep is None:
-            return min(count, max(KEEP_LEAST, round(KEEP_SHARE * count)))
-        return max(1, round(keep * count))
+    def kept_heads(self, fitting: int) -> int:
+        """Heads that enter the ensemble, of so many of one balance."""
+        if self.consensus.keep is not None:
+            return max(1, round(self.consensus.keep * fitting))
+        return min(fitting, max(KEEP_LEAST, round(KEEP_SHARE * self.heads.count)))
 
     @property
     def head_clusters(self) -> int:

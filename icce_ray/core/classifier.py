@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
+from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,6 +51,7 @@ PREDICT_ROWS = 8192  # rows per forward pass of a probe
 SMALL_EPOCH = 50  # with few rows, batches shrink until an epoch has this many steps
 CHECK_EVERY = 50  # steps at most between looks at the loss: each look waits for the device
 CHECK_SECONDS = 2.0  # ... and seconds at most
+TEMPERATURES = (math.log(0.05), math.log(50.0))  # between which calibration looks
 CLIP = 1.0  # fine-tuning: largest norm of the gradient
 CROP = (0.6, 1.0)  # fine-tuning: share of the image's area that a random crop keeps
 
@@ -385,6 +387,37 @@ class _ProbeTrainer:
         self.group.all_reduce_mean_([*grads, loss, hits])
         self.optimizer.step()
         return loss, hits
+
+
+@torch.no_grad()
+def calibrate(classifier: Classifier, features: Matrix, confidence: np.ndarray) -> float:
+    """Divide the logits by the temperature at which probabilities are as sure as the consensus.
+
+    A probe of pseudo-labels is as good as certain of nearly every one, right or wrong. Temperature
+    scaling (Guo et al., ICML 2017) changes no prediction; for want of labels, the most probable
+    cluster counts as right as often as the consensus is confident. Returns the temperature.
+
+    Args:
+        features: unit rows [N, D] that it was trained on.
+        confidence: of the consensus, [N], 0..1.
+    """
+    rows = np.linspace(0, len(features) - 1, min(len(features), STATISTICS_ROWS)).astype(np.int64)
+    source = _Rows(features, classifier.out.weight.device)
+    parts = torch.from_numpy(rows).split(PREDICT_ROWS)
+    logits = torch.cat([classifier(source.take(part)).double().cpu() for part in parts])
+    wanted = float(np.mean(confidence[rows], dtype=np.float64))
+
+    def excess(log_temperature: float) -> float:
+        scaled = logits * math.exp(-log_temperature)
+        return float(scaled.softmax(1).amax(1).mean()) - wanted
+
+    low, high = TEMPERATURES
+    if excess(low) <= 0 or excess(high) >= 0:  # nothing to match: one cluster, or no confidence
+        return 1.0
+    temperature = math.exp(brentq(excess, low, high, xtol=1e-3))
+    for parameter in (classifier.out.weight, classifier.out.bias):
+        parameter.div_(temperature)
+    return temperature
 
 
 # --- prediction ----------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Label-free scores of a clustering, to compare settings where nobody knows the classes.
 
 Each is at most 1, higher is better, and about 0 for random labels whatever the number of clusters:
-what chance alone would give is taken off. One giant cluster, which agrees with everything, scores
-0. All are measured on random rows drawn by the seed, the same ones for every clustering of the same
-images, so that two settings are compared on equal terms.
+what chance alone would give is taken off (neighbor_evidence is below 0 for them). One giant
+cluster, which agrees with everything, scores 0. All are measured on random rows drawn by the seed,
+the same ones for every clustering of the same images, so that two settings are compared on equal
+terms.
 
 All but neighbor_modularity compare settings of equal num_classes alone: each can be had more
 cheaply with fewer clusters.
@@ -27,6 +28,7 @@ ACROSS_CLUSTERS = ("neighbor_modularity",)  # scores that compare numbers of clu
 LABEL_ROWS = 200_000  # rows for scores of label vectors alone
 NEIGHBOR_ROWS = 50_000  # rows whose neighbors are looked at
 NEAREST = 10  # neighbors of each
+EVIDENCE = 1.7  # neighbors of each that count as independent witnesses; see _neighbor_evidence
 PROBE_ROWS = 20_000  # rows for the linear probe; more where clusters are many
 PROBE_ROWS_EACH = 40  # so many for each cluster
 PROBE_ROWS_MOST = 50_000
@@ -42,6 +44,8 @@ SCORES: Mapping[str, str] = {
     "that by chance: also compares numbers of clusters",
     "neighbor_information": "what an image's cluster tells of its neighbors': their mutual "
     "information, above chance, as a share of the most that so many clusters could tell",
+    "neighbor_evidence": f"{EVIDENCE} times that information, less what naming the cluster takes: "
+    "also compares clusters of equal and of unequal sizes",
     "generalization": "how well a linear probe trained on some images' clusters predicts those of "
     "others, above chance",
 }
@@ -274,10 +278,31 @@ def _information(own: np.ndarray, near: np.ndarray, clusters: int, seed: int) ->
     )
 
 
-def heads_information(
+def _neighbor_evidence(given: _Input) -> float:
+    """(a I - H) / (a - 1), with I as above, H the clusters' entropy over log K, a = EVIDENCE.
+
+    Information alone is highest for clusters of equal size, also where classes are not; agreement
+    alone where few clusters hold nearly all images. As a model of the graph of neighbors (Karrer &
+    Newman, Physical Review E 83, 2011) clusters earn I for each link of an image, and cost H to
+    name; but links of one image tell much the same. How many independent ones they are worth was
+    found by trial, with labels: jobs/benchmarks/README.md.
+    """
+    own, near = _nearest(given)
+    information = _information(own, near, given.num_clusters, given.seed)
+    return _evidence(information, own, given.num_clusters)
+
+
+def _evidence(information: float, own: np.ndarray, clusters: int) -> float:
+    if clusters < 2:
+        return 0.0
+    cost = _entropy(np.bincount(own)) / float(np.log(clusters))
+    return (EVIDENCE * information - cost) / (EVIDENCE - 1)
+
+
+def heads_alone(
     assignments: np.ndarray, ids: np.ndarray, clusters: int, seed: int
-) -> np.ndarray:
-    """`neighbor_information` of each head by itself, float64 [H].
+) -> tuple[np.ndarray, np.ndarray]:
+    """`neighbor_information` and `neighbor_evidence` of each head by itself, float64 [H] each.
 
     Args:
         assignments: int [N, H] in 0..L-1; may be memory-mapped, only sampled rows are read.
@@ -293,7 +318,9 @@ def heads_information(
     used, where = np.unique(np.concatenate([rows, near.ravel()]), return_inverse=True)
     columns = np.ascontiguousarray(np.asarray(assignments[used]).T)
     own, beside = where[: len(rows)], where[len(rows) :].reshape(near.shape)
-    return np.array([_information(c[own], c[beside], clusters, seed) for c in columns])
+    information = [_information(c[own], c[beside], clusters, seed) for c in columns]
+    pairs = zip(information, columns, strict=True)
+    return np.array(information), np.array([_evidence(i, c[own], clusters) for i, c in pairs])
 
 
 # --- the probe -----------------------------------------------------------------------------------
@@ -367,5 +394,6 @@ _FUNCTIONS: dict[str, Callable[[_Input], float]] = {
     "neighbor_consistency": _neighbor_consistency,
     "neighbor_modularity": _neighbor_modularity,
     "neighbor_information": _neighbor_information,
+    "neighbor_evidence": _neighbor_evidence,
     "generalization": _generalization,
 }

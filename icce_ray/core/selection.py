@@ -10,6 +10,9 @@ Shapes: N images, H heads.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 from icce_ray.core.consensus import pairwise_nmi
@@ -17,6 +20,24 @@ from icce_ray.errors import ConfigError, DataError
 
 KEEP_BY = ("information", "agreement", "loss", "diversity")
 WEIGHTS = ("equal", "agreement", "loss")
+
+
+def likeliest(evidence: np.ndarray, groups: Sequence[float]) -> np.ndarray:
+    """Numbers of the heads of the group whose better half has the highest mean evidence, ascending;
+    where none has any (a collapsed head has 0, a poor one less), those of the first group.
+
+    Args:
+        evidence: of each head, [H]: `scores.heads_alone`.
+        groups: what heads of one group share, [H], such as how far their clusters are balanced.
+            Heads that aim at different sizes of clusters make a bad ensemble: not one is right.
+    """
+    members = {value: np.flatnonzero(np.array(groups) == value) for value in dict.fromkeys(groups)}
+
+    def quality(heads: np.ndarray) -> float:
+        return float(np.sort(evidence[heads])[-math.ceil(len(heads) / 2) :].mean())
+
+    best = max(members.values(), key=quality)
+    return best if quality(best) > 0 else next(iter(members.values()))
 
 
 def head_weights(
@@ -43,7 +64,7 @@ def head_weights(
             standard deviations from the mean of the kept heads.
         losses: final loss of each head [H], for keep_by=loss and weights=loss.
         information: what each head's clusters tell of their neighbors' [H], for
-            keep_by=information: `scores.heads_information`.
+            keep_by=information: `scores.heads_alone`.
         max_rows: images that the NMI is taken on, at most (a random subset).
         seed: of that subset.
 

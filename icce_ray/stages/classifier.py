@@ -113,6 +113,7 @@ def _fit_probe(
         on_step=on_step,
         device=device,
     )
+    core.calibrate(model, features, np.asarray(run.matrix("consensus", "confidence")))
     clusters, confidence = core.predict(model, features, device)
     state = {f"model.{k}": v.cpu().contiguous() for k, v in model.state_dict().items()}
     return {

@@ -16,8 +16,10 @@ from icce_ray.artifacts import CONSENSUS_SCHEMA, RunDirectory
 from icce_ray.cluster import Cluster, Request, Wait, result
 from icce_ray.config import Config, settings
 from icce_ray.core import consensus as core
-from icce_ray.core import selection
-from icce_ray.core.scores import heads_information
+from icce_ray.core import diversity, selection
+from icce_ray.core.confidence import NEIGHBORS, supported
+from icce_ray.core.neighbors import reference_k
+from icce_ray.core.scores import heads_alone
 from icce_ray.errors import ArtifactError
 from icce_ray.stages import Context, Need, Outcome, Size, Stage
 
@@ -50,32 +52,45 @@ def final_losses(run: RunDirectory) -> np.ndarray:
     return losses[-max(1, round(LAST_LOSSES * len(losses))) :].mean(axis=0)
 
 
-def _weights(run: RunDirectory, config: Config, assignments: np.ndarray) -> np.ndarray:
-    """How much each head counts, float64 [H]."""
+def _weights(
+    run: RunDirectory, config: Config, assignments: np.ndarray
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """How much each head counts, float64 [H]; and the balance whose heads are merged, if several
+    were trained."""
     chosen, count = config.consensus, assignments.shape[1]
-    keep = min(config.kept_heads, count)
-    keep_by = chosen.keep_by if keep < count else None
-    information = None
-    if keep_by == "information":
+    groups = diversity.in_turn(config.heads.balances, range(count))
+    fitting, information, info = np.arange(count), None, {}
+    several = len(set(groups)) > 1
+    if several or (config.kept_heads(count) < count and _by(config, "information")):
         ids = run.matrix("neighbors", "ids")
-        information = heads_information(assignments, ids, config.head_clusters, config.seed)
-    return selection.head_weights(
-        assignments,
-        keep=keep,
+        information, evidence = heads_alone(assignments, ids, config.head_clusters, config.seed)
+        if several:
+            fitting = selection.likeliest(evidence, groups)
+            info = {"balance": groups[fitting[0]], "head_evidence": evidence.tolist()}
+    weights = np.zeros(count)
+    weights[fitting] = selection.head_weights(
+        assignments[:, fitting],
+        keep=config.kept_heads(len(fitting)),
         keep_by=chosen.keep_by,
         weights=chosen.weights,
-        losses=final_losses(run) if "loss" in (chosen.weights, keep_by) else None,
-        information=information,
+        losses=final_losses(run)[fitting] if _by(config, "loss") else None,
+        information=None if information is None else information[fitting],
         max_rows=chosen.max_rows,
         seed=config.seed,
     )
+    return weights, info
+
+
+def _by(config: Config, measure: str) -> bool:
+    """Whether heads are chosen or weighed by a measure."""
+    return measure in (config.consensus.keep_by, config.consensus.weights)
 
 
 def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Runs in the task, which opens the assignments on its own node."""
     assignments = run.matrix("heads", "assignments")
     chosen = config.consensus
-    weights = _weights(run, config, assignments)
+    weights, choice = _weights(run, config, assignments)
     found = core.consensus(
         assignments,
         config.num_classes,
@@ -87,8 +102,16 @@ def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, d
         seed=config.seed,
     )
     agreement = core.head_agreement(assignments, config.head_clusters, max_rows=chosen.max_rows)
-    info = {**found.info, "head_weights": weights.tolist(), "head_agreement": agreement}
-    return found.labels, found.confidence, info
+    confidence = supported(found.confidence, found.labels, _nearest(run, config))
+    told = {"head_weights": weights.tolist(), "head_agreement": agreement, **choice}
+    info = {**found.info, **told}
+    return found.labels, confidence, info
+
+
+def _nearest(run: RunDirectory, config: Config) -> np.ndarray:
+    """The neighbors that confidence goes by, int [N, M]."""
+    ids = run.matrix("neighbors", "ids")
+    return ids[:, : reference_k(NEIGHBORS, len(ids), config.num_classes, ids.shape[1])]
 
 
 def _run(context: Context) -> Outcome:
@@ -112,8 +135,9 @@ def _task(context: Context) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
 def _summary(info: dict[str, Any], confidence: float) -> str:
     every = len(info["head_weights"])
     kept = f"{every}" if info["heads"] == every else f"{info['heads']} of {every}"
+    aim = f" (heads.balance={info['balance']:g})" if "balance" in info else ""
     text = (
-        f"consensus of {kept} heads by {info['method']}: heads agree with an NMI of "
+        f"consensus of {kept} heads{aim} by {info['method']}: heads agree with an NMI of "
         f"{info['head_agreement']:.2f}, mean confidence {confidence:.2f}"
     )
     if info["empty_clusters"]:

@@ -6,6 +6,7 @@ alone; labels are looked at between steps, for the curve.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from benchmarks.tables import markdown, open_labeled
 
 POINTS = 40  # of a curve
 SCORED_ROWS = 20_000  # that accuracy is measured on
+FIRST_SECOND = 1.0  # where drawings begin
 TEMI_EPOCHS = 100
 TEMI_BATCH = 512
 
@@ -65,13 +67,14 @@ def measure_pace(
 
     from icce_ray.config import HeadsConfig
     from icce_ray.core import head_trainer as core
+    from icce_ray.core.projection import fit_projection
     from icce_ray.stages.heads import load_data
 
     run, config, known = open_labeled(run_dir)
     matrix, curves = run.matrix("embeddings", "embedding"), {}
     for name, changes in recipes(len(matrix)).items():
         settings = HeadsConfig.model_validate({"count": heads, **changes})
-        projection = core.fit_projection(matrix, settings.pca, seed)
+        projection = fit_projection(matrix, settings.pca, seed)
         data = load_data(run, projection, torch.device("cpu"))
         steps = settings.steps or core.default_steps(config.num_classes)
         trainer = core.HeadTrainer(data, settings, config.num_classes, seed, steps)
@@ -135,28 +138,51 @@ COLORS = ("#1764ab", "#6baed6", "#31a354", "#d95f0e")
 
 
 def pace_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> None:
-    """Accuracy of the mean head over seconds, as an SVG file."""
+    """Accuracy and loss of the mean head over seconds, side by side, as an SVG file."""
     from icce_ray import charts
 
-    every = [point for points in curves.values() for point in points]
-    times, values = ([p[key] for p in every] for key in ("seconds", "mean"))
-    plot = charts.Plot(
-        (0, max(times)),
-        charts.padded(values),
-        label="Accuracy of single heads over the seconds of their training, by recipe",
-        x_title="seconds of training",
-        y_format=charts.percent,
-    )
-    ends = []
-    for number, (name, points) in enumerate(curves.items()):
-        plot.line([p["seconds"] for p in points], [p["mean"] for p in points], f"line c{number}")
-        ends.append((points[-1]["mean"], number, name))
-    for place, (_, number, name) in enumerate(sorted(ends, reverse=True)):
-        plot.text(charts.WIDTH - 14, 96 + 14 * place, name, "end", f"note t{number}")
+    panels = [
+        _panel(curves, "mean", "accuracy of single heads", charts.percent),
+        _panel(curves, "loss", "loss, each recipe's own", charts.short),
+    ]
+    for line, name in enumerate(curves):
+        height = charts.HEIGHT - charts.BOTTOM - 10 - 14 * (len(curves) - 1 - line)
+        panels[0].text(charts.WIDTH - 14, height, name, "end", f"note t{line}")
+    width, height = 2 * charts.WIDTH, charts.HEIGHT
     colors = "".join(f".c{i}{{stroke:{c}}} .t{i}{{fill:{c}}}" for i, c in enumerate(COLORS))
-    text = str(plot.svg()).replace(
-        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="570" height="315" ', 1
+    parts = "".join(
+        f'<svg x="{place * charts.WIDTH}" width="{charts.WIDTH}" height="{height}">'
+        f"{''.join(panel.marks)}</svg>"
+        for place, panel in enumerate(panels)
     )
-    text = text.replace(">", f"><style>{STYLE}{colors}</style>", 1)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
+    out.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{1.25 * width}" role="img" aria-label="{panels[0].label}; {panels[1].label}">'
+        f"<style>{STYLE}{colors}</style>{parts}</svg>\n"
+    )
+
+
+def _panel(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str, shown: Any
+) -> Any:
+    """One value over the seconds, on a scale of powers: the recipes differ by as much."""
+    from icce_ray import charts
+
+    drawn = {
+        name: [p for p in points if p["seconds"] >= FIRST_SECOND and math.isfinite(p[key])]
+        for name, points in curves.items()
+    }
+    every = [point for points in drawn.values() for point in points]
+    plot = charts.Plot(
+        (FIRST_SECOND, max(point["seconds"] for point in every)),
+        charts.padded([point[key] for point in every]),
+        label=f"{title} over the seconds of training, by recipe",
+        x_title=f"{title}, over seconds of training",
+        x_log=True,
+        y_format=shown,
+    )
+    for number, points in enumerate(drawn.values()):
+        places, values = ([point[name] for point in points] for name in ("seconds", key))
+        plot.line(places, values, f"line c{number}")
+    return plot

@@ -82,6 +82,26 @@ def test_wrong_labels_of_low_weight_are_ignored() -> None:
     assert accuracy(fooled, x, y) < 0.5
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("wanted", [0.4, 0.8])
+def test_calibration_makes_probabilities_as_sure_as_asked(kind: str, wanted: float) -> None:
+    x, y = blobs(1500, 5, spread=0.3)
+    model, _ = fit(x, y, 5, kind=kind)
+    before, _ = C.predict(model, x)
+    temperature = C.calibrate(model, x, np.full(len(x), wanted))
+    after, confidence = C.predict(model, x)
+    assert (after == before).all() and temperature != 1
+    assert confidence.mean() == pytest.approx(wanted, abs=0.01)
+
+
+def test_calibration_that_nothing_can_meet_changes_nothing() -> None:
+    x, y = blobs(300, 5)
+    model, _ = fit(x, y, 5)
+    expected = C.predict(model, x)[1]
+    assert C.calibrate(model, x, np.full(len(x), 0.1)) == 1.0  # below 1 / K
+    assert (C.predict(model, x)[1] == expected).all()
+
+
 def test_small_data_gets_small_batches() -> None:
     assert C.probe_batch(1, 1024) == 1
     assert C.probe_batch(1797, 1024) == 36

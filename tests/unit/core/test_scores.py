@@ -56,7 +56,8 @@ def test_perfect_clusters_score_about_one_and_worse_ones_less(good):
     perfect, worse = all_scores(blobs()), all_scores(blobs(error=0.5))
     for name in SCORES:
         assert perfect[name] > (0.8 if name in scores.ACROSS_CLUSTERS else 0.9)  # 1 - 1 / 6
-        assert perfect[name] > all_scores(good)[name] > worse[name] > 0.02
+        assert perfect[name] > all_scores(good)[name] > worse[name]
+        assert worse[name] > 0.02 or name == "neighbor_evidence"
 
 
 @pytest.mark.parametrize("clusters", [2, 6, 120])
@@ -67,7 +68,9 @@ def test_random_labels_score_about_zero(clusters):
     for seed in range(8):
         arrays["clusters"] = rng.integers(0, clusters, 1000)
         arrays["assignments"] = rng.integers(0, clusters, (1000, 6))
-        draws.append(list(all_scores(arrays, seed).values()))
+        found = all_scores(arrays, seed)
+        assert found.pop("neighbor_evidence") < -0.9  # naming clusters costs, and earns nothing
+        draws.append(list(found.values()))
     assert np.abs(np.mean(draws, axis=0)).max() < 0.05
 
 
@@ -75,8 +78,8 @@ def test_one_giant_cluster_scores_lowest():
     arrays = blobs(error=0.3)
     flat = {key: np.zeros_like(arrays[key]) for key in ("clusters", "assignments")}
     collapsed, usual = all_scores({**arrays, **flat}), all_scores(arrays)
-    for name in SCORES:
-        assert collapsed[name] == 0.0 < usual[name]
+    assert set(collapsed.values()) == {0.0}
+    assert all(usual[name] > 0 for name in SCORES if name != "neighbor_evidence")
     nearly = flat["clusters"].copy()
     nearly[:3] = 1
     for name in ("neighbor_consistency", "neighbor_information", "generalization"):
@@ -102,7 +105,8 @@ def test_neighbor_consistency_equals_its_definition(case):
 @settings(max_examples=25, deadline=None)
 @given(small)
 def test_neighbor_information_equals_its_definition(case):
-    """Of the consensus and of each head: I(c; c') over log K, above that of shuffled lists."""
+    """Of the consensus and of each head: I(c; c') over log K, above that of shuffled lists; and
+    evidence: a times that, less the entropy over log K."""
     rows, clusters, seed = case
     rng = np.random.default_rng(seed)
     labels, ids = rng.integers(0, clusters, rows), rng.integers(0, rows, (rows, 12))
@@ -114,11 +118,45 @@ def test_neighbor_information_equals_its_definition(case):
     )
     expected = (value - chance) / (1 - chance) if chance < 1 else 0
     heads = np.stack([labels, np.zeros(rows, int)], axis=1)
-    found = scores.heads_information(heads, ids, clusters, 3)
-    assert found == pytest.approx([expected, 0], abs=1e-9)
+    information, evidence = scores.heads_alone(heads, ids, clusters, 3)
+    assert information == pytest.approx([expected, 0], abs=1e-9)
+    shares = np.bincount(labels) / rows
+    cost = -sum(p * np.log(p) for p in shares if p) / np.log(clusters)
+    weighed = (scores.EVIDENCE * expected - cost) / (scores.EVIDENCE - 1)
+    assert evidence == pytest.approx([weighed, 0], abs=1e-9)
     given_ = {"clusters": labels, "assignments": heads, "ids": ids, "num_clusters": clusters}
-    one = score(["neighbor_information"], features=np.ones((rows, 2)), seed=3, **given_)
+    names = ["neighbor_information", "neighbor_evidence"]
+    one = score(names, features=np.ones((rows, 2)), seed=3, **given_)
     assert one["neighbor_information"] == pytest.approx(expected, abs=1e-9)
+    assert one["neighbor_evidence"] == pytest.approx(weighed, abs=1e-9)
+
+
+def chained(sizes, noise=0.05):
+    """Classes in a row, and neighbors: nearby images of one's class, or, rarely, any image."""
+    rng = np.random.default_rng(0)
+    ends = np.cumsum(sizes)
+    truth, count = np.repeat(np.arange(len(sizes)), sizes), int(ends[-1])
+    near = np.arange(count)[:, None] + rng.integers(-200, 201, (count, 10))
+    near = near.clip((ends - sizes)[truth][:, None], ends[truth][:, None] - 1)
+    return truth, np.where(
+        rng.random((count, 10)) < noise, rng.integers(0, count, near.shape), near
+    )
+
+
+def test_evidence_tells_classes_of_unequal_sizes_from_equal_cuts():
+    """Information prefers four clusters of equal size, most of them cut from one class."""
+    truth, ids = chained(np.array([2600, 900, 380, 120]))
+    cuts = np.arange(len(truth)) * 4 // len(truth)
+    information, evidence = scores.heads_alone(np.stack([truth, cuts], axis=1), ids, 4, 0)
+    assert information[0] < information[1]
+    assert evidence[0] > evidence[1]
+
+
+def test_evidence_tells_classes_of_equal_size_from_merged_ones():
+    truth, ids = chained(np.array([1000] * 4))
+    merged = np.maximum(truth, 1) - 1
+    _, evidence = scores.heads_alone(np.stack([truth, merged], axis=1), ids, 4, 0)
+    assert evidence[0] > evidence[1]
 
 
 def test_neighbor_modularity_is_highest_at_the_number_of_clusters_there_are():

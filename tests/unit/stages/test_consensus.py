@@ -9,7 +9,7 @@ import pytest
 
 from icce_ray import config as configs
 from icce_ray.core.consensus import align
-from icce_ray.core.scores import heads_information
+from icce_ray.core.scores import heads_alone
 from icce_ray.errors import ArtifactError, ConfigError
 from icce_ray.stages import consensus, heads
 
@@ -30,17 +30,20 @@ def solve(make_run, make_context):
     return run
 
 
+ALIKE = "heads.balance=0.5"
+
+
 def test_all_heads_count_alike_by_default(solve):
-    _, results, _ = solve()
+    _, results, _ = solve(ALIKE)
     assert results["head_weights"] == [1.0] * 4
     assert results["heads"] == 4
 
 
 def test_by_default_the_heads_whose_clusters_tell_most_of_neighbors_are_kept(solve):
     """Of 4 heads all, of 40 a quarter."""
-    _, results, context = solve(heads=40)
+    _, results, context = solve(ALIKE, heads=40)
     ids = context.run.matrix("neighbors", "ids")
-    told = heads_information(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
+    told, _ = heads_alone(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
     best = np.argsort(-told)[:10]
     assert np.flatnonzero(results["head_weights"]).tolist() == sorted(best.tolist())
 
@@ -48,11 +51,23 @@ def test_by_default_the_heads_whose_clusters_tell_most_of_neighbors_are_kept(sol
 @pytest.mark.parametrize(("heads", "keep", "count"), [(4, 1e-3, 1), (5, 0.5, 2), (3, 1, 3)])
 def test_a_share_of_the_heads_is_rounded_and_never_empty(heads, keep, count):
     found = configs.load(TREE, [f"heads.count={heads}", f"consensus.keep={keep}"])
-    assert found.kept_heads == count
+    assert found.kept_heads(heads) == count
+
+
+def test_only_heads_of_the_balance_that_fits_are_merged(solve):
+    """Heads take three balances in turn."""
+    _, results, context = solve("heads.balance=[1,0.5,0]", heads=30)
+    ids = context.run.matrix("neighbors", "ids")
+    _, evidence = heads_alone(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
+    best = max(range(3), key=lambda turn: np.sort(evidence[turn::3])[-5:].mean())
+    assert results["balance"] == [1, 0.5, 0][best]
+    assert set(np.flatnonzero(results["head_weights"])) <= set(range(best, 30, 3))
+    assert results["heads"] == 8
+    assert results["head_evidence"] == pytest.approx(evidence.tolist())
 
 
 def test_keep_by_loss_takes_the_heads_of_lowest_final_loss(solve):
-    labels, results, context = solve("consensus.keep=0.5", "consensus.keep_by=loss")
+    labels, results, context = solve(ALIKE, "consensus.keep=0.5", "consensus.keep_by=loss")
     losses = consensus.final_losses(context.run)
     history = np.array(context.run.read_json("heads", "history.json")["loss"])
     assert losses == pytest.approx(history[-5:].mean(axis=0))  # 101 records
@@ -63,7 +78,7 @@ def test_keep_by_loss_takes_the_heads_of_lowest_final_loss(solve):
 
 
 def test_weights_reach_the_ensemble(solve):
-    _, results, context = solve("consensus.weights=loss", "consensus.method=voting")
+    _, results, context = solve(ALIKE, "consensus.weights=loss", "consensus.method=voting")
     losses = consensus.final_losses(context.run)
     order = np.argsort(results["head_weights"])
     assert order.tolist() == np.argsort(-losses).tolist()
@@ -79,7 +94,7 @@ def test_a_lone_kept_head_is_the_result(solve):
 
 def test_heads_of_more_clusters_make_num_classes(solve):
     """The 3 clusters of the run's heads become the two that num_classes asks for."""
-    labels, results, _ = solve("num_classes=2", "heads.clusters=3")
+    labels, results, _ = solve(ALIKE, "num_classes=2", "heads.clusters=3")
     assert np.unique(labels).tolist() == [0, 1]
     assert results["num_clusters"] == 2
     assert len(results["sizes"]) == 2
