@@ -524,15 +524,18 @@ def ablation(
 def imbalance(
     run_dir: Annotated[str, typer.Argument(help="A finished run with ground truth.")],
     overrides: Overrides = None,
-    ratio: Annotated[float, typer.Option(help="Largest class over smallest.")] = 20.0,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Largest class over smallest; default: 2, 5, 20")
+    ] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2")] = None,
     folder: Annotated[Path, typer.Option(help="Scratch space.")] = Path("runs/imbalance"),
     out: Out = Path("runs/imbalance"),
 ) -> None:
-    """Classes of unequal size: equal clusters, relaxed ones, and the true sizes given."""
-    found = quality.measure_imbalance(run_dir, folder, ratio, seeds or [0, 1, 2], overrides or [])
-    content = {"settings": {"run": run_dir, "ratio": ratio}, "machine": machine(), **found}
-    publish(out, quality.imbalance_table(found), content)
+    """Classes of unequal size: the balance chosen, each one given, and the true sizes given."""
+    ratios = ratio or [2.0, 5.0, 20.0]
+    found = quality.measure_imbalance(run_dir, folder, ratios, seeds or [0, 1, 2], overrides or [])
+    about = {"settings": {"run": run_dir, "overrides": overrides or []}, "machine": machine()}
+    publish(out, quality.imbalance_table(found), {**about, "tails": found})
 
 
 @app.command()

@@ -33,6 +33,7 @@ TEMI: Mapping[str, Any] = {
     "lr": 1e-4,
     "cross_entropy": 0.0,
     "sinkhorn": False,
+    "balance": 1.0,
     "teacher_momentum": 0.996,
     "warmup": 0.1,
 }

@@ -191,24 +191,42 @@ def long_tail(codes: np.ndarray, ratio: float, seed: int) -> np.ndarray:
 
 
 def measure_imbalance(
-    run_dir: str, folder: Path, ratio: float, seeds: Sequence[int], overrides: Sequence[str]
+    run_dir: str,
+    folder: Path,
+    ratios: Sequence[float],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Sweeps over `heads.balance` and the true `heads.prior` on long tails of a finished run's
+    embeddings. Returns, for each ratio: ratio, sizes, the sweep's results, accuracies of kmeans."""
+    run, _, known = open_labeled(run_dir)
+    return [
+        _measure_tail(run, known.codes, folder / f"{ratio:g}", ratio, seeds, overrides)
+        for ratio in ratios
+    ]
+
+
+def _measure_tail(
+    run: Any,
+    codes: np.ndarray,
+    folder: Path,
+    ratio: float,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
 ) -> dict[str, Any]:
-    """Sweeps over `heads.balance` and the true `heads.prior` on a long tail of a finished run's
-    embeddings. Returns `sizes`, the sweep's `results` and accuracies of `kmeans`."""
     import yaml
 
     from icce_ray import config as configs
     from icce_ray import sweep
     from icce_ray.core import metrics
 
-    run, _, known = open_labeled(run_dir)
-    rows = long_tail(known.codes, ratio, seed=0)
-    x, y = np.asarray(run.matrix("embeddings", "embedding")[rows]), known.codes[rows]
+    rows = long_tail(codes, ratio, seed=0)
+    x, y = np.asarray(run.matrix("embeddings", "embedding")[rows]), codes[rows]
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "x.npy", x)
     np.save(folder / "y.npy", y)
     sizes = np.bincount(y).tolist()
-    choices = {"seed": list(seeds), "heads.balance": [1.0, 0.25, 0.0], "heads.prior": [sizes]}
+    choices = {"seed": list(seeds), "heads.balance": [0.5, 0.25, 0.0], "heads.prior": [sizes]}
     space = {"search": "each", "early_stop": False, "space": choices}
     (folder / "imbalance.yaml").write_text(yaml.safe_dump(space))
     tree = {
@@ -218,18 +236,19 @@ def measure_imbalance(
     }
     results = sweep.run(configs.load(tree, overrides), str(folder / "imbalance.yaml"))
     kmeans = [metrics.scores(y, metrics.kmeans_baseline(x, len(sizes), 10, seed)) for seed in seeds]
-    return {"sizes": sizes, "results": results, "kmeans": kmeans}
+    return {"ratio": ratio, "sizes": sizes, "results": results, "kmeans": kmeans}
 
 
-def imbalance_table(found: Mapping[str, Any]) -> str:
-    """A line for each setting, and one for k-means. Percent."""
-    keys = ("acc", "nmi", "ari")
-    groups = {
-        "heads.prior" if "prior" in name else name: [trial["accuracy"] for trial in trials]
-        for name, trials in by_settings(found["results"]).items()
-    }
-    lines = [
-        [name, *(spread([100 * one[key] for one in each]) for key in keys)]
-        for name, each in [*groups.items(), ("k-means", found["kmeans"])]
-    ]
-    return markdown(["setting", "ACC", "NMI", "ARI"], lines)
+def imbalance_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each setting, and one for k-means; accuracy (percent), and the evidence that the
+    balance is chosen by, at each ratio."""
+    head, lines = ["setting"], {}
+    for one in found:
+        head += [f"1:{one['ratio']:g}, ACC", "evidence"]
+        for name, trials in by_settings(one["results"]).items():
+            evidence = spread([trial["scores"]["neighbor_evidence"] for trial in trials], 3)
+            cells = [spread([100 * trial["accuracy"]["acc"] for trial in trials]), evidence]
+            lines.setdefault("heads.prior" if "prior" in name else name, []).extend(cells)
+        kmeans = spread([100 * scores["acc"] for scores in one["kmeans"]])
+        lines.setdefault("k-means", []).extend([kmeans, "-"])
+    return markdown(head, [[name, *cells] for name, cells in lines.items()])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -80,3 +82,42 @@ def test_accuracy_of_seeds_and_their_mean(quality: ModuleType) -> None:
     head, _, *rest = (line.strip("| ").split(" | ") for line in lines.splitlines())
     assert "test" not in head and head[:2] == ["seed", "consensus"]
     assert rest[1][:2] == ["4", "60.0"] and rest[2][:3] == ["mean", "55.0 ± 7.1", "50.0 ± 0.0"]
+
+
+def test_long_tails_stand_side_by_side(quality: ModuleType, results: dict[str, Any]) -> None:
+    for trial in results["trials"]:
+        trial["scores"]["neighbor_evidence"] = 0.25
+    tails = [
+        {"ratio": ratio, "results": results, "kmeans": [{"acc": 0.4}, {"acc": 0.5}]}
+        for ratio in (2.0, 20.0)
+    ]
+    head, _, *rest = (
+        line.strip("| ").split(" | ") for line in quality.imbalance_table(tails).splitlines()
+    )
+    assert head == ["setting", "1:2, ACC", "evidence", "1:20, ACC", "evidence"]
+    assert [line[0] for line in rest] == [
+        *("defaults", "heads.count=8", "consensus.method=mcla"),
+        "k-means",
+    ]
+    assert rest[1][1:3] == rest[1][3:] == ["61.0 ± 1.4", "0.250 ± 0.000"]
+    assert rest[-1][1:] == ["45.0 ± 7.1", "-"] * 2
+
+
+def test_the_drawing_of_a_training_names_its_recipes(quality: ModuleType, tmp_path: Path) -> None:
+    from benchmarks import pace
+
+    point = {"step": 1, "best": 0.5}
+    times = (0.0, 2.0, 30.0)
+    curves = {
+        name: [
+            {**point, "seconds": t, "mean": 0.1 + t / 100, "loss": math.nan if t == 0 else -t}
+            for t in times
+        ]
+        for name in ("ours", "theirs & others")
+    }
+    pace.pace_chart(curves, tmp_path / "pace.svg")
+    drawn = ElementTree.parse(tmp_path / "pace.svg").getroot()
+    text = " ".join(part.text or "" for part in drawn.iter() if part.tag.endswith("text"))
+    assert "ours" in text and "theirs & others" in text
+    lines = [part for part in drawn.iter() if part.tag.endswith("polyline")]
+    assert [len(line.get("points", "").split()) for line in lines] == [2] * 4  # after a second
