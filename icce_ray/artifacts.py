@@ -468,14 +468,16 @@ class RunDirectory:
     def write_matrix(self, target: Path, rows: int, parts: Iterable[np.ndarray]) -> None:
         """A node file of N rows from consecutive parts [., ...], whole or not at all."""
         # Plain writes, not a writable map: on a full disk a map kills the process.
-        temporary, begun = target.with_suffix(".tmp"), False
+        temporary, found = target.with_suffix(".tmp"), 0
         try:
             with temporary.open("wb") as stream:
                 for part in parts:
-                    if not begun:
+                    if not found:
                         _write_npy_header(stream, (rows, *part.shape[1:]), part.dtype)
-                        begun = True
                     stream.write(np.ascontiguousarray(part).data)
+                    found += len(part)
+            if found != rows:
+                raise ArtifactError(f"{target} was to have {rows} rows, but {found} came")
             temporary.replace(target)
         except OSError as error:
             raise self._cache_error(error, target) from None

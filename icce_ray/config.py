@@ -13,6 +13,7 @@ import difflib
 import os
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -126,7 +127,7 @@ class NeighborsConfig(Node):
     """Neighbors per image (fixed), or of the median image (auto). Cut to a tenth of N / K (but not
     below 5), so that a neighborhood stays well inside a class."""
     threshold: Annotated[float, Field(ge=-1.0, le=1.0)] | None = None
-    """Cosine similarity, for rule=threshold."""
+    """Cosine similarity of the centered components (`pca`), for rule=threshold."""
     max_neighbors: Positive = 100
     """M: neighbors kept per image at most."""
     min_neighbors: Positive = 5
@@ -134,8 +135,8 @@ class NeighborsConfig(Node):
     mutual: bool = False
     """Keep a neighbor only where both images have each other (min_neighbors still holds)."""
     pca: Positive | None = 256
-    """Principal components that neighbors are searched in; most of the cost is in the rest. null:
-    the embeddings as they are."""
+    """Principal components, centered, that neighbors are searched in; most of the cost is in the
+    rest. null, or as many as the embeddings have: these as they are."""
     search: Literal["auto", "exact", "ivf"] = "auto"
     """exact: brute force. ivf: approximate, faiss inverted lists. auto: exact where it takes less
     than about an hour on the devices found, else ivf."""
@@ -162,11 +163,12 @@ def _check_workers(least: int | None, workers: int | None) -> None:
 
 class HeadsConfig(Node):
     count: Positive = 24
-    """H: clustering heads (the paper: 50)."""
+    """H: clustering heads (the paper: 50). Of these, those of one `balance` are merged: by default
+    a third."""
     clusters: Positive | None = None
     """L: clusters per head. Default: num_classes. More (over-clustering) lets one training serve
     ensembles of several num_classes; not with consensus.method=voting, and with two heads or
-    more."""
+    more of each `balance`."""
     hidden: tuple[Positive, ...] = ()
     """Widths of the hidden layers (TEMI: 512, 256). Empty: one linear layer per head, which trains
     many times faster and, on the data measured, better."""
@@ -211,7 +213,8 @@ class HeadsConfig(Node):
     take in turn. The size aimed at goes with the share s that the teacher gives a cluster by
     itself, as s^(1 - balance): 1 makes all equal, 0 leaves them alone, and between them classes of
     unequal size keep a part of their difference. Of several, the consensus takes the heads of the
-    one that fits the data best (neighbor_evidence). Default: 0.5, 0.25 and 0 in turn."""
+    one that fits the data best (neighbor_evidence), or of the first where none fits. Default: 0.5,
+    0.25 and 0 in turn."""
     feature_share: Share = 1.0
     """Share of the components that each head sees, a random part of its own."""
     image_share: Share = 1.0
@@ -261,10 +264,10 @@ class HeadsConfig(Node):
         return BALANCES
 
     @property
-    def groups(self) -> int:
-        """Into how many groups of one balance the heads fall."""
-        balances = self.balances
-        return len(set(balances[: self.count])) if isinstance(balances, tuple) else 1
+    def fewest(self) -> int:
+        """Heads that have one balance, of the balance that fewest have."""
+        values = self.balances if isinstance(self.balances, tuple) else (self.balances,)
+        return min(Counter(values[n % len(values)] for n in range(self.count)).values())
 
     @model_validator(mode="after")
     def _enough_workers(self) -> HeadsConfig:
@@ -424,7 +427,7 @@ class Config(Node):
             raise ValueError(
                 f"{over}consensus.method=voting cannot merge clusters; choose another method"
             )
-        if self.kept_heads(self.heads.count // self.heads.groups) < 2:
+        if self.kept_heads(self.heads.fewest) < 2:
             raise ValueError(
                 f"{over}nothing tells how one head's clusters merge; raise heads.count or "
                 "consensus.keep, or give a single heads.balance"

@@ -149,10 +149,15 @@ def _list_places(
     for key, wanted in most.items():
         width = min((w for w in _widths(run, key) if w >= wanted), default=wanted)
         places[key] = store.stored("top", f"{key}-{width}")
-    nearest = [store.stored(neighbors.NEAREST, print_["embed"]) for print_ in prints]
+    first: dict[str, str] = {}  # all trials of one embedding are judged by the first one's search
+    for key, print_ in zip(keys, prints, strict=True):
+        first.setdefault(print_["embed"], key)
     return [
-        {neighbors.TOP: places[key], neighbors.NEAREST: place}
-        for key, place in zip(keys, nearest, strict=True)
+        {
+            neighbors.TOP: places[key],
+            neighbors.NEAREST: store.stored(neighbors.NEAREST, first[print_["embed"]]),
+        }
+        for key, print_ in zip(keys, prints, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import hashlib
 import logging
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -43,8 +44,12 @@ def arithmetic(precision: str, device: torch.device) -> Precision:
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # oneDNN's own answer, which torch's compiler goes by too; public functions do not tell.
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # No public function tells. oneDNN's own answer counts AVX-512 without bfloat16 in.
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def normalize(features: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ PREDICT_ROWS = 8192  # rows per forward pass of a probe
 SMALL_EPOCH = 50  # with few rows, batches shrink until an epoch has this many steps
 CHECK_EVERY = 50  # steps at most between looks at the loss: each look waits for the device
 CHECK_SECONDS = 2.0  # ... and seconds at most
+CALIBRATED_ROWS = 10_000  # that calibration looks at
 TEMPERATURES = (math.log(0.05), math.log(50.0))  # between which calibration looks
 CLIP = 1.0  # fine-tuning: largest norm of the gradient
 CROP = (0.6, 1.0)  # fine-tuning: share of the image's area that a random crop keeps
@@ -401,10 +402,9 @@ def calibrate(classifier: Classifier, features: Matrix, confidence: np.ndarray) 
         features: unit rows [N, D] that it was trained on.
         confidence: of the consensus, [N], 0..1.
     """
-    rows = np.linspace(0, len(features) - 1, min(len(features), STATISTICS_ROWS)).astype(np.int64)
-    source = _Rows(features, classifier.out.weight.device)
-    parts = torch.from_numpy(rows).split(PREDICT_ROWS)
-    logits = torch.cat([classifier(source.take(part)).double().cpu() for part in parts])
+    rows = np.linspace(0, len(features) - 1, min(len(features), CALIBRATED_ROWS)).astype(np.int64)
+    x = torch.as_tensor(features[rows]).to(classifier.out.weight.device).float()
+    logits = classifier(x).cpu()
     wanted = float(np.mean(confidence[rows], dtype=np.float64))
 
     def excess(log_temperature: float) -> float:
@@ -412,9 +412,10 @@ def calibrate(classifier: Classifier, features: Matrix, confidence: np.ndarray) 
         return float(scaled.softmax(1).amax(1).mean()) - wanted
 
     low, high = TEMPERATURES
-    if excess(low) <= 0 or excess(high) >= 0:  # nothing to match: one cluster, or no confidence
+    if excess(low) <= 0:  # one cluster, or confidence in all
         return 1.0
-    temperature = math.exp(brentq(excess, low, high, xtol=1e-3))
+    reached = excess(high) < 0  # not with a confidence of 1 / K or less
+    temperature = math.exp(brentq(excess, low, high, xtol=1e-3) if reached else high)
     for parameter in (classifier.out.weight, classifier.out.bias):
         parameter.div_(temperature)
     return temperature

@@ -19,18 +19,20 @@ NEIGHBORS = 20  # of each image, fewer where classes are small
 def supported(posterior: np.ndarray, clusters: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """The ensemble's posterior, discounted by what the neighbors say: float32 [N], 0..1.
 
-    The product of three: the posterior, the share of the image's neighbors that are in its cluster,
-    and the mean of that share over its cluster.
+    The product of three: the posterior, the share of the image's neighborhood that is in its
+    cluster, and the mean of that share over its cluster. The neighborhood is the image itself and
+    its M nearest, or as many of them as its cluster has others: a small cluster is no less sure.
 
     Args:
         posterior: of each image's cluster, [N], 0..1.
         clusters: int [N] in 0..K-1.
         ids: row numbers of the nearest neighbors, int [N, M].
     """
-    share = np.empty(len(clusters), np.float64)
+    sizes = np.bincount(clusters)
+    alike = np.empty(len(clusters), np.float64)
     for start in range(0, len(ids), CHUNK):
         near = clusters[ids[start : start + CHUNK]]
-        share[start : start + CHUNK] = (near == clusters[start : start + CHUNK, None]).mean(1)
-    sizes = np.bincount(clusters)
+        alike[start : start + CHUNK] = (near == clusters[start : start + CHUNK, None]).sum(1)
+    share = (1 + alike) / (1 + np.minimum(ids.shape[1], sizes - 1)[clusters])
     mean = np.bincount(clusters, weights=share) / np.maximum(sizes, 1)
     return (posterior * share * mean[clusters]).astype(np.float32)

@@ -113,7 +113,8 @@ def _fit_probe(
         on_step=on_step,
         device=device,
     )
-    core.calibrate(model, features, np.asarray(run.matrix("consensus", "confidence")))
+    if task["classifier"]["kind"] != "finetune":  # which only begins with this probe
+        core.calibrate(model, features, np.asarray(run.matrix("consensus", "confidence")))
     clusters, confidence = core.predict(model, features, device)
     state = {f"model.{k}": v.cpu().contiguous() for k, v in model.state_dict().items()}
     return {

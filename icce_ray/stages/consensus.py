@@ -1,5 +1,5 @@
-"""Stage 5: the heads' clusterings become one. A single Ray task. It reads label vectors, and some
-neighbor lists to tell good heads by.
+"""Stage 5: the heads' clusterings become one. A single Ray task. It reads label vectors, and
+neighbor lists: some to tell good heads by, all to tell how sure an image is.
 
 Writes consensus/part-00000.parquet: image_id, cluster, confidence, in the heads' row order.
 Shapes: N images, H heads, L clusters per head, K clusters.
@@ -19,7 +19,7 @@ from icce_ray.core import consensus as core
 from icce_ray.core import diversity, selection
 from icce_ray.core.confidence import NEIGHBORS, supported
 from icce_ray.core.neighbors import reference_k
-from icce_ray.core.scores import heads_alone
+from icce_ray.core.scores import EVIDENCE, heads_alone
 from icce_ray.errors import ArtifactError
 from icce_ray.stages import Context, Need, Outcome, Size, Stage
 
@@ -30,6 +30,7 @@ LAST_LOSSES = 0.05  # share of the recorded losses whose mean is a head's final 
 def _settings(config: Config) -> dict[str, Any]:
     return {
         "consensus": settings(config.consensus),
+        "evidence": EVIDENCE,
         "num_classes": config.num_classes,
         "seed": config.seed,
     }
@@ -101,7 +102,8 @@ def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, d
         iterations=chosen.iterations,
         seed=config.seed,
     )
-    agreement = core.head_agreement(assignments, config.head_clusters, max_rows=chosen.max_rows)
+    merged = assignments[:, weights > 0]
+    agreement = core.head_agreement(merged, config.head_clusters, max_rows=chosen.max_rows)
     confidence = supported(found.confidence, found.labels, _nearest(run, config))
     told = {"head_weights": weights.tolist(), "head_agreement": agreement, **choice}
     info = {**found.info, **told}

@@ -184,7 +184,7 @@ def _label_free(
     context: Context, clusters: np.ndarray, confidence: np.ndarray, probe: np.ndarray | None
 ) -> dict[str, Any]:
     files, rows = context.run, len(clusters)
-    assignments = np.asarray(column(files, "heads", "assignments", rows))
+    assignments = _merged(files, column(files, "heads", "assignments", rows))
     ids, counts = column(files, "neighbors", "ids", rows), column(files, "neighbors", "count", rows)
     sizes = metrics.cluster_sizes(clusters, context.config.num_classes)
     return {
@@ -216,12 +216,20 @@ def _against(
     result["purity"] = float(match.confusion.max(axis=0).sum() / match.confusion.sum())
     correct = match.cluster_class[clusters[rows]] == labels
     result["calibration"] = metrics.calibration(confidence[rows], correct)
-    result["heads"] = heads_alone(np.asarray(files.matrix("heads", "assignments"))[rows], labels)
+    merged = _merged(files, files.matrix("heads", "assignments"))
+    result["heads"] = heads_alone(merged[rows], labels)
     if probe is not None:
         result["classifier"] = metrics.scores(labels, probe[rows])
     if config.evaluate.kmeans:
         result["kmeans"] = metrics.scores(labels, _kmeans(context, len(clusters))[rows])
     return result
+
+
+def _merged(files: RunDirectory, assignments: np.ndarray) -> np.ndarray:
+    """The heads that the consensus was made of, int [N, H]."""
+    done = files.manifest("consensus")
+    weights = done.results.get("head_weights") if done else None
+    return np.asarray(assignments if weights is None else assignments[:, np.array(weights) > 0])
 
 
 def heads_alone(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

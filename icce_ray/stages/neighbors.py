@@ -60,6 +60,8 @@ def searched(run: RunDirectory, pca: int | None) -> np.ndarray:
     path = run.node_file(f"components-{pca}-{done.id}.npy")
     with run.node_lock(path):
         if not path.exists():
+            for old in path.parent.glob(f"components-{pca}-*.npy"):
+                old.unlink(missing_ok=True)
             projection = fit_projection(matrix, pca, seed=0)
             parts = projected(matrix, projection, torch.device("cpu"))
             run.write_matrix(path, len(matrix), (part.numpy() for part in parts))

@@ -501,9 +501,10 @@ def _notes(found: Run) -> list[tuple[str, str]]:
         notes.append(("bad", text))
     if sizes["empty"]:
         notes.append(("bad", f"{sizes['empty']:,} of {found.num_clusters:,} clusters are empty."))
-    unsure = sum(value is not None and value < 0.5 for value in found.table["confidence"])
+    usual = scores["label_free"]["confidence"]
+    unsure = sum(value is not None and value < usual / 2 for value in found.table["confidence"])
     if unsure:
-        text = f"{unsure:,} clusters have a mean confidence below 50%: sort by confidence."
+        text = f"{unsure:,} clusters are less than half as sure as usual: sort by confidence."
         notes.append(("warn", text))
     notes += _mixed(found)
     if sizes["ratio"] > 20:

@@ -23,6 +23,8 @@ FIRST_SECOND = 1.0  # where drawings begin
 TEMI_EPOCHS = 100
 TEMI_BATCH = 512
 
+OURS: Mapping[str, Any] = {"balance": 0.5}  # one of those taken in turn by default
+
 # TEMI (arXiv 2303.17896) and its public code; without what ICCE and we add.
 TEMI: Mapping[str, Any] = {
     "hidden": (512, 256),
@@ -53,9 +55,9 @@ class Point:
 def recipes(rows: int) -> dict[str, dict[str, Any]]:
     """Settings of each recipe; TEMI's lasts 100 epochs."""
     return {
-        "ours": {},
-        "ours, random start": {"start": "random"},
-        "ours, slow teacher": {"teacher_momentum": 0.996},
+        "ours": OURS,
+        "ours, random start": {**OURS, "start": "random"},
+        "ours, slow teacher": {**OURS, "teacher_momentum": 0.996},
         "TEMI": {**TEMI, "steps": TEMI_EPOCHS * rows // TEMI_BATCH},
     }
 
@@ -176,7 +178,7 @@ def _panel(
     }
     every = [point for points in drawn.values() for point in points]
     plot = charts.Plot(
-        (FIRST_SECOND, max(point["seconds"] for point in every)),
+        (FIRST_SECOND, max((point["seconds"] for point in every), default=2 * FIRST_SECOND)),
         charts.padded([point[key] for point in every]),
         label=f"{title} over the seconds of training, by recipe",
         x_title=f"{title}, over seconds of training",

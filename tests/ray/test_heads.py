@@ -116,9 +116,7 @@ def test_a_resumed_search_may_cut_the_rows_anew(tmp_path: Path) -> None:
     """Shards of another size than now must not pass for finished ones."""
     context = make_run(tmp_path, ["neighbors.query_rows=100"])
     for start in (0, 100, 300):
-        neighbors._search_task(
-            context.run, start, start + 100, 20, False, context.config.neighbors, 1
-        )
+        search_part(context, start, start + 100)
     context.config = config.load(
         {**context.config.model_dump(), "neighbors": {"max_neighbors": 20, "query_rows": 150}}
     )
@@ -130,9 +128,7 @@ def test_a_resumed_search_may_cut_the_rows_anew(tmp_path: Path) -> None:
 def test_done_shards_are_not_searched_again(tmp_path: Path) -> None:
     context = make_run(tmp_path, ["neighbors.query_rows=300"])
     for start in (0, 300):
-        neighbors._search_task(
-            context.run, start, start + 300, 20, False, context.config.neighbors, 1
-        )
+        search_part(context, start, start + 300)
     shards = sorted((tmp_path / "neighbors" / "top").iterdir())
     before = [shard.stat().st_mtime_ns for shard in shards]
     neighbors._search_shards(context, ROWS, FEATURES, 20)

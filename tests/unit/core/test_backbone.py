@@ -114,6 +114,8 @@ def test_bfloat16_is_close_and_has_no_gradient() -> None:
 def test_auto_takes_bfloat16_only_where_the_device_has_it(monkeypatch) -> None:
     cpu = torch.device("cpu")
     for known, expected in ((True, "bfloat16"), (False, "float32")):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda k=known: k)
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda k=known: k)
         assert core.arithmetic("auto", cpu) == expected
         assert core.arithmetic("float32", cpu) == "float32"

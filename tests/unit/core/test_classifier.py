@@ -94,12 +94,14 @@ def test_calibration_makes_probabilities_as_sure_as_asked(kind: str, wanted: flo
     assert confidence.mean() == pytest.approx(wanted, abs=0.01)
 
 
-def test_calibration_that_nothing_can_meet_changes_nothing() -> None:
+def test_calibration_goes_as_far_as_it_can() -> None:
     x, y = blobs(300, 5)
     model, _ = fit(x, y, 5)
     expected = C.predict(model, x)[1]
-    assert C.calibrate(model, x, np.full(len(x), 0.1)) == 1.0  # below 1 / K
+    assert C.calibrate(model, x, np.ones(len(x))) == 1.0
     assert (C.predict(model, x)[1] == expected).all()
+    assert C.calibrate(model, x, np.full(len(x), 0.1)) == pytest.approx(50)  # below 1 / K
+    assert C.predict(model, x)[1].mean() < 0.3
 
 
 def test_small_data_gets_small_batches() -> None:

@@ -16,12 +16,22 @@ def test_it_is_the_product_of_posterior_neighbors_and_cluster(rows, clusters, mo
     rng = np.random.default_rng(seed)
     labels, posterior = rng.integers(0, clusters, rows), rng.random(rows)
     ids = rng.integers(0, rows, (rows, most))
-    share = [np.mean([labels[j] == labels[i] for j in ids[i]]) for i in range(rows)]
+    sizes = [min(most, (labels == labels[i]).sum() - 1) for i in range(rows)]
+    share = [(1 + sum(labels[ids[i]] == labels[i])) / (1 + sizes[i]) for i in range(rows)]
     mean = [np.mean([share[j] for j in range(rows) if labels[j] == labels[i]]) for i in range(rows)]
     expected = [posterior[i] * share[i] * mean[i] for i in range(rows)]
     found = core.supported(posterior, labels, ids)
     assert found.dtype == np.float32
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_small_cluster_can_be_sure():
+    labels = np.array([0] * 30 + [1] * 3 + [2])
+    own = [[j for j in range(34) if labels[j] == labels[i] and j != i] for i in range(34)]
+    ids = np.array(
+        [(near + [j for j in range(34) if j not in (i, *near)])[:10] for i, near in enumerate(own)]
+    )
+    assert core.supported(np.ones(34), labels, ids).min() == 1
 
 
 def test_images_in_pieces_are_those_of_the_whole(monkeypatch):
