@@ -98,23 +98,32 @@ def scores(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     }
 
 
-def calibration(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = 10
-) -> dict[str, list[float]]:
+def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> dict[str, Any]:
     """How often images of a given confidence are right: a reliability diagram's numbers.
 
-    confidence: float [N] in 0..1. correct: bool [N]. Returns for every bin that holds images, from
-    low to high confidence: `confidence` (mean), `accuracy`, `rows`.
+    Args:
+        confidence: float [N] in 0..1.
+        correct: bool [N].
+
+    Returns, for every bin that holds images, from low to high confidence: `confidence` (mean),
+    `accuracy`, `rows`. Of all images: `error`, the mean gap between the two, weighted by rows
+    (expected calibration error, Naeini et al., AAAI 2015), and `ranking`, the chance that a right
+    image has more confidence than a wrong one (area under the ROC curve; None without both).
     """
+    from sklearn.metrics import roc_auc_score
+
     place = np.clip((confidence * bins).astype(np.int64), 0, bins - 1)
     rows = np.bincount(place, minlength=bins)
     used = rows > 0
     mean = np.bincount(place, weights=confidence, minlength=bins)[used] / rows[used]
     right = np.bincount(place, weights=correct, minlength=bins)[used] / rows[used]
+    both = 0 < np.count_nonzero(correct) < len(correct)
     return {
         "confidence": mean.tolist(),
         "accuracy": right.tolist(),
         "rows": rows[used].tolist(),
+        "error": float((np.abs(mean - right) * rows[used]).sum() / len(correct)),
+        "ranking": float(roc_auc_score(correct, confidence)) if both else None,
     }
 
 

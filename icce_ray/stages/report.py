@@ -588,15 +588,12 @@ def _confidence_chart(found: Run) -> dict[str, Any]:
 
 def _reliability_chart(found: Run) -> dict[str, Any]:
     data = found.scores["calibration"]
-    total = sum(data["rows"])
-    gap = sum(
-        rows * abs(c - a)
-        for c, a, rows in zip(data["confidence"], data["accuracy"], data["rows"], strict=True)
-    )
     text = (
         "Dots on the dashed line: confidence means what it says. "
-        f"Mean gap {100 * gap / max(1, total):.1f} points."
+        f"Mean gap {100 * data['error']:.1f} points."
     )
+    if data["ranking"] is not None:
+        text += f" A right image is surer than a wrong one in {data['ranking']:.0%} of such pairs."
     drawing = charts.reliability(
         data["confidence"], data["accuracy"], data["rows"], f"Accuracy by confidence. {text}"
     )

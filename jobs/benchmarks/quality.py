@@ -27,8 +27,9 @@ def measure_accuracy(
     """Run the chain once for each seed, on the same embeddings; classify `test` images with each.
 
     Returns, for each seed: seed, consensus, classifier, kmeans, heads_mean, heads_best, test
-    (accuracies, 0..1), nmi and ari of the consensus, seconds (embeddings to classifier) and wall
-    (of the whole command, where embeddings were there).
+    (accuracies, 0..1), nmi and ari of the consensus, ranking and gap of its confidence
+    (`metrics.calibration`), seconds (embeddings to classifier) and wall (of the whole command,
+    where embeddings were there).
     """
     from icce_ray import config as configs
     from icce_ray import pipeline
@@ -58,6 +59,8 @@ def measure_accuracy(
                 "heads_best": metrics["heads"]["acc_best"],
                 "nmi": metrics["nmi"],
                 "ari": metrics["ari"],
+                "ranking": metrics["calibration"]["ranking"],
+                "gap": metrics["calibration"]["error"],
                 "seconds": sum(manifests[name].seconds for name in SCORED),
                 "wall": wall,
             }
@@ -65,12 +68,13 @@ def measure_accuracy(
     return found
 
 
-PERCENT = ("consensus", "classifier", "test", "heads_mean", "heads_best", "kmeans", "nmi", "ari")
+CLUSTERS = ("consensus", "classifier", "test", "heads_mean", "heads_best", "kmeans", "nmi", "ari")
+PERCENT = (*CLUSTERS, "ranking", "gap")
 
 
 def accuracy_table(found: Sequence[Mapping[str, Any]]) -> str:
     """A line for each seed, then mean and standard deviation. Percent and seconds."""
-    columns = [name for name in PERCENT if found[0][name] is not None]
+    columns = [name for name in PERCENT if all(one[name] is not None for one in found)]
     head = ["seed", *(name.replace("_", ", ") for name in columns), "seconds", "wall"]
     lines = [
         [

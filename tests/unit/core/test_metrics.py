@@ -95,6 +95,13 @@ def test_calibration_leaves_out_empty_bins_and_takes_full_confidence():
     assert found["rows"] == [1, 3]
     assert found["accuracy"] == pytest.approx([0.0, 2 / 3])
     assert found["confidence"] == pytest.approx([0.05, 2.95 / 3])
+    assert found["error"] == pytest.approx((0.05 + (2.95 - 2)) / 4)
+    assert found["ranking"] == pytest.approx(2.5 / 4)  # pairs in order, of two right, two wrong
+
+
+def test_nothing_is_ranked_where_all_are_right():
+    found = metrics.calibration(np.array([0.5, 0.7]), np.array([True, True]))
+    assert found["ranking"] is None and found["error"] == pytest.approx(0.4)
 
 
 def test_neighbor_consistency_equals_a_loop(monkeypatch):
