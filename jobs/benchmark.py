@@ -4,11 +4,14 @@
     python jobs/benchmark.py split       training split by heads against by data, 1 and 2 workers
     python jobs/benchmark.py accuracy    the whole chain against ground truth, seed by seed
     python jobs/benchmark.py ablation    what each setting earns, as a sweep
+    python jobs/benchmark.py truth       the label-free scores of the true classes themselves
     python jobs/benchmark.py imbalance   classes of unequal size, cut from a finished run's data
     python jobs/benchmark.py pace        accuracy over the time of training, beside TEMI's recipe
+    python jobs/benchmark.py alone       the parts of the method on one device, without Ray
 
 Each prints a table and writes it as Markdown and JSON. `scale` and `split` work on this machine;
-inside a Ray job `scale` would see the memory of the driver alone.
+inside a Ray job `scale` would see the memory of the driver alone. `alone`, and `pace` on
+embeddings in a file, need neither Ray nor pyarrow.
 Shapes: N rows, D features, H heads, K clusters, M neighbors, B pairs per step, W workers.
 """
 
@@ -29,7 +32,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from benchmarks import pace as recipes
 from benchmarks import quality
 from benchmarks.tables import machine, markdown, publish
 
@@ -521,6 +523,17 @@ def ablation(
 
 
 @app.command()
+def truth(
+    run_dir: Annotated[str, typer.Argument(help="A finished run with ground truth.")],
+    out: Out = Path("runs/truth"),
+) -> None:
+    """What the label-free scores say of the true classes themselves."""
+    found = quality.score_truth(run_dir)
+    about = {"settings": {"run": run_dir}, "machine": machine()}
+    publish(out, quality.truth_table(found), {**about, "scores": found})
+
+
+@app.command()
 def imbalance(
     run_dir: Annotated[str, typer.Argument(help="A finished run with ground truth.")],
     overrides: Overrides = None,
@@ -538,19 +551,72 @@ def imbalance(
     publish(out, quality.imbalance_table(found), {**about, "tails": found})
 
 
+Device = Annotated[str, typer.Option(help="cpu, cuda; auto: a GPU if there is one.")]
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    from icce_ray.core.classifier import default_device
+
+    return default_device() if name == "auto" else torch.device(name)
+
+
 @app.command()
 def pace(
-    run_dir: Annotated[str, typer.Argument(help="A run with neighbors and ground truth.")],
+    source: Annotated[str, typer.Argument(help="A run with neighbors, or embeddings (.npy).")],
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels (.npy) of embeddings; a run has its own.")
+    ] = None,
     heads: Annotated[int, typer.Option(help="H")] = 16,
     seconds: Annotated[float, typer.Option(help="Training by each recipe, at most.")] = 300.0,
     seed: Annotated[int, typer.Option()] = 0,
+    only: Annotated[list[str] | None, typer.Option(help="A recipe; default: all.")] = None,
+    device: Device = "auto",
     out: Out = Path("runs/pace"),
 ) -> None:
     """Accuracy over the time of training, beside TEMI's recipe; also a drawing, OUT.svg."""
-    curves = recipes.measure_pace(run_dir, heads, seconds, seed)
-    recipes.pace_chart(curves, out.with_suffix(".svg"))
-    content = {"settings": {"run": run_dir, "heads": heads, "seed": seed}, "machine": machine()}
-    publish(out, recipes.pace_table(curves), {**content, "curves": curves})
+    from benchmarks import alone
+    from benchmarks import pace as recipes
+
+    chosen = _device(device)
+    if labels is None:
+        case = alone.case_of_run(source)
+    else:
+        case = alone.case_of_files(Path(source), labels, chosen)
+    found = recipes.measure_pace(case, heads, seconds, seed, chosen, only or ())
+    recipes.pace_chart({name: one["curve"] for name, one in found.items()}, out.with_suffix(".svg"))
+    about = {"settings": {"source": source, "heads": heads, "seed": seed}, "machine": machine()}
+    publish(out, recipes.pace_table(found), {**about, "recipes": found})
+
+
+@app.command()
+def alone(
+    rows: Annotated[int, typer.Option(help="N")] = IMAGENET,
+    features: Annotated[int, typer.Option(help="D")] = 1024,
+    classes: Annotated[int, typer.Option(help="K")] = 1000,
+    heads: Annotated[int, typer.Option(help="H")] = 50,
+    steps: Annotated[int | None, typer.Option(help="Steps timed; default: all.")] = 200,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16, of the heads.")] = "float32",
+    device: Device = "auto",
+    out: Out = Path("runs/alone"),
+) -> None:
+    """Time of each part on one device, without Ray, on synthetic embeddings held in memory."""
+    from benchmarks import alone as parts
+
+    matrix = np.concatenate(list(blocks(rows, features, classes)))
+    codes = center_of(np.arange(rows), classes)
+    chosen, about = _device(device), {"count": heads, "precision": precision}
+    measured, remarks = parts.measure_parts(matrix, codes, classes, about, steps, chosen, _tell)
+    sizes = {"rows": rows, "features": features, "classes": classes, **about}
+    notes = "\n".join(f"- {key}: {value:.4g}" for key, value in remarks.items())
+    content = {"settings": sizes, "machine": machine(), "remarks": remarks}
+    content["parts"] = [asdict(one) for one in measured]
+    publish(out, f"{parts.parts_table(measured)}\n\n{notes}", content)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,14 +12,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from icce_ray.config import Config
+from icce_ray.core import diversity, scores
 from icce_ray.core.consensus import pairwise_nmi
 from icce_ray.errors import ConfigError, DataError
 
 KEEP_BY = ("information", "agreement", "loss", "diversity")
 WEIGHTS = ("equal", "agreement", "loss")
+
+
+def choose(
+    assignments: np.ndarray, ids: np.ndarray, config: Config, losses: np.ndarray | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """How much each head counts, float64 [H], by the settings; 0 = out. Where heads were balanced
+    in several ways, also the `balance` whose heads are merged and the `head_evidence` it was
+    chosen by, as JSON values.
+
+    Args:
+        assignments: integers >= 0, [N, H]; may be memory-mapped.
+        ids: row numbers of the nearest neighbors, best first, int [N, M].
+        losses: final loss of each head [H], where heads are kept or weighed by it.
+
+    Raises:
+        DataError: ids or losses that do not fit.
+    """
+    wanted, count = config.consensus, assignments.shape[1]
+    groups = diversity.in_turn(config.heads.balances, range(count))
+    several = len(set(groups)) > 1
+    fitting, information, told = np.arange(count), None, {}
+    if several or (config.kept_heads(count) < count and wanted.keep_by == "information"):
+        clusters = config.head_clusters
+        information, evidence = scores.heads_alone(assignments, ids, clusters, config.seed)
+        if several:
+            fitting = likeliest(evidence, groups)
+            told = {"balance": groups[fitting[0]], "head_evidence": evidence.tolist()}
+    weights = np.zeros(count)
+    weights[fitting] = head_weights(
+        assignments[:, fitting],
+        keep=config.kept_heads(len(fitting)),
+        keep_by=wanted.keep_by,
+        weights=wanted.weights,
+        losses=None if losses is None else losses[fitting],
+        information=None if information is None else information[fitting],
+        max_rows=wanted.max_rows,
+        seed=config.seed,
+    )
+    return weights, told
 
 
 def likeliest(evidence: np.ndarray, groups: Sequence[float]) -> np.ndarray:

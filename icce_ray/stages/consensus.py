@@ -16,10 +16,10 @@ from icce_ray.artifacts import CONSENSUS_SCHEMA, RunDirectory
 from icce_ray.cluster import Cluster, Request, Wait, result
 from icce_ray.config import Config, settings
 from icce_ray.core import consensus as core
-from icce_ray.core import diversity, selection
+from icce_ray.core import selection
 from icce_ray.core.confidence import NEIGHBORS, supported
 from icce_ray.core.neighbors import reference_k
-from icce_ray.core.scores import EVIDENCE, heads_alone
+from icce_ray.core.scores import EVIDENCE
 from icce_ray.errors import ArtifactError
 from icce_ray.stages import Context, Need, Outcome, Size, Stage
 
@@ -53,45 +53,13 @@ def final_losses(run: RunDirectory) -> np.ndarray:
     return losses[-max(1, round(LAST_LOSSES * len(losses))) :].mean(axis=0)
 
 
-def _weights(
-    run: RunDirectory, config: Config, assignments: np.ndarray
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """How much each head counts, float64 [H]; and the balance whose heads are merged, if several
-    were trained."""
-    chosen, count = config.consensus, assignments.shape[1]
-    groups = diversity.in_turn(config.heads.balances, range(count))
-    fitting, information, info = np.arange(count), None, {}
-    several = len(set(groups)) > 1
-    if several or (config.kept_heads(count) < count and _by(config, "information")):
-        ids = run.matrix("neighbors", "ids")
-        information, evidence = heads_alone(assignments, ids, config.head_clusters, config.seed)
-        if several:
-            fitting = selection.likeliest(evidence, groups)
-            info = {"balance": groups[fitting[0]], "head_evidence": evidence.tolist()}
-    weights = np.zeros(count)
-    weights[fitting] = selection.head_weights(
-        assignments[:, fitting],
-        keep=config.kept_heads(len(fitting)),
-        keep_by=chosen.keep_by,
-        weights=chosen.weights,
-        losses=final_losses(run)[fitting] if _by(config, "loss") else None,
-        information=None if information is None else information[fitting],
-        max_rows=chosen.max_rows,
-        seed=config.seed,
-    )
-    return weights, info
-
-
-def _by(config: Config, measure: str) -> bool:
-    """Whether heads are chosen or weighed by a measure."""
-    return measure in (config.consensus.keep_by, config.consensus.weights)
-
-
 def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Runs in the task, which opens the assignments on its own node."""
-    assignments = run.matrix("heads", "assignments")
+    assignments, ids = run.matrix("heads", "assignments"), run.matrix("neighbors", "ids")
     chosen = config.consensus
-    weights, choice = _weights(run, config, assignments)
+    by_loss = "loss" in (chosen.keep_by, chosen.weights)
+    losses = final_losses(run) if by_loss else None
+    weights, choice = selection.choose(assignments, ids, config, losses)
     found = core.consensus(
         assignments,
         config.num_classes,
@@ -104,15 +72,14 @@ def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, d
     )
     merged = assignments[:, weights > 0]
     agreement = core.head_agreement(merged, config.head_clusters, max_rows=chosen.max_rows)
-    confidence = supported(found.confidence, found.labels, _nearest(run, config))
+    confidence = supported(found.confidence, found.labels, _nearest(ids, config))
     told = {"head_weights": weights.tolist(), "head_agreement": agreement, **choice}
     info = {**found.info, **told}
     return found.labels, confidence, info
 
 
-def _nearest(run: RunDirectory, config: Config) -> np.ndarray:
+def _nearest(ids: np.ndarray, config: Config) -> np.ndarray:
     """The neighbors that confidence goes by, int [N, M]."""
-    ids = run.matrix("neighbors", "ids")
     return ids[:, : reference_k(NEIGHBORS, len(ids), config.num_classes, ids.shape[1])]
 
 

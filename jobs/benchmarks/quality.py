@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.tables import markdown, open_labeled
+from icce_ray.errors import DataError
 
 SCORED = ("neighbors", "heads", "consensus", "classifier")  # stages that the peers' times include
 
@@ -66,6 +67,50 @@ def measure_accuracy(
             }
         )
     return found
+
+
+OF_A_CLUSTERING = (
+    "neighbor_information",
+    "neighbor_evidence",
+    "neighbor_consistency",
+    "neighbor_modularity",
+    "generalization",
+)
+
+
+def score_truth(run_dir: str) -> dict[str, dict[str, float]]:
+    """The label-free scores of the true classes, of the consensus and of k-means, on the images
+    that have a label: where the truth scores lower, better search cannot find it."""
+    from icce_ray.core import metrics, scores
+
+    run, config, known = open_labeled(run_dir)
+    ids, features = run.matrix("neighbors", "ids"), run.matrix("embeddings", "embedding")
+    if not known.known.all():
+        raise DataError(f"{run_dir}: {np.sum(~known.known)} images have no label; all need one")
+    kmeans = metrics.kmeans_baseline(
+        features, config.num_classes, config.evaluate.kmeans_restarts, config.seed
+    )
+    found = {"truth": known.codes, "consensus": run.matrix("consensus", "cluster")}
+    out = {}
+    for name, clusters in {**found, "k-means": kmeans}.items():
+        out[name] = scores.score(
+            OF_A_CLUSTERING,
+            clusters=np.asarray(clusters),
+            num_clusters=config.num_classes,
+            assignments=np.asarray(clusters)[:, None],
+            ids=ids,
+            features=features,
+            seed=config.seed,
+        )
+        out[name]["accuracy"] = metrics.accuracy(known.codes, np.asarray(clusters))
+    return out
+
+
+def truth_table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """A line for each clustering."""
+    names = ["accuracy", *OF_A_CLUSTERING]
+    lines = [[name, *(f"{one[score]:.3f}" for score in names)] for name, one in found.items()]
+    return markdown(["clusters", *(name.replace("_", " ") for name in names)], lines)
 
 
 CLUSTERS = ("consensus", "classifier", "test", "heads_mean", "heads_best", "kmeans", "nmi", "ari")

@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
     return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": pages,
-        "gpus": torch.cuda.device_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "time": time.strftime("%Y-%m-%d %H:%M"),

@@ -1,0 +1,204 @@
+"""The method by itself in this process, without Ray and without artifacts: for a machine that has
+a GPU and little else, and for comparing recipes on equal data.
+
+Shapes: N rows, D features, H heads, K clusters, M neighbors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.tables import markdown
+from icce_ray import config as configs
+from icce_ray.core import classifier, confidence, consensus, metrics, neighbors, selection
+from icce_ray.core.head_trainer import Data, HeadTrainer, default_steps
+from icce_ray.core.projection import fit_projection, project
+
+WARM_UP = 5  # steps before the clock starts
+
+
+@dataclass(frozen=True)
+class Case:
+    """Embeddings, their neighbors, and the truth that results are compared with."""
+
+    embeddings: np.ndarray  # float16 [N, D], unit rows
+    ids: np.ndarray  # int32 [N, M]
+    counts: np.ndarray  # int32 [N]
+    codes: np.ndarray  # int64 [N], -1 where a row has no label
+    clusters: int  # K
+
+    def data(self, components: int | None, seed: int, device: torch.device) -> Data:
+        """What heads are trained on, on the device."""
+        projection = fit_projection(self.embeddings, components, seed)
+        features = project(self.embeddings, projection, device)
+        ids, counts = (torch.from_numpy(np.array(a)).to(device) for a in (self.ids, self.counts))
+        return Data(features, ids, counts, device)
+
+
+def settings(clusters: int, heads: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
+    """The defaults, for embeddings that are given; with these settings of the heads."""
+    data = {"embeddings": "given"}
+    tree = {"num_classes": clusters, "seed": seed, "data": data, "heads": dict(heads or {})}
+    return configs.load(tree)
+
+
+def find_neighbors(
+    embeddings: np.ndarray, config: Any, device: torch.device
+) -> neighbors.Selection:
+    """Exact search and choice, as the stage of the chain does it."""
+    chosen = config.neighbors
+    searched = project(embeddings, fit_projection(embeddings, chosen.pca, 0), device)
+    most = min(chosen.max_neighbors, len(embeddings) - 1)
+    matrix = searched.cpu().numpy()
+    ids, similarity = neighbors.search(matrix, 0, len(matrix), most, device)
+    return neighbors.select(
+        ids,
+        similarity.astype(np.float16),
+        rule=chosen.rule,
+        k=neighbors.reference_k(chosen.k, len(embeddings), config.num_classes, most),
+        threshold=chosen.threshold,
+        min_neighbors=chosen.min_neighbors,
+        mutual=chosen.mutual,
+    )
+
+
+def case_of_files(embeddings: Path, labels: Path, device: torch.device) -> Case:
+    """N x D embeddings and N labels in .npy files; neighbors are searched."""
+    x, truth = np.load(embeddings, mmap_mode="r"), np.load(labels)
+    codes = np.unique(truth, return_inverse=True)[1].astype(np.int64)
+    clusters = int(codes.max()) + 1
+    found = find_neighbors(x, settings(clusters), device)
+    return Case(x, found.ids, found.counts, codes, clusters)
+
+
+def case_of_run(run_dir: str) -> Case:
+    """A run whose neighbors are there, with ground truth."""
+    from benchmarks.tables import open_labeled
+
+    run, config, known = open_labeled(run_dir)
+    ids, counts = (run.matrix("neighbors", name) for name in ("ids", "count"))
+    return Case(run.matrix("embeddings", "embedding"), ids, counts, known.codes, config.num_classes)
+
+
+def merge(assignments: np.ndarray, ids: np.ndarray, config: Any) -> consensus.Consensus:
+    """The consensus of the heads that the settings choose."""
+    weights, _ = selection.choose(assignments, ids, config)
+    chosen = config.consensus
+    return consensus.consensus(
+        assignments,
+        config.num_classes,
+        chosen.method,
+        head_clusters=config.head_clusters,
+        weights=weights,
+        max_rows=chosen.max_rows,
+        iterations=chosen.iterations,
+        seed=config.seed,
+    )
+
+
+# --- how long each part takes --------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """A part of the method, and what it took."""
+
+    name: str
+    seconds: float
+    memory: float  # bytes of the GPU at most; 0 without one
+
+
+@dataclass
+class Stopwatch:
+    """Times the parts of the method, one after another."""
+
+    device: torch.device
+    parts: list[Part] = field(default_factory=list)
+    tell: Callable[[str], None] = print
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        gpu = self.device.type == "cuda"
+        if gpu:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        began = time.perf_counter()
+        yield
+        if gpu:
+            torch.cuda.synchronize(self.device)
+        memory = float(torch.cuda.max_memory_allocated(self.device)) if gpu else 0.0
+        self.parts.append(Part(name, time.perf_counter() - began, memory))
+        self.tell(f"{name}: {self.parts[-1].seconds:.1f} s")
+
+
+def measure_parts(
+    embeddings: np.ndarray,
+    codes: np.ndarray,
+    clusters: int,
+    heads: Mapping[str, Any],
+    steps: int | None,
+    device: torch.device,
+    tell: Callable[[str], None] = print,
+) -> tuple[list[Part], dict[str, float]]:
+    """Neighbors, heads, consensus and classifier, each timed; and remarks.
+
+    steps: of the heads' training, timed; the whole one has as many as its settings say. Default:
+    all of them.
+    """
+    config, watch = settings(clusters, heads), Stopwatch(device, tell=tell)
+    whole = config.heads.steps or default_steps(clusters)
+    with watch.part("neighbors, exact"):
+        found = find_neighbors(embeddings, config, device)
+    case = Case(embeddings, found.ids, found.counts, codes, clusters)
+    with watch.part("heads: k-means start"):
+        data = case.data(config.heads.pca, config.seed, device)
+        trainer = HeadTrainer(data, config.heads, clusters, config.seed, whole)
+        trainer.start()
+    for _ in range(WARM_UP):
+        trainer.step()
+    taken = min(steps or whole, whole) - WARM_UP
+    with watch.part(f"heads: {taken:,} steps"):
+        for _ in range(taken):
+            trainer.step()
+    remarks = {"ms per step": 1000 * watch.parts[-1].seconds / taken}
+    remarks[f"s that all {whole:,} steps would take"] = remarks["ms per step"] * whole / 1000
+    with watch.part("heads: assign all rows"):
+        assignments = trainer.assign()
+    del trainer, data
+    with watch.part("consensus (CPU)"):
+        merged = merge(assignments, case.ids, config)
+        rows, most = case.ids.shape
+        near = case.ids[:, : neighbors.reference_k(confidence.NEIGHBORS, rows, clusters, most)]
+        sure = confidence.supported(merged.confidence, merged.labels, near)
+    with watch.part("classifier: linear probe"):
+        model, _ = classifier.train_probe(
+            embeddings, merged.labels, sure, config.classifier, clusters, config.seed, device=device
+        )
+    predicted, _ = classifier.predict(model, embeddings, device)
+    for name, labels in (("consensus", merged.labels), ("classifier", predicted)):
+        remarks[f"accuracy of the {name}, %"] = 100 * metrics.accuracy(codes, labels)
+    remarks["neighbors of the same class, %"] = 100 * _right(case)
+    return watch.parts, remarks
+
+
+def _right(case: Case, rows: int = 2000) -> float:
+    chosen = np.linspace(0, len(case.ids) - 1, min(len(case.ids), rows)).astype(int)
+    return float((case.codes[case.ids[chosen]] == case.codes[chosen, None]).mean())
+
+
+def parts_table(parts: list[Part]) -> str:
+    """Seconds, and GB of the GPU where there is one."""
+    gpu = any(part.memory for part in parts)
+    lines = [
+        [part.name, f"{part.seconds:.1f}", *([f"{part.memory / 1e9:.1f}"] if gpu else [])]
+        for part in parts
+    ]
+    return markdown(["part", "s", *(["GPU memory, GB"] if gpu else [])], lines)
