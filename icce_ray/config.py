@@ -181,7 +181,7 @@ class HeadsConfig(Node):
     batch_norm: bool = True
     """Batch normalization after each hidden layer (linear heads have none)."""
     steps: Positive | None = None
-    """Training steps. Default: 1,200, and more with more classes (1,200 x sqrt(K / 10))."""
+    """Training steps. Default: 2,000, and more with more than 10 classes: 2,000 x (K / 10)^0.4."""
     batch_size: Positive | None = None
     """Pairs per step, over all workers. Default: 8 per class, at least 1,024, at most 4,096."""
     lr: Annotated[float, Field(gt=0)] = 3e-3

@@ -630,5 +630,5 @@ def test_heads_are_shared_out_once_and_evenly(count, world):
 
 
 def test_defaults_grow_with_the_number_of_classes():
-    assert [core.default_steps(k) for k in (2, 10, 1000)] == [1200, 1200, 12000]
+    assert [core.default_steps(k) for k in (2, 10, 1000)] == [2000, 2000, 12619]
     assert [core.default_batch(k) for k in (2, 100, 900)] == [1024, 1024, 4096]
