@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from icce_ray.artifacts import CONSENSUS_SCHEMA, RunDirectory
 from icce_ray.cluster import Cluster, Request, Wait, result
-from icce_ray.config import Config, settings
+from icce_ray.config import KEEP_LEAST, KEEP_SHARE, Config, settings
 from icce_ray.core import consensus as core
 from icce_ray.core import selection
 from icce_ray.core.confidence import NEIGHBORS, supported
@@ -28,9 +28,11 @@ LAST_LOSSES = 0.05  # share of the recorded losses whose mean is a head's final 
 
 
 def _settings(config: Config) -> dict[str, Any]:
+    keep = config.consensus.keep or [KEEP_SHARE, KEEP_LEAST]
     return {
-        "consensus": settings(config.consensus),
+        "consensus": {**settings(config.consensus), "keep": keep},
         "evidence": EVIDENCE,
+        "confidence": NEIGHBORS,
         "num_classes": config.num_classes,
         "seed": config.seed,
     }

@@ -40,10 +40,15 @@ ROWS_PER_FILE = 1_000_000
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    return {
-        "heads": {**settings(config.heads), "clusters": config.head_clusters},
-        "seed": config.seed,
+    """With what stands for the settings not given, so that other defaults make other heads."""
+    heads, clusters = config.heads, config.head_clusters
+    resolved = {
+        "clusters": clusters,
+        "steps": heads.steps or default_steps(clusters),
+        "batch_size": heads.batch_size or default_batch(clusters),
+        "balance": settings(heads.balances),
     }
+    return {"heads": {**settings(heads), **resolved}, "seed": config.seed}
 
 
 # --- in the workers ------------------------------------------------------------------------------

@@ -135,3 +135,21 @@ def test_heads_of_equal_clusters_are_shared_between_numbers_of_classes():
     assert of("consensus.keep=0.5") == of()
     ensemble = consensus.STAGE.settings
     assert ensemble(configs.load(TREE, ["consensus.keep=0.5"])) != ensemble(configs.load(TREE))
+
+
+def test_other_defaults_make_other_artifacts(monkeypatch):
+    """What stands for a setting that is not given belongs to the fingerprint as if it were."""
+    config = configs.load(TREE)
+    trained, merged = heads.STAGE.settings(config), consensus.STAGE.settings(config)
+    assert trained["heads"]["balance"] == list(configs.BALANCES)
+    for module, name, value in (
+        (heads, "default_steps", lambda clusters: 7),
+        (heads, "default_batch", lambda clusters: 7),
+        (configs, "BALANCES", (1.0,)),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, value)
+            assert heads.STAGE.settings(config) != trained, name
+    monkeypatch.setattr(consensus, "KEEP_LEAST", 3)
+    assert consensus.STAGE.settings(config) != merged
+    assert json.loads(json.dumps(trained)) == trained
