@@ -19,10 +19,15 @@ from torch import Tensor
 Setting = float | tuple[float, ...]  # one for all heads, or several that they take in turn
 
 
-def in_turn(value: Setting, numbers: Sequence[int]) -> list[float]:
-    """The value of each of the heads with these numbers: [H]."""
+def in_turn(value: Setting, numbers: Sequence[int], slower_than: Setting = 0.0) -> list[float]:
+    """The value of each of the heads with these numbers: [H].
+
+    slower_than: a setting whose values change from head to head; this one then changes when all of
+    those have been had, so that each of them is met by every value.
+    """
     values = value if isinstance(value, tuple) else (value,)
-    return [values[number % len(values)] for number in numbers]
+    turn = len(slower_than) if isinstance(slower_than, tuple) else 1
+    return [values[number // turn % len(values)] for number in numbers]
 
 
 def feature_mask(share: float, components: int, seeds: Sequence[int]) -> Tensor:

@@ -101,7 +101,8 @@ class HeadTrainer:
         self.seeds = torch.tensor([head_seed(seed, n) for n in self.numbers], device=data.device)
         self.temperature = self._each(settings.temperature).view(-1, 1, 1)
         self.beta = self._each(settings.beta).view(-1, 1, 1)
-        self.balance = self._each(settings.balances).view(-1, 1)
+        balances = diversity.in_turn(settings.balances, self.numbers)
+        self.balance = torch.tensor(balances, device=data.device).view(-1, 1)
         self.marginal = torch.full(
             (len(self.numbers), num_clusters), 1 / num_clusters, device=data.device
         )
@@ -114,8 +115,10 @@ class HeadTrainer:
         self._hide_features()
 
     def _each(self, setting: diversity.Setting) -> Tensor:
-        """A setting of each of this worker's heads, [H]."""
-        return torch.tensor(diversity.in_turn(setting, self.numbers), device=self.data.device)
+        """A setting of each of this worker's heads, [H]. One balance's heads are merged: among
+        them, too, it is to differ."""
+        values = diversity.in_turn(setting, self.numbers, slower_than=self.settings.balances)
+        return torch.tensor(values, device=self.data.device)
 
     def _hide_features(self) -> None:
         """Where heads see a part of the components, make the weights of the others 0, for good."""

@@ -68,9 +68,10 @@ def softmax(values):
     return [p / sum(parts) for p in parts]
 
 
-def own(value, head):
-    """A head's own value of a setting."""
-    return value[head % len(value)] if isinstance(value, tuple) else value
+def own(value, head, balances=1.0):
+    """A head's own value of a setting; of others than balance, one after all balances."""
+    turn = head // len(balances) if isinstance(balances, tuple) else head
+    return value[turn % len(value)] if isinstance(value, tuple) else value
 
 
 def slow_sinkhorn(rows, s, head):
@@ -99,7 +100,7 @@ def slow_loss(trainer, x, y, used):
     """Loss of each head, from the logits on, with one loop per axis of the formula."""
     s, clusters = trainer.settings, trainer.marginal.shape[1]
     logits = trainer.student(trainer.data.rows(torch.cat([x, y]))).detach().double()
-    scaled = [(one / own(s.temperature, h)).tolist() for h, one in enumerate(logits)]
+    scaled = [(one / own(s.temperature, h, s.balances)).tolist() for h, one in enumerate(logits)]
     student = [[softmax(row) for row in head] for head in scaled]
     teacher = student
     if s.sinkhorn:
@@ -114,7 +115,7 @@ def slow_loss(trainer, x, y, used):
     counted = [[1.0] * pairs] * heads if used is None else used.tolist()
     for head, (one, t) in enumerate(zip(student, teacher, strict=True)):
         p = [1.0] * clusters if even else slow_target(one, s, head)
-        beta = own(s.beta, head)
+        beta = own(s.beta, head, s.balances)
         m = [0.9 / clusters + 0.1 * sum(row[c] for row in t) / (2 * pairs) for c in every]
         total = 0.0
         for b in range(pairs):
@@ -156,7 +157,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_the_first_step_has_the_formulas_loss(name):
-    trainer = make(count=3, batch_size=10, **SWITCHES[name])
+    trainer = make(count=5, batch_size=10, **SWITCHES[name])
     trainer.start()
     expected = slow_loss(trainer, *trainer._draw_pairs())
     np.testing.assert_allclose(trainer.step().numpy(), expected, rtol=2e-4, atol=2e-5)
@@ -206,7 +207,7 @@ def test_heads_see_their_own_part_of_the_components_alone():
 
 
 def test_heads_are_trained_on_their_own_parts_of_images_and_neighbors():
-    trainer = make(batch_size=4000, image_share=0.7, neighbor_share=(0.5, 1.0))
+    trainer = make(batch_size=4000, balance=0.5, image_share=0.7, neighbor_share=(0.5, 1.0))
     x, y, used = trainer._draw_pairs()
     for head, near in enumerate((0.5, 1.0, 0.5, 1.0, 0.5)):
         for image in x.unique():
