@@ -29,13 +29,15 @@ def resolve(
     source: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
+    overwrite: bool = False,
     plan_only: bool = False,
     quiet: bool = False,
 ) -> Config | None:
     """`config.load`, but with num_classes found where it is `auto` or a range such as 4-30.
 
     Finds it by a sweep, RUN/sweeps/classes, which goes on where it was interrupted. Returns None
-    where only the plan of that sweep was asked for.
+    where only the plan of that sweep was asked for. overwrite: as of `pipeline.run`, of the
+    embeddings and of that sweep's results.
 
     Raises:
         ConfigError, DataError, ArtifactError, StageError: as `config.load` and `sweep.run`.
@@ -48,8 +50,8 @@ def resolve(
     chosen = space.golden_spaces()[SPACE]
     content = {**configs._parse(chosen.read_bytes(), SPACE), "space": {"num_classes": numbers}}
     if not plan_only:
-        _embed(base, quiet)
-    found = sweep.run(base, (SPACE, content), plan_only=plan_only, quiet=quiet)
+        _embed(base, overwrite, quiet)
+    found = sweep.run(base, (SPACE, content), overwrite=overwrite, plan_only=plan_only, quiet=quiet)
     if found is None:
         return None
     best = found["trials"][0]["settings"]["num_classes"]
@@ -77,8 +79,8 @@ def numbers_to_try(value: Any) -> list[int] | None:
     return sorted({round(number) for number in np.geomspace(low, high, MOST_TRIED)})
 
 
-def _embed(config: Config, quiet: bool) -> None:
+def _embed(config: Config, overwrite: bool, quiet: bool) -> None:
     """Have the run embed the images, so that it finds them when the sweep is over."""
     steps = pipeline.make_steps(config, RunDirectory(config.run_dir))
     if any(step.stage.name == "embed" and step.state != "done" for step in steps):
-        pipeline.run(config, last="embed", quiet=quiet)
+        pipeline.run(config, last="embed", overwrite=overwrite, quiet=quiet)

@@ -75,7 +75,9 @@ def run(
 
     pipeline.select(first, last)
     started = time.monotonic()
-    config = classes.resolve(name, overrides or [], plan_only=plan, quiet=quiet)
+    config = classes.resolve(
+        name, overrides or [], overwrite=overwrite, plan_only=plan, quiet=quiet
+    )
     if config is None:
         return
     pipeline.run(config, first=first, last=last, overwrite=overwrite, plan_only=plan, quiet=quiet)

@@ -68,10 +68,11 @@ def may_be_own(run: RunDirectory, folder: str, print_: str) -> bool:
 def place_copies(view: View, names: Sequence[str], target: RunDirectory) -> None:
     """Put finished artifacts into a run of its own: hard links where they can be, else copies.
 
-    Artifacts are never changed in place, so links are safe. Folders that are there stay.
+    Artifacts are never changed in place, so links are safe. Folders that hold the same stay.
     """
     for name in names:
-        if target.manifest(name) is None:
+        there, wanted = target.manifest(name), view.manifest(name)
+        if there is None or wanted is None or there.id != wanted.id:
             target.delete(name)
             _copy(view, name, target)
 

@@ -510,7 +510,7 @@ def _search_heads(sweep: Sweep, todo: Mapping[str, Trial]) -> None:
         placement,
         title="heads",
         unit="trainings",
-        early_stop=sweep.space.early_stop and len(groups(sweep.trials, "heads")) >= FEWEST,
+        early_stop=sweep.space.early_stop and len(todo) >= FEWEST,
         on_end=partial(_end_of_heads, sweep, todo),
     )
 
@@ -752,20 +752,18 @@ def rank(sweep: Sweep) -> list[Trial]:
 def add_accuracy(sweep: Sweep) -> None:
     """Where there is ground truth, how well each trial meets it. Called after the ranking."""
     done = [trial for trial in sweep.trials if trial.state == "done"]
-    single: dict[str, dict[str, float]] = {}  # by fingerprint of the heads
     for group in groups(done, "consensus").values():
-        view, trained = group[0].view, group[0].prints["heads"]
+        view = group[0].view
         ids = view.matrix("embeddings", "image_id")
         known = evaluate.truth(group[0].config, view, np.asarray(ids))
         if known is None:
             return
         clusters = view.read_table("consensus", columns=["cluster"])["cluster"].to_numpy()
         found = metrics.scores(known.codes[known.known], clusters[known.known])
-        if trained not in single:
-            assignments = np.asarray(view.matrix("heads", "assignments"))
-            heads_ = evaluate.heads_alone(assignments[known.known], known.codes[known.known])
-            single[trained] = {name: heads_[name] for name in ("acc_mean", "acc_best")}
-        accuracy = {name: float(found[name]) for name in ("acc", "nmi", "ari")} | single[trained]
+        merged = evaluate.merged_heads(view, view.matrix("heads", "assignments"))
+        single = evaluate.heads_alone(merged[known.known], known.codes[known.known])
+        accuracy = {name: float(found[name]) for name in ("acc", "nmi", "ari")}
+        accuracy |= {name: single[name] for name in ("acc_mean", "acc_best")}
         for trial in group:
             trial.accuracy = accuracy
 

@@ -8,7 +8,8 @@ order of the embeddings (a quarantined image has no row). Writes, in evaluation/
   contingency.parquet  class, cluster, count: the non-zero cells   (with labels)
   classes.json         names of the classes, by code               (with labels)
 
-Ground truth is read here and by `report`, nowhere else.
+Ground truth is read here and by `report`; by sweeps and `predict` through this file, when their
+clusters are made.
 Shapes: N rows, C classes, K clusters, H heads.
 """
 
@@ -184,7 +185,7 @@ def _label_free(
     context: Context, clusters: np.ndarray, confidence: np.ndarray, probe: np.ndarray | None
 ) -> dict[str, Any]:
     files, rows = context.run, len(clusters)
-    assignments = _merged(files, column(files, "heads", "assignments", rows))
+    assignments = merged_heads(files, column(files, "heads", "assignments", rows))
     ids, counts = column(files, "neighbors", "ids", rows), column(files, "neighbors", "count", rows)
     sizes = metrics.cluster_sizes(clusters, context.config.num_classes)
     return {
@@ -216,7 +217,7 @@ def _against(
     result["purity"] = float(match.confusion.max(axis=0).sum() / match.confusion.sum())
     correct = match.cluster_class[clusters[rows]] == labels
     result["calibration"] = metrics.calibration(confidence[rows], correct)
-    merged = _merged(files, files.matrix("heads", "assignments"))
+    merged = merged_heads(files, files.matrix("heads", "assignments"))
     result["heads"] = heads_alone(merged[rows], labels)
     if probe is not None:
         result["classifier"] = metrics.scores(labels, probe[rows])
@@ -225,7 +226,7 @@ def _against(
     return result
 
 
-def _merged(files: RunDirectory, assignments: np.ndarray) -> np.ndarray:
+def merged_heads(files: RunDirectory, assignments: np.ndarray) -> np.ndarray:
     """The heads that the consensus was made of, int [N, H]."""
     done = files.manifest("consensus")
     weights = done.results.get("head_weights") if done else None

@@ -38,20 +38,23 @@ def test_a_range_that_is_none_is_named(value):
 def test_the_best_number_of_the_sweep_is_taken(monkeypatch):
     told: dict[str, Any] = {}
 
-    def pretend(config, source, *, plan_only, quiet):
-        told.update(config=config, source=source)
+    def pretend(config, source, *, overwrite, plan_only, quiet):
+        told.update(config=config, source=source, overwrite=overwrite)
         trials = [{"settings": {"num_classes": k}} for k in (7, 5, 6)]  # best first
         return None if plan_only else {"trials": trials}
 
     monkeypatch.setattr(sweep, "run", pretend)
-    monkeypatch.setattr(classes, "_embed", lambda config, quiet: told.update(embedded=True))
+    monkeypatch.setattr(classes, "_embed", lambda config, anew, quiet: told.update(embedded=anew))
     options = ["num_classes=5-7", "heads.count=9"]
     assert classes.resolve(TREE, options, plan_only=True) is None and "embedded" not in told
-    found = classes.resolve(TREE, options)
+    assert classes.resolve(TREE, options) is not None
+    assert told["overwrite"] is told["embedded"] is False
+    found = classes.resolve(TREE, options, overwrite=True)
+    assert told["overwrite"] is told["embedded"] is True
     assert found is not None and found.num_classes == 7 and found.heads.count == 9
     name, content = told["source"]
     assert name == "classes" and content["space"] == {"num_classes": [5, 6, 7]}
-    assert content["objective"] == "neighbor_modularity" and told["embedded"]
+    assert content["objective"] == "neighbor_modularity"
 
 
 def test_a_plain_number_needs_no_sweep(monkeypatch):

@@ -323,6 +323,14 @@ def test_copies_are_a_run_that_goes_on_after_the_sweep(tmp_path: Path) -> None:
     store.place_copies(trial.view, ["index", "embeddings", "neighbors", "heads"], target)
     steps = pipeline.make_steps(trial.config, target)
     assert [step.state for step in steps[:5]] == ["done", "done", "done", "done", "run"]
+    other, _ = make_sweep(config, {"search": "grid", "space": {"heads.beta": [0.8]}})
+    (later,) = other.trials
+    write_heads(later.view, later.config, 1)
+    kept = target.manifest("embeddings")
+    store.place_copies(later.view, ["index", "embeddings", "neighbors", "heads"], target)
+    steps = pipeline.make_steps(later.config, target)
+    assert [step.state for step in steps[:5]] == ["done", "done", "done", "done", "run"]
+    assert target.manifest("embeddings") == kept, "what is the same stays"
 
 
 # --- the plan and early stopping -----------------------------------------------------------------
