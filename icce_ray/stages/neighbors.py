@@ -20,6 +20,7 @@ FOLDER = "neighbors"
 SEARCHED = ("pca", "search", "nprobe")  # settings of the search; the others are the rule's
 RAW = "top"  # working folder: what the tasks write, before the rule is applied
 TOP = f"{FOLDER}/{RAW}"
+CHOICE = "search.json"  # beside them: which search it is
 NEAREST = "nearest"  # of a sweep: the best few ids of every row, which all its trials share
 ROWS_PER_FILE = 250_000
 EXACT_SECONDS = 3600.0  # search=auto: exact search where it is expected to take less
@@ -166,12 +167,7 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
     have, cpus = cluster.resources(), cluster.cpus_each(1, gpus)
     width = min(features, config.pca or features)
     seconds = exact_seconds(rows, width, have.cpus, have.gpus if gpus else 0)
-    ivf = _approximate(config, seconds)
-    if config.search == "auto" and ivf:
-        context.reporter.say(
-            f"exact search would take about {duration(seconds)} here: using approximate search "
-            "(neighbors.search=exact to insist)"
-        )
+    ivf = _settle(context, seconds)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(_search_task)
     refs = [task.remote(run, start, stop, most, ivf, config, cpus) for start, stop in missing]
     finished = rows - sum(stop - start for start, stop in missing)
@@ -180,6 +176,22 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
         for _, count in completed(ray, refs, wait):
             finished += count
             bar.update(finished)
+    return ivf
+
+
+def _settle(context: Context, exact: float) -> bool:
+    """Whether this search is approximate, where an exact one would take so many seconds. Settled
+    once: a search that goes on, perhaps on other machines, does not become a mixture."""
+    config, run = context.config.neighbors, context.run
+    if run.exists(TOP, CHOICE):
+        return bool(run.read_json(TOP, CHOICE)["ivf"])
+    ivf = _approximate(config, exact)
+    if config.search == "auto" and ivf:
+        context.reporter.say(
+            f"exact search would take about {duration(exact)} here: using approximate search "
+            "(neighbors.search=exact to insist)"
+        )
+    run.write_json({"ivf": ivf}, TOP, CHOICE)
     return ivf
 
 
