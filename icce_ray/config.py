@@ -163,8 +163,8 @@ def _check_workers(least: int | None, workers: int | None) -> None:
 
 class HeadsConfig(Node):
     count: Positive = 24
-    """H: clustering heads (the paper: 50). Of these, those of one `balance` are merged: by default
-    a third."""
+    """H: clustering heads (the paper: 50). Of these, some of one `balance` are merged:
+    consensus.keep."""
     clusters: Positive | None = None
     """L: clusters per head. Default: num_classes. More (over-clustering) lets one training serve
     ensembles of several num_classes; not with consensus.method=voting, and with two heads or
@@ -181,9 +181,10 @@ class HeadsConfig(Node):
     batch_norm: bool = True
     """Batch normalization after each hidden layer (linear heads have none)."""
     steps: Positive | None = None
-    """Training steps. Default: 2,000, and more with more than 10 classes: 2,000 x (K / 10)^0.4."""
+    """Training steps. Default: 2,000; for heads of L > 10 clusters 2,000 x (L / 10)^0.4."""
     batch_size: Positive | None = None
-    """Pairs per step, over all workers. Default: 8 per class, at least 1,024, at most 4,096."""
+    """Pairs per step, over all workers. Default: 8 per cluster of a head, at least 1,024, at most
+    4,096."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate of AdamW; linear warm-up, then cosine decay."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -279,7 +280,7 @@ class ConsensusConfig(Node):
     method: Literal["voting", "cspa", "hgpa", "mcla", "hbgf", "dawid-skene"] = "dawid-skene"
     """How the heads' clusterings become one. voting: aligned majority. cspa, hgpa, mcla: Strehl &
     Ghosh 2002. hbgf: Fern & Brodley 2004. dawid-skene: a confusion matrix per head, fitted by EM
-    from MCLA's result."""
+    from MCLA's result and from the vote's, whichever ends likelier."""
     keep: Share | None = None
     """Share of the heads that enter the ensemble, rounded, of those of the heads.balance that fits
     best; at least one does. Default: a quarter of all, but no fewer than 8, if so many have it."""

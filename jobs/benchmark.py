@@ -596,7 +596,9 @@ def alone(
     features: Annotated[int, typer.Option(help="D")] = 1024,
     classes: Annotated[int, typer.Option(help="K")] = 1000,
     heads: Annotated[int, typer.Option(help="H")] = 50,
-    steps: Annotated[int | None, typer.Option(help="Steps timed; default: all.")] = 200,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the heads' training; default: all.", min=10)
+    ] = None,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16, of the heads.")] = "float32",
     device: Device = "auto",
     out: Out = Path("runs/alone"),

@@ -150,8 +150,7 @@ def measure_parts(
 ) -> tuple[list[Part], dict[str, float]]:
     """Neighbors, heads, consensus and classifier, each timed; and remarks.
 
-    steps: of the heads' training, timed; the whole one has as many as its settings say. Default:
-    all of them.
+    steps: of the heads' training that are taken, more than WARM_UP. Default: all.
     """
     config, watch = settings(clusters, heads), Stopwatch(device, tell=tell)
     whole = config.heads.steps or default_steps(clusters)
@@ -183,8 +182,9 @@ def measure_parts(
             embeddings, merged.labels, sure, config.classifier, clusters, config.seed, device=device
         )
     predicted, _ = classifier.predict(model, embeddings, device)
-    for name, labels in (("consensus", merged.labels), ("classifier", predicted)):
-        remarks[f"accuracy of the {name}, %"] = 100 * metrics.accuracy(codes, labels)
+    if taken + WARM_UP == whole:  # heads of a training cut short say nothing
+        for name, labels in (("consensus", merged.labels), ("classifier", predicted)):
+            remarks[f"accuracy of the {name}, %"] = 100 * metrics.accuracy(codes, labels)
     remarks["neighbors of the same class, %"] = 100 * _right(case)
     return watch.parts, remarks
 

@@ -25,12 +25,16 @@ SCORED = ("neighbors", "heads", "consensus", "classifier")  # stages that the pe
 def measure_accuracy(
     source: str, overrides: Sequence[str], seeds: Sequence[int], test: str | None
 ) -> list[dict[str, Any]]:
-    """Run the chain once for each seed, on the same embeddings; classify `test` images with each.
+    """Run the chain once for each seed, on the same embeddings and neighbors, whatever of it was
+    there before; classify `test` images with each.
 
     Returns, for each seed: seed, consensus, classifier, kmeans, heads_mean, heads_best, test
     (accuracies, 0..1), nmi and ari of the consensus, ranking and gap of its confidence
-    (`metrics.calibration`), seconds (embeddings to classifier) and wall (of the whole command,
-    where embeddings were there).
+    (`metrics.calibration`), seconds (embeddings to classifier) and wall (of the command from the
+    heads on, scoring included).
+
+    Raises:
+        DataError: there is no ground truth, of the config's images or of `test`.
     """
     from icce_ray import config as configs
     from icce_ray import pipeline
@@ -39,16 +43,19 @@ def measure_accuracy(
 
     found = []
     for seed in seeds:
-        config = configs.load(source, [*overrides, f"seed={seed}"])
-        pipeline.run(config, overwrite=True, last="embed")
+        given = [*overrides, f"seed={seed}", "evaluate.require_labels=true"]
+        config = configs.load(source, given)
+        pipeline.run(config, overwrite=True, last="neighbors")
         started = time.monotonic()
-        manifests = pipeline.run(config, overwrite=True)
+        manifests = pipeline.run(config, first="heads", overwrite=True)
         wall = time.monotonic() - started
         metrics = RunDirectory(config.run_dir).read_json("evaluation", "metrics.json")
         tested = None
         if test is not None:
             out = f"{config.run_dir}/test-{seed}-{manifests['classifier'].id[:8]}"
-            tested = predict(config.run_dir, test, out).results["acc"]
+            tested = predict(config.run_dir, test, out).results.get("acc")
+            if tested is None:
+                raise DataError(f"{test} has no labels to compare with; give class folders")
         found.append(
             {
                 "seed": seed,
@@ -249,8 +256,9 @@ def measure_imbalance(
     """Sweeps over `heads.balance` and the true `heads.prior` on long tails of a finished run's
     embeddings. Returns, for each ratio: ratio, sizes, the sweep's results, accuracies of kmeans."""
     run, _, known = open_labeled(run_dir)
+    made = run.manifest("embeddings").id[:8]  # other embeddings are other work
     return [
-        _measure_tail(run, known.codes, folder / f"{ratio:g}", ratio, seeds, overrides)
+        _measure_tail(run, known.codes, folder / f"{made}-{ratio:g}", ratio, seeds, overrides)
         for ratio in ratios
     ]
 

@@ -43,16 +43,25 @@ def test_all_parts_are_timed_and_find_the_blobs(
     alone: ModuleType, blobs: tuple[np.ndarray, np.ndarray]
 ) -> None:
     said: list[str] = []
-    parts, remarks = alone.measure_parts(*blobs, 5, {"count": 6}, 60, CPU, said.append)
+    heads = {"count": 6, "steps": 60}
+    parts, remarks = alone.measure_parts(*blobs, 5, heads, None, CPU, said.append)
     names = [part.name for part in parts]
     assert names[0].startswith("neighbors") and names[-1].startswith("classifier")
     assert "heads: 55 steps" in names and len(said) == len(parts)
     assert all(part.seconds >= 0 and part.memory == 0 for part in parts)
-    assert remarks["s that all 2,000 steps would take"] == pytest.approx(2 * remarks["ms per step"])
+    assert remarks["s that all 60 steps would take"] == pytest.approx(0.06 * remarks["ms per step"])
     assert remarks["accuracy of the consensus, %"] > 90
     assert remarks["accuracy of the classifier, %"] > 90
     table = alone.parts_table(parts)
     assert "GPU" not in table and table.count("\n") == len(parts) + 1
+
+
+def test_heads_cut_short_are_timed_not_judged(
+    alone: ModuleType, blobs: tuple[np.ndarray, np.ndarray]
+) -> None:
+    _, remarks = alone.measure_parts(*blobs, 5, {"count": 3}, 10, CPU, lambda line: None)
+    assert remarks["s that all 2,000 steps would take"] > 0
+    assert not any(name.startswith("accuracy") for name in remarks)
 
 
 def test_gpu_memory_stands_beside_the_seconds(alone: ModuleType) -> None:
@@ -97,7 +106,7 @@ def test_recipes_are_trained_and_merged(
 
 
 def test_neither_ray_nor_pyarrow_is_needed(repository: Path, tmp_path: Path) -> None:
-    sizes = ["--rows", "300", "--features", "16", "--classes", "5", "--heads", "3", "--steps", "9"]
+    sizes = ["--rows", "300", "--features", "16", "--classes", "5", "--heads", "3", "--steps", "10"]
     job = str(repository / "jobs" / "benchmark.py")
     command = [sys.executable, "-c", WITHOUT, job, "alone", *sizes, "--out", str(tmp_path / "a")]
     done = subprocess.run(
