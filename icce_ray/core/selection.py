@@ -18,7 +18,7 @@ import numpy as np
 
 from icce_ray.config import Config
 from icce_ray.core import diversity, scores
-from icce_ray.core.consensus import pairwise_nmi
+from icce_ray.core.consensus import Consensus, consensus, pairwise_nmi
 from icce_ray.errors import ConfigError, DataError
 
 KEEP_BY = ("information", "agreement", "loss", "diversity")
@@ -62,6 +62,21 @@ def choose(
         seed=config.seed,
     )
     return weights, told
+
+
+def merge(assignments: np.ndarray, weights: np.ndarray, config: Config) -> Consensus:
+    """The consensus of heads that count so much, by the settings. Arguments as of `choose`."""
+    wanted = config.consensus
+    return consensus(
+        assignments,
+        config.num_classes,
+        wanted.method,
+        head_clusters=config.head_clusters,
+        weights=weights,
+        max_rows=wanted.max_rows,
+        iterations=wanted.iterations,
+        seed=config.seed,
+    )
 
 
 def likeliest(evidence: np.ndarray, groups: Sequence[float]) -> np.ndarray:

@@ -62,16 +62,7 @@ def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, d
     by_loss = "loss" in (chosen.keep_by, chosen.weights)
     losses = final_losses(run) if by_loss else None
     weights, choice = selection.choose(assignments, ids, config, losses)
-    found = core.consensus(
-        assignments,
-        config.num_classes,
-        chosen.method,
-        head_clusters=config.head_clusters,
-        weights=weights,
-        max_rows=chosen.max_rows,
-        iterations=chosen.iterations,
-        seed=config.seed,
-    )
+    found = selection.merge(assignments, weights, config)
     merged = assignments[:, weights > 0]
     agreement = core.head_agreement(merged, config.head_clusters, max_rows=chosen.max_rows)
     confidence = supported(found.confidence, found.labels, _nearest(ids, config))

@@ -91,17 +91,7 @@ def case_of_run(run_dir: str) -> Case:
 def merge(assignments: np.ndarray, ids: np.ndarray, config: Any) -> consensus.Consensus:
     """The consensus of the heads that the settings choose."""
     weights, _ = selection.choose(assignments, ids, config)
-    chosen = config.consensus
-    return consensus.consensus(
-        assignments,
-        config.num_classes,
-        chosen.method,
-        head_clusters=config.head_clusters,
-        weights=weights,
-        max_rows=chosen.max_rows,
-        iterations=chosen.iterations,
-        seed=config.seed,
-    )
+    return selection.merge(assignments, weights, config)
 
 
 # --- how long each part takes --------------------------------------------------------------------
