@@ -27,6 +27,7 @@ from icce_ray.core import diversity, losses
 from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.heads import Heads, head_seed, kmeans_start
 from icce_ray.core.optimizer import AdamW
+from icce_ray.core.projection import Projection, project
 from icce_ray.errors import StageError
 
 MARGINAL_MOMENTUM = 0.9  # TEMI: running mean of the teacher's predictions
@@ -64,6 +65,19 @@ class Data:
     ids: Tensor  # int32 [N, M], row numbers, best first
     counts: Tensor  # int32 [N], valid neighbors per row, at least 1
     device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        embeddings: np.ndarray,
+        ids: np.ndarray,
+        counts: np.ndarray,
+        projection: Projection,
+        device: torch.device,
+    ) -> Data:
+        """From embeddings [N, D] and their neighbors; arrays may be memory-mapped."""
+        lists, valid = (torch.from_numpy(np.array(one)).to(device) for one in (ids, counts))
+        return cls(project(embeddings, projection, device), lists, valid, device)
 
     def rows(self, index: Tensor) -> Tensor:
         """Features of some rows, float32 on the device. [B] -> [B, P]."""

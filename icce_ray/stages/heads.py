@@ -28,7 +28,7 @@ from icce_ray.core.head_trainer import (
     default_steps,
     merge_states,
 )
-from icce_ray.core.projection import Projection, fit_projection, project
+from icce_ray.core.projection import fit_projection
 from icce_ray.errors import ArtifactError
 from icce_ray.stages import Context, Need, Outcome, Size, Stage, training
 
@@ -54,14 +54,6 @@ def _settings(config: Config) -> dict[str, Any]:
 # --- in the workers ------------------------------------------------------------------------------
 
 
-def load_data(run: RunDirectory, projection: Projection, device: torch.device) -> Data:
-    """What heads are trained on, of a run whose neighbors are there."""
-    matrix = run.matrix("embeddings", "embedding")
-    ids = torch.from_numpy(np.array(run.matrix("neighbors", "ids"))).to(device)
-    counts = torch.from_numpy(np.array(run.matrix("neighbors", "count"))).to(device)
-    return Data(project(matrix, projection, device), ids, counts, device)
-
-
 def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
     """The loop of one worker: resume, step, checkpoint, assign."""
     chosen = HeadsConfig.model_validate(config["heads"])
@@ -70,7 +62,8 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         return  # lost after its last checkpoint: nothing is left to do
     embeddings = worker.run.matrix("embeddings", "embedding")
     projection = fit_projection(embeddings, chosen.pca, config["seed"])
-    data = load_data(worker.run, projection, worker.device)
+    ids, counts = (worker.run.matrix("neighbors", name) for name in ("ids", "count"))
+    data = Data.of(embeddings, ids, counts, projection, worker.device)
     trainer = HeadTrainer(
         data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
     )

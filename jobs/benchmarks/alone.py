@@ -38,9 +38,7 @@ class Case:
     def data(self, components: int | None, seed: int, device: torch.device) -> Data:
         """What heads are trained on, on the device."""
         projection = fit_projection(self.embeddings, components, seed)
-        features = project(self.embeddings, projection, device)
-        ids, counts = (torch.from_numpy(np.array(a)).to(device) for a in (self.ids, self.counts))
-        return Data(features, ids, counts, device)
+        return Data.of(self.embeddings, self.ids, self.counts, projection, device)
 
 
 def settings(clusters: int, heads: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
