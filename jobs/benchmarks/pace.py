@@ -20,6 +20,7 @@ from benchmarks import alone
 from benchmarks.tables import markdown
 from icce_ray.core import metrics
 from icce_ray.core.head_trainer import HeadTrainer, default_steps
+from icce_ray.errors import ConfigError
 
 POINTS = 40  # of a curve
 SCORED_ROWS = 20_000  # that accuracy is measured on
@@ -82,10 +83,17 @@ def measure_pace(
 ) -> dict[str, dict[str, Any]]:
     """Train by each recipe until it is through, or for so many seconds; or by some of them alone.
 
-    Returns, by recipe: `curve`, and the accuracy of the `consensus` of the heads at its end.
+    Returns, by recipe: `steps` of the whole, `curve`, and the accuracy of the `consensus` of the
+    heads at its end.
+
+    Raises:
+        ConfigError: a recipe that does not exist.
     """
+    known = recipes(len(case.embeddings))
+    if unknown := sorted(set(only) - set(known)):
+        raise ConfigError(f"no recipe {unknown[0]!r}; there are {', '.join(known)}")
     found: dict[str, dict[str, Any]] = {}
-    for name, changes in recipes(len(case.embeddings)).items():
+    for name, changes in known.items():
         if only and name not in only:
             continue
         config = alone.settings(case.clusters, {"count": heads, **changes}, seed)
@@ -94,8 +102,8 @@ def measure_pace(
         trainer = HeadTrainer(data, config.heads, case.clusters, seed, steps)
         curve = [asdict(point) for point in _curve(trainer, case.codes, seconds)]
         merged = alone.merge(trainer.assign(), case.ids, config).labels
-        known = case.codes >= 0
-        acc = metrics.accuracy(case.codes[known], merged[known])
+        labeled = case.codes >= 0
+        acc = metrics.accuracy(case.codes[labeled], merged[labeled])
         found[name] = {"steps": steps, "consensus": acc, "curve": curve}
     return found
 

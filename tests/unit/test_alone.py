@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from icce_ray.errors import ConfigError
+
 CPU = torch.device("cpu")
 WITHOUT = """
 import runpy, sys
@@ -103,6 +105,8 @@ def test_recipes_are_trained_and_merged(
     assert [made[name]["curve"][-1]["step"] for name in made] == [60, 2 * 600 // pace.TEMI_BATCH]
     lines = pace.pace_table(made).splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["ours", "TEMI"]
+    with pytest.raises(ConfigError, match="no recipe 'theirs'; there are ours, "):
+        pace.measure_pace(case, 4, 1e6, 0, CPU, only=["theirs"])
 
 
 def test_neither_ray_nor_pyarrow_is_needed(repository: Path, tmp_path: Path) -> None:
