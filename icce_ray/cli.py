@@ -12,7 +12,7 @@ from rich.table import Table
 
 from icce_ray import config as configs
 from icce_ray.errors import IcceError
-from icce_ray.progress import duration
+from icce_ray.rundir.progress import duration
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
 
@@ -71,7 +71,8 @@ def run(
     Finished stages are skipped and half-done ones resumed, so the same command goes on after a
     crash or Ctrl-C.
     """
-    from icce_ray import classes, pipeline
+    from icce_ray import pipeline
+    from icce_ray.sweeps import num_classes as classes
 
     pipeline.select(first, last)
     started = time.monotonic()
@@ -86,7 +87,7 @@ def run(
 
 
 def _print_end(run_dir: str, seconds: float) -> None:
-    from icce_ray.artifacts import RunDirectory
+    from icce_ray.rundir.directory import RunDirectory
 
     directory = RunDirectory(run_dir)
     console = Console(highlight=False, soft_wrap=True)
@@ -132,12 +133,13 @@ def sweep(
     The same command goes on after a crash or Ctrl-C, and runs what is new after SPACE was extended.
     Ends with a table, a report, and best.yaml, which `icce-ray run` takes.
     """
-    from icce_ray import sweep as sweeps
+    from icce_ray.sweeps import results as results_
+    from icce_ray.sweeps import running as sweeps
 
     config = configs.load(name, overrides or [])
     results = sweeps.run(config, space, overwrite=overwrite, plan_only=plan, quiet=quiet)
     if results is not None:
-        sweeps.show(results, Console(highlight=False, soft_wrap=True))
+        results_.show(results, Console(highlight=False, soft_wrap=True))
 
 
 @app.command()
@@ -173,10 +175,10 @@ def status(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
 ) -> None:
     """Show what a run has done, and how far it is."""
-    from icce_ray import storage
-    from icce_ray.artifacts import RunDirectory
     from icce_ray.errors import ArtifactError
     from icce_ray.pipeline import STAGES
+    from icce_ray.rundir import storage
+    from icce_ray.rundir.directory import RunDirectory
 
     storage.check(run_dir)
     directory = RunDirectory(run_dir)

@@ -19,27 +19,16 @@ from typing import Any
 from rich.table import Table
 
 from icce_ray import config as configs
-from icce_ray import storage
-from icce_ray.artifacts import PARTIAL, Manifest, RunDirectory, differing_keys, fingerprint
-from icce_ray.cluster import Cluster, NodeWatch, shared_memory_hint
-from icce_ray.config import Config
+from icce_ray.config.schema import Config
+from icce_ray.distributed.cluster import Cluster, NodeWatch, shared_memory_hint
 from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError
-from icce_ray.progress import Reporter, duration
-from icce_ray.stages import (
-    Context,
-    Need,
-    Outcome,
-    Size,
-    Stage,
-    classifier,
-    consensus,
-    embed,
-    evaluate,
-    heads,
-    index,
-    neighbors,
-    report,
-)
+from icce_ray.rundir import storage
+from icce_ray.rundir.directory import PARTIAL, Manifest, RunDirectory, differing_keys, fingerprint
+from icce_ray.rundir.progress import Reporter, duration
+from icce_ray.stages import classify as classifier
+from icce_ray.stages import consensus, embed, evaluate, heads, index, report
+from icce_ray.stages import search as neighbors
+from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 
 STAGES: tuple[Stage, ...] = tuple(
     module.STAGE

@@ -209,10 +209,10 @@ def measure(stage: str, tree: Mapping[str, Any], features: int, label: str = "")
     import yaml
 
     from icce_ray import config as configs
-    from icce_ray.artifacts import RunDirectory
-    from icce_ray.cluster import Cluster
+    from icce_ray.distributed.cluster import Cluster
     from icce_ray.pipeline import STAGES as KNOWN
-    from icce_ray.stages import Size
+    from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.stages.base import Size
 
     config, run = configs.load(tree), RunDirectory(tree["run_dir"])
     file = Path(tree["run_dir"]).with_suffix(".yaml")
@@ -249,7 +249,7 @@ def folder_bytes(folder: Path) -> float:
 
 def right_neighbors(run_dir: str, rows: int, classes: int) -> float:
     """Share of neighbors around the same center, over CHECKED rows: was the input what it says?"""
-    from icce_ray.artifacts import RunDirectory
+    from icce_ray.rundir.directory import RunDirectory
 
     ids = RunDirectory(run_dir).matrix("neighbors", "ids")
     chosen = np.linspace(0, rows - 1, min(rows, CHECKED)).astype(int)
@@ -384,8 +384,8 @@ def _trainer(group: Any, split: str, work: Work) -> Any:
     """A trainer on random vectors and random neighbors, the same in every worker."""
     import torch
 
-    from icce_ray.config import HeadsConfig
-    from icce_ray.core.head_trainer import Data, HeadTrainer
+    from icce_ray.config.schema import HeadsConfig
+    from icce_ray.core.heads.trainer import Data, HeadTrainer
 
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(work.rows, work.features, generator=generator).half()
@@ -509,8 +509,8 @@ def ablation(
 ) -> None:
     """What each setting earns, and how well each label-free score ranks the settings."""
     from icce_ray import config as configs
-    from icce_ray import sweep
     from icce_ray.errors import DataError
+    from icce_ray.sweeps import running as sweep
 
     results = sweep.run(configs.load(config, overrides or []), space)
     assert results is not None
@@ -557,7 +557,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda; auto: a GPU if there is on
 def _device(name: str) -> Any:
     import torch
 
-    from icce_ray.core.classifier import default_device
+    from icce_ray.core.classifier.probe import default_device
 
     return default_device() if name == "auto" else torch.device(name)
 

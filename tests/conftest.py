@@ -57,7 +57,7 @@ def train_heads() -> Callable[[Any, Any], np.ndarray]:
     """
     import torch
 
-    from icce_ray.core.head_trainer import Data, HeadTrainer
+    from icce_ray.core.heads.trainer import Data, HeadTrainer
     from icce_ray.core.projection import fit_projection, project
 
     def train(run: Any, config: Any) -> np.ndarray:

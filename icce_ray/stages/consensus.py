@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.artifacts import CONSENSUS_SCHEMA, RunDirectory
-from icce_ray.cluster import Cluster, Request, Wait, result
-from icce_ray.config import KEEP_LEAST, KEEP_SHARE, Config, settings
-from icce_ray.core import consensus as core
-from icce_ray.core import selection
-from icce_ray.core.confidence import NEIGHBORS, supported
+from icce_ray.config.schema import KEEP_LEAST, KEEP_SHARE, Config, settings
+from icce_ray.core.ensemble import agreement as agreement_
+from icce_ray.core.ensemble import graph as graph_
+from icce_ray.core.ensemble import selection
+from icce_ray.core.ensemble.confidence import NEIGHBORS, supported
+from icce_ray.core.evaluation.labelfree import EVIDENCE
 from icce_ray.core.neighbors import reference_k
-from icce_ray.core.scores import EVIDENCE
+from icce_ray.distributed.cluster import Cluster, Request, Wait, result
 from icce_ray.errors import ArtifactError
-from icce_ray.stages import Context, Need, Outcome, Size, Stage
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.schemas import CONSENSUS_SCHEMA
+from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 
 FOLDER = "consensus"
 LAST_LOSSES = 0.05  # share of the recorded losses whose mean is a head's final loss
@@ -64,7 +66,7 @@ def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, d
     weights, choice = selection.choose(assignments, ids, config, losses)
     found = selection.merge(assignments, weights, config)
     merged = assignments[:, weights > 0]
-    agreement = core.head_agreement(merged, config.head_clusters, max_rows=chosen.max_rows)
+    agreement = agreement_.head_agreement(merged, config.head_clusters, max_rows=chosen.max_rows)
     confidence = supported(found.confidence, found.labels, _nearest(ids, config))
     told = {"head_weights": weights.tolist(), "head_agreement": agreement, **choice}
     info = {**found.info, **told}
@@ -113,8 +115,8 @@ def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
     labels = 2 * images * heads * (2 if config.head_clusters < 2**15 else 4)
     fitted = min(images, config.consensus.max_rows)
     graph = {
-        "cspa": 26.0 * min(images, core.CSPA_ROWS) ** 2,
-        "hgpa": 300.0 * fitted * max(core.CLIQUE_DEGREE // 2, heads),
+        "cspa": 26.0 * min(images, graph_.CSPA_ROWS) ** 2,
+        "hgpa": 300.0 * fitted * max(graph_.CLIQUE_DEGREE // 2, heads),
         "hbgf": 280.0 * fitted * heads,
         "dawid-skene": 60.0 * fitted * heads,
     }

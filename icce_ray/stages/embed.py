@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray import listing, vectors
-from icce_ray.artifacts import RunDirectory, embeddings_schema, tensor_column, to_matrix
-from icce_ray.cluster import Cluster
-from icce_ray.config import BackboneConfig, Config, settings
+from icce_ray.config.schema import BackboneConfig, Config, settings
+from icce_ray.data import embeddings as vectors
+from icce_ray.data import listing
+from icce_ray.distributed import inference as streaming
+from icce_ray.distributed.cluster import Cluster
+from icce_ray.distributed.inference import Columns, Job, Loaded
+from icce_ray.distributed.shards import Quarantine, Shards
 from icce_ray.errors import DataError, StageError
-from icce_ray.stages import Context, Need, Outcome, Size, Stage, streaming
-from icce_ray.stages.streaming import Columns, Job, Loaded, Quarantine, Shards
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.schemas import embeddings_schema, tensor_column, to_matrix
+from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 
 if TYPE_CHECKING:
     import torch

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.artifacts import RunDirectory
-from icce_ray.cluster import Cluster, Request, Wait, result
-from icce_ray.config import Config
-from icce_ray.config import settings as slice_of
-from icce_ray.core import metrics
+from icce_ray.config.schema import Config
+from icce_ray.config.schema import settings as slice_of
+from icce_ray.core.evaluation import kmeans as kmeans_
+from icce_ray.core.evaluation import truth as metrics
+from icce_ray.distributed.cluster import Cluster, Request, Wait, result
 from icce_ray.errors import ArtifactError, DataError
-from icce_ray.stages import Context, Need, Outcome, Size, Stage
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 
 FOLDER = "evaluation"
 CONTINGENCY_SCHEMA = pa.schema(
@@ -71,7 +72,7 @@ def settings(config: Config) -> dict[str, Any]:
 def estimate(config: Config, size: Size, cluster: Cluster) -> Need:
     """Memory is that of the k-means task: one float32 copy of what it holds at once."""
     rows, width = size.images or 0, size.features or 0
-    large = metrics.kmeans_is_large(rows, width, config.num_classes)
+    large = kmeans_.kmeans_is_large(rows, width, config.num_classes)
     held = min(rows, max(100_000, 256 * config.num_classes)) if large else rows
     return Need(memory=4.0 * held * width * 2, disk=2e6, where="one task (k-means)")
 
@@ -249,7 +250,7 @@ def _kmeans(context: Context, rows: int) -> np.ndarray:
     config, files, cluster = context.config, context.run, context.cluster
     ray = cluster.start()
     width = files.matrix("embeddings", "embedding").shape[1]
-    large = metrics.kmeans_is_large(rows, width, config.num_classes)
+    large = kmeans_.kmeans_is_large(rows, width, config.num_classes)
     gpus = cluster.gpus_each(None) if large else 0
     context.reporter.say(
         f"k-means for comparison: {rows:,} x {width} features, K={config.num_classes}, "
@@ -265,7 +266,7 @@ def _kmeans_task(
     files: RunDirectory, num_clusters: int, restarts: int, seed: int, gpus: float
 ) -> np.ndarray:
     features = files.matrix("embeddings", "embedding")
-    return metrics.kmeans_baseline(features, num_clusters, restarts, seed, gpu=gpus > 0)
+    return kmeans_.kmeans_baseline(features, num_clusters, restarts, seed, gpu=gpus > 0)
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -18,10 +18,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from icce_ray.artifacts import RunDirectory, tensor_column
-from icce_ray.cluster import Cluster
-from icce_ray.config import Config, HeadsConfig, settings
-from icce_ray.core.head_trainer import (
+from icce_ray.config.schema import Config, HeadsConfig, settings
+from icce_ray.core.heads.trainer import (
     Data,
     HeadTrainer,
     default_batch,
@@ -29,8 +27,12 @@ from icce_ray.core.head_trainer import (
     merge_states,
 )
 from icce_ray.core.projection import fit_projection
+from icce_ray.distributed import train as training
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError
-from icce_ray.stages import Context, Need, Outcome, Size, Stage, training
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.schemas import tensor_column
+from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 
 FOLDER = "heads"
 HISTORY_POINTS = 200  # loss values kept per head

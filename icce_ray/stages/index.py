@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray import datasets, listing, storage, vectors
-from icce_ray.artifacts import RunDirectory
-from icce_ray.cluster import Cluster
-from icce_ray.config import Config, settings
+from icce_ray.config.schema import Config, settings
+from icce_ray.data import datasets, listing
+from icce_ray.data import embeddings as vectors
+from icce_ray.data.reading import row_uri
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError, DataError
-from icce_ray.images import row_uri
-from icce_ray.stages import Context, Need, Outcome, Size, Stage
+from icce_ray.rundir import storage
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 
 FOLDER = "index"
 ROWS_PER_FILE = 1_000_000

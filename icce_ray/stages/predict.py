@@ -21,23 +21,20 @@ import pyarrow as pa
 import yaml
 
 from icce_ray import config as configs
-from icce_ray import listing, storage
-from icce_ray.artifacts import (
-    MANIFEST,
-    PARTIAL,
-    PREDICTIONS_SCHEMA,
-    Manifest,
-    RunDirectory,
-    fingerprint,
-)
-from icce_ray.cluster import Cluster, NodeWatch
-from icce_ray.config import BackboneConfig, Config
-from icce_ray.core import metrics
+from icce_ray.config.schema import BackboneConfig, Config
+from icce_ray.core.evaluation import truth as metrics
+from icce_ray.data import listing
+from icce_ray.distributed import inference as streaming
+from icce_ray.distributed.cluster import Cluster, NodeWatch
+from icce_ray.distributed.inference import Columns, Job, Loaded
+from icce_ray.distributed.shards import Shards
 from icce_ray.errors import ArtifactError, ConfigError, StageError
-from icce_ray.progress import Reporter, duration
-from icce_ray.stages import index, streaming
+from icce_ray.rundir import storage
+from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
+from icce_ray.rundir.progress import Reporter, duration
+from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
+from icce_ray.stages import index
 from icce_ray.stages.embed import Embedder
-from icce_ray.stages.streaming import Columns, Job, Loaded, Shards
 
 if TYPE_CHECKING:
     import torch
@@ -191,8 +188,8 @@ class Predictor:
         self.classifier: Any = None
 
     def load(self, device: torch.device) -> list[dict[str, Any]]:
-        from icce_ray.core import classifier as core
         from icce_ray.core.backbone import arithmetic
+        from icce_ray.core.classifier import model as core
 
         weights = self.run.read_bytes(CLASSIFIER, WEIGHTS)
         self.classifier = core.load(weights, self.run.read_json(CLASSIFIER, DESCRIPTION))

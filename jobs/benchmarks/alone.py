@@ -18,8 +18,11 @@ import torch
 
 from benchmarks.tables import markdown
 from icce_ray import config as configs
-from icce_ray.core import classifier, confidence, consensus, metrics, neighbors, selection
-from icce_ray.core.head_trainer import Data, HeadTrainer, default_steps
+from icce_ray.core import neighbors
+from icce_ray.core.classifier import probe as probe_
+from icce_ray.core.ensemble import base, confidence, selection
+from icce_ray.core.evaluation import truth as metrics
+from icce_ray.core.heads.trainer import Data, HeadTrainer, default_steps
 from icce_ray.core.projection import fit_projection, project
 
 WARM_UP = 5  # steps before the clock starts
@@ -86,7 +89,7 @@ def case_of_run(run_dir: str) -> Case:
     return Case(run.matrix("embeddings", "embedding"), ids, counts, known.codes, config.num_classes)
 
 
-def merge(assignments: np.ndarray, ids: np.ndarray, config: Any) -> consensus.Consensus:
+def merge(assignments: np.ndarray, ids: np.ndarray, config: Any) -> base.Consensus:
     """The consensus of the heads that the settings choose."""
     weights, _ = selection.choose(assignments, ids, config)
     return selection.merge(assignments, weights, config)
@@ -166,10 +169,10 @@ def measure_parts(
         near = case.ids[:, : neighbors.reference_k(confidence.NEIGHBORS, rows, clusters, most)]
         sure = confidence.supported(merged.confidence, merged.labels, near)
     with watch.part("classifier: linear probe"):
-        model, _ = classifier.train_probe(
+        model, _ = probe_.train_probe(
             embeddings, merged.labels, sure, config.classifier, clusters, config.seed, device=device
         )
-    predicted, _ = classifier.predict(model, embeddings, device)
+    predicted, _ = probe_.predict(model, embeddings, device)
     if taken + WARM_UP == whole:  # heads of a training cut short say nothing
         for name, labels in (("consensus", merged.labels), ("classifier", predicted)):
             remarks[f"accuracy of the {name}, %"] = 100 * metrics.accuracy(codes, labels)

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import alone
 from benchmarks.tables import markdown
-from icce_ray.core import metrics
-from icce_ray.core.head_trainer import HeadTrainer, default_steps
+from icce_ray.core.evaluation import truth as metrics
+from icce_ray.core.heads.trainer import HeadTrainer, default_steps
 from icce_ray.errors import ConfigError
 
 POINTS = 40  # of a curve
@@ -173,7 +173,7 @@ def pace_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> 
 
     curves: by recipe.
     """
-    from icce_ray import charts
+    from icce_ray.report import charts
 
     panels = [
         _panel(curves, "mean", "accuracy of single heads", charts.percent),
@@ -201,7 +201,7 @@ def _panel(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str, shown: Any
 ) -> Any:
     """One value over the seconds, on a scale of powers: the recipes differ by as much."""
-    from icce_ray import charts
+    from icce_ray.report import charts
 
     drawn = {
         name: [p for p in points if p["seconds"] >= FIRST_SECOND and math.isfinite(p[key])]

@@ -38,7 +38,7 @@ def measure_accuracy(
     """
     from icce_ray import config as configs
     from icce_ray import pipeline
-    from icce_ray.artifacts import RunDirectory
+    from icce_ray.rundir.directory import RunDirectory
     from icce_ray.stages.predict import predict
 
     found = []
@@ -88,13 +88,15 @@ OF_A_CLUSTERING = (
 def score_truth(run_dir: str) -> dict[str, dict[str, float]]:
     """The label-free scores of the true classes, of the consensus and of k-means, on the images
     that have a label: where the truth scores lower, better search cannot find it."""
-    from icce_ray.core import metrics, scores
+    from icce_ray.core.evaluation import kmeans as kmeans_
+    from icce_ray.core.evaluation import labelfree as scores
+    from icce_ray.core.evaluation import truth as metrics
 
     run, config, known = open_labeled(run_dir)
     ids, features = run.matrix("neighbors", "ids"), run.matrix("embeddings", "embedding")
     if not known.known.all():
         raise DataError(f"{run_dir}: {np.sum(~known.known)} images have no label; all need one")
-    kmeans = metrics.kmeans_baseline(
+    kmeans = kmeans_.kmeans_baseline(
         features, config.num_classes, config.evaluate.kmeans_restarts, config.seed
     )
     found = {"truth": known.codes, "consensus": run.matrix("consensus", "cluster")}
@@ -156,7 +158,7 @@ def by_settings(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
     The first group is the config as it is, "defaults".
     """
-    from icce_ray import space
+    from icce_ray.sweeps import space
 
     own = {key: space.lookup(results["config"], key) for key in results["space"] if key != "seed"}
     order = {"defaults": -1}
@@ -196,7 +198,7 @@ def ablation_table(results: Mapping[str, Any]) -> str:
 def correlation_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Spearman's rank correlation of each score with accuracy: over settings (means of the seeds),
     and over settings that change the heads or the ensemble alone."""
-    from icce_ray.stages.sweep_report import spearman
+    from icce_ray.report.sweep_page import spearman
 
     groups = by_settings(results)
     rows = []
@@ -274,8 +276,9 @@ def _measure_tail(
     import yaml
 
     from icce_ray import config as configs
-    from icce_ray import sweep
-    from icce_ray.core import metrics
+    from icce_ray.core.evaluation import kmeans as kmeans_
+    from icce_ray.core.evaluation import truth as metrics
+    from icce_ray.sweeps import running as sweep
 
     rows = long_tail(codes, ratio, seed=0)
     x, y = np.asarray(run.matrix("embeddings", "embedding")[rows]), codes[rows]
@@ -292,7 +295,7 @@ def _measure_tail(
         "data": {"embeddings": str(folder / "x.npy"), "labels": str(folder / "y.npy")},
     }
     results = sweep.run(configs.load(tree, overrides), str(folder / "imbalance.yaml"))
-    kmeans = [metrics.scores(y, metrics.kmeans_baseline(x, len(sizes), 10, seed)) for seed in seeds]
+    kmeans = [metrics.scores(y, kmeans_.kmeans_baseline(x, len(sizes), 10, seed)) for seed in seeds]
     return {"ratio": ratio, "sizes": sizes, "results": results, "kmeans": kmeans}
 
 

@@ -20,8 +20,8 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def open_labeled(run_dir: str) -> tuple[Any, Any, Any]:
     """A run, its config, and the truth of its embeddings. Raises DataError: there is none."""
     from icce_ray import config as configs
-    from icce_ray.artifacts import RunDirectory
     from icce_ray.errors import DataError
+    from icce_ray.rundir.directory import RunDirectory
     from icce_ray.stages import evaluate
 
     run = RunDirectory(run_dir)

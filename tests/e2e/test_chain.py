@@ -19,9 +19,9 @@ import pytest
 
 from icce_ray import cli as program
 from icce_ray import pipeline
-from icce_ray.artifacts import RunDirectory
-from icce_ray.config import load
+from icce_ray.config.loading import load
 from icce_ray.errors import ArtifactError
+from icce_ray.rundir.directory import RunDirectory
 from icce_ray.stages import embed
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.config import ClassifierConfig, HeadsConfig
-from icce_ray.core import classifier, neighbors
-from icce_ray.core.head_trainer import Data, HeadTrainer
+from icce_ray.config.schema import ClassifierConfig, HeadsConfig
+from icce_ray.core import neighbors
+from icce_ray.core.classifier import probe
+from icce_ray.core.heads.trainer import Data, HeadTrainer
 from icce_ray.core.projection import fit_projection, project
 
 pytestmark = pytest.mark.gpu
@@ -64,7 +65,7 @@ def test_probe_trains_on_the_device(
     device: torch.device, blobs: tuple[np.ndarray, np.ndarray]
 ) -> None:
     matrix, labels = blobs
-    model, _ = classifier.train_probe(
+    model, _ = probe.train_probe(
         matrix,
         labels.astype(np.int64),
         np.ones(len(labels), np.float32),
@@ -73,5 +74,5 @@ def test_probe_trains_on_the_device(
         0,
         device=device,
     )
-    predicted, _ = classifier.predict(model, matrix, device)
+    predicted, _ = probe.predict(model, matrix, device)
     assert (predicted == labels).mean() > 0.95

@@ -13,13 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from icce_ray import artifacts, config
-from icce_ray.artifacts import Manifest, RunDirectory
-from icce_ray.cluster import Cluster
-from icce_ray.core import classifier as core
+from icce_ray import config
+from icce_ray.core.classifier import model as core
+from icce_ray.core.classifier import probe
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError, DataError, StageError
-from icce_ray.progress import Reporter
-from icce_ray.stages import Context, Outcome, classifier
+from icce_ray.rundir import schemas
+from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.progress import Reporter
+from icce_ray.stages import classify as classifier
+from icce_ray.stages.base import Context, Outcome
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -47,16 +50,16 @@ def make_run(tmp_path: Path, count: int, overrides: Sequence[str] = (), bad: int
     uris = [_picture(tmp_path, i, COLORS[kind], rng, i < bad) for i, kind in enumerate(kinds)]
     nothing = pa.nulls(count, pa.int64())
     index = [pa.array(range(count)), uris, pa.nulls(count, pa.string()), nothing, nothing]
-    _finish(run, "index", pa.table(index, schema=artifacts.INDEX_SCHEMA))
+    _finish(run, "index", pa.table(index, schema=schemas.INDEX_SCHEMA))
     rows = np.arange(bad, count)
     features = np.eye(3, 16)[kinds[rows]] + 0.1 * rng.normal(size=(len(rows), 16))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    schema = artifacts.embeddings_schema(16)
-    tensor = artifacts.tensor_column(features.astype(np.float16), schema.field("embedding").type)
+    schema = schemas.embeddings_schema(16)
+    tensor = schemas.tensor_column(features.astype(np.float16), schema.field("embedding").type)
     _finish(run, "embeddings", pa.table([pa.array(rows), tensor], schema=schema))
     clusters = ((kinds[rows] + 1) % 3).astype(np.int32)
     confidence = np.where(np.arange(len(rows)) % 5, 0.9, 0.2).astype(np.float32)
-    _finish(run, "consensus", pa.table([rows, clusters, confidence], artifacts.CONSENSUS_SCHEMA))
+    _finish(run, "consensus", pa.table([rows, clusters, confidence], schemas.CONSENSUS_SCHEMA))
     tree = {"num_classes": 3, "run_dir": run.uri, "data": {"path": str(tmp_path / "images")}}
     settings = config.load(tree, list(overrides))
     return Context(settings, run, Reporter(run, quiet=True), Cluster(settings.ray))
@@ -103,7 +106,7 @@ def test_a_probe_in_one_task(tmp_path: Path, kind: str) -> None:
     assert outcome.results["kind"] == kind and outcome.results["agreement"] == 1.0
     model, description = loaded(run)
     features = run.matrix("embeddings", "embedding")
-    clusters, confidence = core.predict(model, features)
+    clusters, confidence = probe.predict(model, features)
     assert (clusters == run.matrix("consensus", "cluster")).all()
     assert (clusters == run.matrix("classifier", "cluster")).all()
     np.testing.assert_allclose(confidence, run.matrix("classifier", "confidence"), atol=1e-3)
@@ -159,8 +162,8 @@ def wide(context: Context) -> Context:
     image_ids = np.array(context.run.matrix("embeddings", "image_id"))
     matrix = np.zeros((len(narrow), features), np.float16)
     matrix[:, : narrow.shape[1]] = narrow
-    schema = artifacts.embeddings_schema(features)
-    tensor = artifacts.tensor_column(matrix, schema.field("embedding").type)
+    schema = schemas.embeddings_schema(features)
+    tensor = schemas.tensor_column(matrix, schema.field("embedding").type)
     context.run.delete("embeddings")
     _finish(context.run, "embeddings", pa.table([pa.array(image_ids), tensor], schema=schema))
     return context

@@ -14,14 +14,18 @@ import torch
 from PIL import Image
 
 from icce_ray import config as configs
-from icce_ray.artifacts import PREDICTIONS_SCHEMA, Manifest, RunDirectory
-from icce_ray.cluster import Cluster, Resources
-from icce_ray.config import Config
+from icce_ray.config.schema import Config
 from icce_ray.core import backbone as backbones
-from icce_ray.core import classifier as classifiers
+from icce_ray.core.classifier import model as classifiers
+from icce_ray.distributed import inference as streaming
+from icce_ray.distributed import shards as shards_
+from icce_ray.distributed.cluster import Cluster, Resources
 from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
-from icce_ray.progress import Reporter
-from icce_ray.stages import Context, embed, index, predict, streaming
+from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.progress import Reporter
+from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
+from icce_ray.stages import embed, index, predict
+from icce_ray.stages.base import Context
 
 BACKBONE = {"name": "test_resnet", "pretrained": False, "image_size": 32}
 
@@ -148,7 +152,7 @@ def test_given_embeddings_that_are_bad(tmp_path: Path) -> None:
 def test_shards_accept_any_order_and_repetitions(tmp_path: Path) -> None:
     run, rng = RunDirectory(str(tmp_path)), np.random.default_rng(0)
     values = rng.normal(size=(50, 3)).astype(np.float16)
-    shards = streaming.Shards(run, "s", 50, 8, embed._table, lambda *_: {})
+    shards = shards_.Shards(run, "s", 50, 8, embed._table, lambda *_: {})
     order = rng.permutation(50)
     bad = np.isin(np.arange(50), [0, 8, 9, 10, 11, 12, 13, 14, 15, 49])  # a whole shard among them
     for part in [*np.array_split(order, 7), order[:20]]:

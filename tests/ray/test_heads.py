@@ -12,13 +12,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from icce_ray import artifacts, config
-from icce_ray.artifacts import Manifest, RunDirectory
-from icce_ray.cluster import Cluster
-from icce_ray.core import head_trainer
+from icce_ray import config
+from icce_ray.core.heads import trainer as head_trainer
+from icce_ray.distributed import train as training
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError, DataError, StageError
-from icce_ray.progress import Reporter
-from icce_ray.stages import Context, Outcome, heads, neighbors, training
+from icce_ray.rundir import schemas
+from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.progress import Reporter
+from icce_ray.stages import heads
+from icce_ray.stages import search as neighbors
+from icce_ray.stages.base import Context, Outcome
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -45,10 +49,10 @@ def make_run(folder: Path, overrides: Sequence[str] = (), rows: int = ROWS) -> C
     """A run whose embeddings are finished; two images before them were quarantined."""
     run = RunDirectory(str(folder))
     matrix, _ = blobs(rows)
-    schema = artifacts.embeddings_schema(FEATURES)
+    schema = schemas.embeddings_schema(FEATURES)
     for part, start in enumerate(range(0, rows, 250)):
         piece = matrix[start : start + 250]
-        tensor = artifacts.tensor_column(piece, schema.field("embedding").type)
+        tensor = schemas.tensor_column(piece, schema.field("embedding").type)
         ids = np.arange(start, start + len(piece)) + 2
         table = pa.table([ids, tensor], schema=schema)
         run.write_table(table, "embeddings", f"part-{part:05d}.parquet")

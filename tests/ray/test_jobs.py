@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 import ray  # noqa: F401
 
-from icce_ray.artifacts import RunDirectory
-from icce_ray.config import load
+from icce_ray.config.loading import load
 from icce_ray.errors import DataError
+from icce_ray.rundir.directory import RunDirectory
 
 import psutil  # isort: skip  # comes with Ray, and is found once that is imported
 

@@ -27,9 +27,9 @@ import torch
 from PIL import Image
 
 from icce_ray import config as configs
-from icce_ray.artifacts import RunDirectory
 from icce_ray.core import backbone as backbones
 from icce_ray.core import neighbors as nearest
+from icce_ray.rundir.directory import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from icce_ray import cli, config, pipeline, storage
-from icce_ray.artifacts import RunDirectory, to_matrix
+from icce_ray import cli, config, pipeline
 from icce_ray.core import backbone as backbones
 from icce_ray.core import neighbors as nearest
 from icce_ray.core.projection import fit_projection, project
+from icce_ray.rundir import storage
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.schemas import to_matrix
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

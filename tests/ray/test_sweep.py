@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from icce_ray import cli, config, pipeline, sweep
-from icce_ray.artifacts import RunDirectory
-from icce_ray.stages import tuning
+from icce_ray import cli, config, pipeline
+from icce_ray.distributed import tune as tuning
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.sweeps import running as sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from icce_ray import cli
-from icce_ray.artifacts import RunDirectory
 from icce_ray.errors import ArtifactError, ConfigError, DataError
+from icce_ray.rundir.directory import RunDirectory
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

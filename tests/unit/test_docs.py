@@ -14,11 +14,11 @@ import pytest
 import typer.main
 import yaml
 
-from icce_ray import classes
 from icce_ray import config as configs
-from icce_ray import space as spaces
 from icce_ray.cli import app
-from icce_ray.core.scores import SCORES
+from icce_ray.core.evaluation.labelfree import SCORES
+from icce_ray.sweeps import num_classes as classes
+from icce_ray.sweeps import space as spaces
 
 GOLDEN = ("quickstart", "fashion-mnist", "cifar10", "cifar100", "stl10", "imagenet")
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -200,7 +200,7 @@ def test_golden_config_names_a_command_that_runs_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in GOLDEN if n not in ("quickstart", "imagenet")])
 def test_public_data_sets_can_be_written_where_the_config_says(name: str) -> None:
-    from icce_ray import datasets
+    from icce_ray.data import datasets
 
     data = configs.load(name).data
     assert data.dataset == name and data.path

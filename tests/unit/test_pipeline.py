@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from icce_ray import pipeline
-from icce_ray.artifacts import Manifest, RunDirectory
-from icce_ray.config import Config, load
+from icce_ray.config.loading import load
+from icce_ray.config.schema import Config
 from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
+from icce_ray.rundir.directory import Manifest, RunDirectory
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from icce_ray import config as configs
-from icce_ray import space
+from icce_ray.sweeps import space
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch.nn import functional as F
 
-from icce_ray.config import BackboneConfig
+from icce_ray.config.schema import BackboneConfig
 from icce_ray.core import backbone as core
 from icce_ray.errors import ConfigError
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.config import HeadsConfig
+from icce_ray.config.schema import HeadsConfig
 from icce_ray.core.collective import Counted
-from icce_ray.core.head_trainer import Data, HeadTrainer
+from icce_ray.core.heads.trainer import Data, HeadTrainer
 
 ROWS, FEATURES, CLUSTERS, HEADS, PAIRS, WORLD = 64, 12, 5, 7, 24, 3
 FLOAT = 4  # bytes

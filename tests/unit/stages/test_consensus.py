@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from icce_ray import config as configs
-from icce_ray.core.consensus import align
-from icce_ray.core.scores import heads_alone
+from icce_ray.config import schema
+from icce_ray.core.ensemble.agreement import align
+from icce_ray.core.evaluation.labelfree import heads_alone
 from icce_ray.errors import ArtifactError, ConfigError
 from icce_ray.stages import consensus, heads
 
@@ -141,11 +142,11 @@ def test_other_defaults_make_other_artifacts(monkeypatch):
     """What stands for a setting that is not given belongs to the fingerprint as if it were."""
     config = configs.load(TREE)
     trained, merged = heads.STAGE.settings(config), consensus.STAGE.settings(config)
-    assert trained["heads"]["balance"] == list(configs.BALANCES)
+    assert trained["heads"]["balance"] == list(schema.BALANCES)
     for module, name, value in (
         (heads, "default_steps", lambda clusters: 7),
         (heads, "default_batch", lambda clusters: 7),
-        (configs, "BALANCES", (1.0,)),
+        (schema, "BALANCES", (1.0,)),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, value)

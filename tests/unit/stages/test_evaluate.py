@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from icce_ray.core import metrics
+from icce_ray.core.evaluation import truth as metrics
 from icce_ray.errors import ArtifactError, DataError
 from icce_ray.stages import evaluate
 

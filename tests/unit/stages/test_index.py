@@ -14,14 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from icce_ray import config as configs
-from icce_ray import listing
-from icce_ray.artifacts import INDEX_SCHEMA, Manifest, RunDirectory
-from icce_ray.cluster import Cluster
-from icce_ray.config import Config, DataConfig
+from icce_ray.config.schema import Config, DataConfig
+from icce_ray.data import listing
+from icce_ray.data.reading import read_many
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError, DataError, IcceError
-from icce_ray.images import read_many
-from icce_ray.progress import Reporter
-from icce_ray.stages import Context, index
+from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.progress import Reporter
+from icce_ray.rundir.schemas import INDEX_SCHEMA
+from icce_ray.stages import index
+from icce_ray.stages.base import Context
 
 
 def touch(root: Path, *names: str) -> None:

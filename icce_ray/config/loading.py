@@ -1,0 +1,226 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from icce_ray.config.schema import Config, describe
+from icce_ray.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: no setting is one, and a folder may well be named 2024-01-01."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in rules if not tag.endswith(":timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def golden_configs() -> dict[str, Path]:
+    """Names and files of the configs that come with the package."""
+    installed = Path(str(resources.files("icce_ray"))) / "configs"
+    checkout = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+    folder = installed if installed.is_dir() else checkout
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Resolve a golden config's name, a YAML file or a mapping, plus `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: with every problem found, each as dotted key, value, reason and fix.
+    """
+    return validate(merge(source, overrides))
+
+
+def merge(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain tree that `load` checks. Raises ConfigError for what cannot be read or set."""
+    tree, name = _read(source)
+    one = tree.get("backbone") or {}
+    if isinstance(one, Mapping):  # so that backbone.name and backbone.0.name both work
+        tree["backbone"] = [dict(one)]
+    for override in overrides:
+        _apply(tree, override)
+    if not tree.get("run_dir"):
+        tree["run_dir"] = f"runs/{name}"
+    return tree
+
+
+def validate(tree: Mapping[str, Any]) -> Config:
+    """Check a plain tree. Raises ConfigError that lists all problems."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(problem, tree) for problem in error.errors()]
+        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(f"{head} in the settings:\n  " + "\n  ".join(problems)) from None
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Mapping):
+        return copy.deepcopy(dict(source)), "run"
+    if "://" in str(source):
+        return parse_yaml(_fetch(str(source)), str(source)), Path(
+            str(source).partition("?")[0]
+        ).stem
+    known = golden_configs()
+    path = known.get(str(source)) or Path(source)
+    if not path.is_file():
+        close = difflib.get_close_matches(str(source), known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(
+            f"no config {str(source)!r}: it is neither a YAML file nor one of "
+            f"{', '.join(known)}.{hint}"
+        )
+    return parse_yaml(path.read_bytes(), str(path)), path.stem
+
+
+def _fetch(uri: str) -> bytes:
+    """A file of settings in object storage, such as a sweep's best.yaml."""
+    from icce_ray.rundir import storage
+
+    try:
+        with storage.hastily():
+            return storage.read(uri)
+    except OSError as error:
+        raise ConfigError(f"{uri} cannot be read: {error}") from None
+
+
+def parse_yaml(text: bytes, name: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text.decode(), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{name} must hold settings (key: value), not {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
+        raise ConfigError(f"{override!r} is not an override; write key.sub=value")
+    node: Any = tree
+    for depth, part in enumerate(parts[:-1]):
+        group = group_of(node, parts, depth)
+        if group is not node and part.isdecimal():
+            node = group  # `part` said which one of a list
+            continue
+        if group.get(part) is None:
+            group[part] = {}
+        node = group[part]
+    group_of(node, parts, len(parts) - 1)[parts[-1]] = _value(parts, text)
+
+
+def group_of(node: Any, parts: Sequence[str], depth: int) -> Any:
+    """The mapping that parts[depth] is looked up in; of a list, the element it speaks of."""
+    part, above = parts[depth], ".".join(parts[:depth])
+    if isinstance(node, list):
+        if part.isdecimal() and int(part) < len(node):
+            node = node[int(part)]
+        elif part.isdecimal() or len(node) != 1:
+            raise ConfigError(
+                f"{'.'.join(parts)}: {above} is a list of {len(node)}; say which one, "
+                f"from {above}.0 to {above}.{len(node) - 1}"
+            )
+        else:
+            node = node[0]  # so that backbone.name works where there is one backbone
+    if not isinstance(node, dict):
+        raise ConfigError(f"{'.'.join(parts)} cannot be set: {above} holds a value, not a group")
+    return node
+
+
+def _value(parts: Sequence[str], text: str) -> Any:
+    """What YAML reads, but text as it stands where the setting is text (run_dir=2024)."""
+    if text in ("", "None"):
+        return None
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+    key = ".".join(part for part in parts if not part.isdecimal())
+    kinds = {name: field.annotation for name, field, _ in describe()}
+    quoted = text.lstrip().startswith(("'", '"'))
+    if value is not None and not quoted and kinds.get(key) in (str, str | None):
+        return text
+    return value
+
+
+def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
+    location = [part for part in problem["loc"] if part not in ("function-after",)]
+    key = ".".join(str(part) for part in location)
+    kind, value = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        return f"{key}: unknown setting.{suggest(location)}"
+    if kind == "missing":
+        return f"{key}: missing; add {key}=..."
+    if kind == "model_type":
+        return f"{key}: this is a group of settings (key: value), not {value!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    prefix = f"{key}: " if key else ""
+    shown = "" if kind == "value_error" else f" (got {value!r})"
+    return f"{prefix}{message}{shown}"
+
+
+def suggest(location: Sequence[Any]) -> str:
+    """Near names for an unknown key: within its own group first, then anywhere in the tree."""
+    wanted = ".".join(str(part) for part in location if not isinstance(part, int))
+    every = [key for key, *_ in describe()]
+    near = difflib.get_close_matches(wanted, every, n=1, cutoff=0.75)
+    same_leaf = [key for key in every if key.split(".")[-1] == wanted.split(".")[-1]]
+    guess = near or same_leaf[:1]
+    if guess:
+        return f" Did you mean {guess[0]}?"
+    group = [key for key in every if key.rpartition(".")[0] == wanted.rpartition(".")[0]]
+    return f" Known there: {', '.join(key.rpartition('.')[2] for key in group)}." if group else ""
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved tree with each setting's documentation above it; loads back to the same tree."""
+    docs = {key: text for key, _, text in describe()}
+    lines: list[str] = []
+    _dump(config.model_dump(mode="json"), "", 0, docs, lines)
+    return "\n".join(lines) + "\n"
+
+
+def _dump(tree: Any, prefix: str, depth: int, docs: Mapping[str, str], lines: list[str]) -> None:
+    pad = "  " * depth
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if docs.get(key):
+            lines.extend(f"{pad}# {line}" for line in _wrap(docs[key], 96 - len(pad)))
+        if isinstance(value, dict):
+            lines.append(f"{pad}{name}:")
+            _dump(value, key + ".", depth + 1, docs, lines)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines.append(f"{pad}{name}:")
+            for item in value:
+                start = len(lines)
+                _dump(item, key + ".", depth + 2, docs, lines)
+                lines.insert(start, f"{pad}  -")
+        else:
+            lines.append(f"{pad}{name}: {scalar(value)}")
+
+
+def scalar(value: Any) -> str:
+    # Line breaks stay on one line between double quotes alone.
+    style = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=1_000_000)
+    return text.split("\n")[0]
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, max(width, 40))

@@ -1,0 +1,211 @@
+"""H clustering heads as batched tensors.
+
+Shapes: H heads, B rows, D features, K clusters, O outputs of a layer. All heads run in one batched
+matrix product per layer; no Python loop over heads. Each head's initial weights come from
+(seed, head number) alone, so that heads keep their identity however workers share them.
+Architecture of a head: TEMI (arXiv 2303.17896), with ICCE's batch normalization.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BN_MOMENTUM = 0.1
+
+
+BN_EPSILON = 1e-5
+
+
+SEEDED = 100  # clusters up to which k-means is seeded with care
+
+
+SHORT = 64  # outputs below which the rows are the last axis in memory
+
+
+LINEAR_START = 0.1  # of torch's usual deviation
+
+
+class BatchedLinear(nn.Module):
+    """One linear layer per head: [H, B, I] -> [H, B, O], or [B, I] -> [H, B, O]."""
+
+    def __init__(self, heads: int, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(heads, 1, outputs)) if bias else None
+
+    def reset(self, generators: Sequence[torch.Generator]) -> None:
+        """Kaiming-uniform, as torch.nn.Linear, head by head."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        for weight, generator in zip(self.weight.data, generators, strict=True):
+            weight.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = x.dim() == 2
+        out = self._shared_input(x) if shared else torch.bmm(x, self.weight.to(x.dtype))
+        return out if self.bias is None else out + self.bias
+
+    def _shared_input(self, x: Tensor) -> Tensor:
+        # One plain product over all heads' columns: with few outputs per head a batched one is up
+        # to a hundred times slower on CPUs. Few outputs are laid out as [H, O, B]: over a last axis
+        # that is shorter than their vector units, softmax and sums are several times slower. What
+        # is done element by element, or reduced, keeps that layout.
+        heads, inputs, outputs = self.weight.shape
+        if outputs < SHORT:
+            columns = self.weight.transpose(1, 2).reshape(heads * outputs, inputs)
+            return (columns.to(x.dtype) @ x.T).view(heads, outputs, len(x)).transpose(1, 2)
+        columns = self.weight.permute(1, 0, 2).reshape(inputs, heads * outputs)
+        return (x @ columns.to(x.dtype)).view(len(x), heads, outputs).permute(1, 0, 2).contiguous()
+
+
+class BatchedNorm(nn.Module):
+    """Batch normalization of each head's activations over its own batch: [H, B, O]."""
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(heads, 1, width))
+        self.shift = nn.Parameter(torch.zeros(heads, 1, width))
+        self.register_buffer("mean", torch.zeros(heads, 1, width))
+        self.register_buffer("var", torch.ones(heads, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[1] > 1:
+            var, mean = torch.var_mean(x.float(), dim=1, keepdim=True, correction=0)
+            with torch.no_grad():
+                self.mean.lerp_(mean, BN_MOMENTUM)
+                self.var.lerp_(var, BN_MOMENTUM)
+        else:
+            mean, var = self.mean, self.var
+        gain = self.scale * torch.rsqrt(var + BN_EPSILON)
+        return x * gain + (self.shift - mean * gain)
+
+
+class Heads(nn.Module):
+    """The heads numbered `numbers`, of the H that a run trains.
+
+    Per head: (Linear, BatchNorm, GELU) for each hidden width, then L2-normalization and a linear
+    layer of unit-norm prototypes without bias, so that logits are cosines (TEMI); with no hidden
+    layer, one plain linear layer with a bias, started near zero.
+    """
+
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        features: int,
+        clusters: int,
+        hidden: Sequence[int],
+        batch_norm: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        count = len(numbers)
+        widths = [features, *hidden]
+        self.layers = nn.ModuleList(
+            BatchedLinear(count, i, o, bias=not batch_norm) for i, o in itertools.pairwise(widths)
+        )
+        self.norms = nn.ModuleList(
+            BatchedNorm(count, w) if batch_norm else nn.Identity() for w in hidden
+        )
+        self.cosine = bool(hidden)
+        self.gain = math.sqrt(features) if hidden else 1.0  # hidden layers want unit variance
+        self.last = BatchedLinear(count, widths[-1], clusters, bias=not self.cosine)
+        self._reset(numbers, seed)
+
+    @property
+    def first(self) -> BatchedLinear:
+        """The layer that sees the embeddings."""
+        first = next(iter(self.layers), self.last)
+        assert isinstance(first, BatchedLinear)
+        return first
+
+    def _reset(self, numbers: Sequence[int], seed: int) -> None:
+        generators = [torch.Generator().manual_seed(head_seed(seed, n)) for n in numbers]
+        for layer in [*self.layers, self.last]:
+            layer.reset(generators)
+        if not self.cosine:
+            # From near-uniform predictions the leading directions of the neighbor graph grow
+            # first; from confident random ones heads stay where they start.
+            self.last.weight.data.mul_(LINEAR_START)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Projected embeddings [B, P] -> logits [H, B, K], float32, before the temperature."""
+        x = x * self.gain
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.gelu(norm(layer(x)))
+        if not self.cosine:
+            return self.last(x).float()
+        x = F.normalize(x, dim=-1)
+        prototypes = F.normalize(self.last.weight, dim=1)
+        return torch.bmm(x, prototypes.to(x.dtype)).float()
+
+
+def head_seed(seed: int, number: int) -> int:
+    """The seed of one head, the same however workers share the heads."""
+    return seed * 1_000_003 + number
+
+
+def kmeans_start(sample: np.ndarray, clusters: int, seed: int) -> Tensor:
+    """First weights of one linear head: centroids of a quick k-means, float32 [P, K].
+
+    Each head takes another random half of the rows and of the components, so that heads start
+    different; the centroids themselves are taken in all components.
+
+    Args:
+        sample: float32 [N, P], unit rows.
+    """
+    generator = np.random.default_rng(seed)
+    rows = len(sample) if len(sample) < 4 * clusters else max(len(sample) // 2, 2 * clusters)
+    chosen = sample[np.sort(generator.choice(len(sample), rows, replace=False))]
+    components = np.sort(
+        generator.permutation(sample.shape[1])[: max(1, math.ceil(sample.shape[1] / 2))]
+    )
+    part = np.ascontiguousarray(chosen[:, components])
+    centroids = lloyd(torch.from_numpy(part), clusters, generator)
+    nearest = torch.cdist(torch.from_numpy(part), centroids).argmin(1)
+    sums = torch.zeros(clusters, sample.shape[1]).index_add_(0, nearest, torch.from_numpy(chosen))
+    counts = torch.bincount(nearest, minlength=clusters).clamp_min(1)
+    return (sums / counts.unsqueeze(1)).T.contiguous()
+
+
+def _seeds(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
+    """Rows to begin from, [K, P]: k-means++ (Arthur & Vassilvitskii 2007); random for large K,
+    where its K passes cost more than k-means itself."""
+    if clusters > SEEDED or len(x) <= clusters:
+        picks = generator.choice(len(x), clusters, replace=len(x) < clusters)
+        return x[torch.from_numpy(picks)].clone()
+    rows = [int(generator.integers(len(x)))]
+    nearest = (x - x[rows[0]]).square().sum(1)
+    for _ in range(clusters - 1):
+        odds = nearest.double().numpy()
+        total = odds.sum()
+        p = odds / total if total > 0 else None  # all rows are alike: any will do
+        rows.append(int(generator.choice(len(x), p=p)))
+        nearest = torch.minimum(nearest, (x - x[rows[-1]]).square().sum(1))
+    return x[rows].clone()
+
+
+def lloyd(x: Tensor, clusters: int, generator: np.random.Generator, iterations: int = 20) -> Tensor:
+    """Centroids of plain k-means, [K, P]; empty clusters get random rows.
+
+    A start for the heads needs no better k-means, and this one runs wherever torch does.
+    """
+    centroids = _seeds(x, clusters, generator)
+    for _ in range(iterations):
+        nearest = torch.cdist(x, centroids).argmin(1)
+        counts = torch.bincount(nearest, minlength=clusters)
+        sums = torch.zeros_like(centroids).index_add_(0, nearest, x)
+        centroids = sums / counts.clamp_min(1).unsqueeze(1)
+        empty = (counts == 0).nonzero().flatten()
+        if len(empty):
+            rows = generator.choice(len(x), len(empty))
+            centroids[empty] = x[torch.from_numpy(rows)]
+    return centroids

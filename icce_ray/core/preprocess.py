@@ -1,0 +1,202 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from icce_ray.errors import DataError
+
+# What PIL may try: raster images alone, and nothing that starts another program (EPS).
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+
+
+MAX_ASPECT = 8  # thinner images lose their ends before scaling, see Preprocess
+
+
+ORIENTATION = 0x0112  # EXIF tag
+
+
+class BadImage(DataError):
+    """One image cannot be read or decoded; the message is the reason, for the quarantine file."""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """An encoded image as RGB, 8 bits per channel, upright.
+
+    Transparent parts are laid on white. 16-bit images are scaled, not clipped. Of an animation, the
+    first frame is taken. EXIF orientation is applied.
+
+    Raises:
+        BadImage: empty, of an unknown format, damaged, truncated, or of more than `max_pixels`
+            (read from the header, before anything is decoded).
+    """
+    if not data:
+        raise BadImage("empty file")
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # the user asked for more than PIL would allow
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadImage(f"{width} x {height} pixels: more than embed.max_pixels allows")
+            image.load()
+            return _to_rgb(_upright(image))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError:
+        raise BadImage("more pixels than embed.max_pixels allows") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage("not an image, or of an unknown format") from None
+    except MemoryError:
+        raise BadImage("too large for the memory") from None
+    except Exception as error:  # PIL's readers raise almost anything on damaged input
+        truncated = "truncated" in str(error).lower()
+        reason = "truncated" if truncated else f"damaged: {_one_line(error)}"
+        raise BadImage(reason) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # a damaged EXIF block must not cost the image
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        return _on_white(image)
+    return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """16-bit, 32-bit and float pixels [height, width] as uint8.
+
+    Integers up to 65535 are 16-bit data, floats up to 1 or up to 255 have that range; anything else
+    is stretched between its own extremes.
+    """
+    x = values.astype(np.float64)
+    if not np.isfinite(x).all():
+        raise BadImage("pixels that are not finite")
+    low, high = x.min(), x.max()
+    if mode.startswith("I") and low >= 0 and high <= 65535:
+        x = x / 257
+    elif mode == "F" and low >= 0 and high <= 1:
+        x = x * 255
+    elif not (mode == "F" and low >= 0 and high <= 255):
+        x = (x - low) * (255 / max(high - low, 1e-12))
+    return np.rint(x).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize and crop to a model's input: RGB image -> uint8 [3, S, S].
+
+    The same pixels as timm's evaluation transform without ToTensor and Normalize (a test compares
+    them), but without importing torch, which costs each decoding process seconds and 300 MB. One
+    difference: images thinner than 1:8 lose their ends before they are scaled, which the crop would
+    cut off anyway; scaled whole, a 1 x 20,000 image would take gigabytes.
+    """
+
+    size: int  # S
+    resize: int  # side after scaling, before the crop
+    interpolation: str = "bicubic"  # the name of one of PIL's filters
+    mode: Literal["center", "squash", "border"] = "center"
+    fill: tuple[int, ...] = (0, 0, 0)  # of border
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        method = Image.Resampling[self.interpolation.upper()]
+        if self.mode == "center":
+            image = _cut_ends(image)
+        image = image.resize(self._scaled(image.size), method)
+        if self.mode == "border":
+            image = _pad(image, self.size, self.fill)
+        left, top = (round((side - self.size) / 2) for side in image.size)
+        image = image.crop((left, top, left + self.size, top + self.size))
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    def _scaled(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height after scaling."""
+        if self.mode == "squash":
+            return self.resize, self.resize
+        if self.mode == "border":  # longest edge
+            ratio = max(size) / self.resize
+            return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
+        width, height = size
+        if width <= height:
+            return self.resize, int(self.resize * height / width)
+        return int(self.resize * width / height), self.resize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one output."""
+        return 3 * self.size**2
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data, for the classifier's description."""
+        return {
+            "resize": self.resize,
+            "crop": self.size,
+            "interpolation": self.interpolation,
+            "mode": self.mode,
+        }
+
+
+def _cut_ends(image: Image.Image) -> Image.Image:
+    short, long = min(image.size), max(image.size)
+    if long <= MAX_ASPECT * short:
+        return image
+    cut = (long - MAX_ASPECT * short) // 2
+    if image.width > image.height:
+        return image.crop((cut, 0, cut + MAX_ASPECT * short, short))
+    return image.crop((0, cut, short, cut + MAX_ASPECT * short))
+
+
+def _pad(image: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
+    width, height = max(size, image.width), max(size, image.height)
+    if (width, height) == image.size:
+        return image
+    canvas = Image.new("RGB", (width, height), fill)
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return canvas
+
+
+def preprocess_from(data_config: dict[str, Any]) -> Preprocess:
+    """The Preprocess of timm's data config. Raises DataError where its input is not square."""
+    _, height, width = data_config["input_size"]
+    if height != width:
+        raise DataError(f"its input is {height} x {width}; only square inputs are supported")
+    return Preprocess(
+        size=height,
+        resize=math.floor(height / data_config["crop_pct"]),
+        interpolation=data_config["interpolation"],
+        mode=data_config["crop_mode"] or "center",
+        fill=tuple(round(255 * value) for value in data_config["mean"]),
+    )

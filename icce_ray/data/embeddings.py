@@ -1,0 +1,209 @@
+"""Embeddings the user already has: a .npy file, or Parquet with a list column `embedding`.
+
+They are read in blocks of rows; nothing needs all of them in memory.
+Shapes: N rows, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.lib import format as npy
+
+from icce_ray.data.listing import PARQUET, _one_line, _suffix, find_files
+from icce_ray.errors import ArtifactError, DataError
+from icce_ray.rundir.schemas import to_matrix
+from icce_ray.rundir.storage import locate, patiently
+
+COLUMN = "embedding"
+
+
+URI_COLUMN = "uri"
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What the files' heads say."""
+
+    uri: str  # as the user gave it
+    files: tuple[str, ...]
+    rows: tuple[int, ...]  # per file
+    features: int
+
+    @property
+    def total(self) -> int:
+        """N."""
+        return sum(self.rows)
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        """Consecutive blocks of at most `rows` rows, float32 [., D]."""
+        for file in self.files:
+            read = _npy_blocks if _suffix(file) == "npy" else self._parquet
+            yield from read(file, rows)
+
+    def _parquet(self, file: str, rows: int) -> Iterator[np.ndarray]:
+        batches = _Batches(file, rows)
+        while (batch := patiently(batches.following, file)) is not None:
+            yield _matrix(batch.column(0), file, self.features)
+
+
+class _Batches:
+    """Record batches of a Parquet file, one at a time; after a failure it is opened anew."""
+
+    def __init__(self, file: str, rows: int) -> None:
+        self.file, self.rows, self.taken = file, rows, 0
+        self._open: Iterator[pa.RecordBatch] | None = None
+
+    def following(self) -> pa.RecordBatch | None:
+        """The next batch; None at the end."""
+        try:
+            if self._open is None:
+                self._open = islice(self._read(), self.taken, None)
+            batch = next(self._open, None)
+        except Exception:
+            self._open = None
+            raise
+        self.taken += 1
+        return batch
+
+    def _read(self) -> Iterator[pa.RecordBatch]:
+        filesystem, path = locate(self.file)
+        with filesystem.open_input_file(path) as stream:
+            yield from pq.ParquetFile(stream).iter_batches(self.rows, columns=[COLUMN])
+
+
+def open_vectors(uri: str) -> Vectors:
+    """Read the heads of the files of `data.embeddings`.
+
+    Raises:
+        DataError: no such file, not N x D numbers, or files of different D.
+    """
+    try:
+        found = find_files(uri)
+    except DataError as error:
+        raise DataError(str(error).replace("data.path=", "data.embeddings=", 1)) from None
+    files = (found if found.is_file else found.only(PARQUET)).uris().to_pylist()
+    if not files:
+        raise DataError(f"data.embeddings={uri} is a folder without Parquet files")
+    heads = [_head(file) for file in files]
+    widths = {width for _, width in heads}
+    if len(widths) > 1:
+        raise DataError(f"data.embeddings={uri}: files differ in width: {sorted(widths)}")
+    vectors = Vectors(uri, tuple(files), tuple(rows for rows, _ in heads), widths.pop())
+    if not vectors.total or not vectors.features:
+        raise DataError(f"data.embeddings={uri} holds no numbers")
+    return vectors
+
+
+def _head(file: str) -> tuple[int, int]:
+    """Rows and columns of one file."""
+
+    def read() -> tuple[int, int]:
+        filesystem, path = locate(file)
+        with filesystem.open_input_file(path) as stream:
+            if _suffix(file) == "npy":
+                (rows, width), _, _ = _npy_head(stream, file)
+                return rows, width
+            if _suffix(file) not in PARQUET:
+                raise DataError(f"{file}: embeddings come as .npy or Parquet")
+            return _parquet_head(pq.ParquetFile(stream), file)
+
+    try:
+        return patiently(read, file)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file} cannot be read: {_one_line(error)}") from None
+
+
+def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
+    """Shape, type and the position of the data in a .npy file."""
+    try:
+        version = npy.read_magic(stream)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except ValueError as error:
+        raise DataError(f"{file} is not a .npy file: {_one_line(error)}") from None
+    if len(shape) != 2 or dtype.kind not in "fiu":
+        raise DataError(
+            f"{file} must hold N x D numbers, one row per image; it is {dtype} of shape {shape}"
+        )
+    if fortran:
+        raise DataError(f"{file} is stored by columns; save np.ascontiguousarray(embeddings)")
+    start = stream.tell()
+    if stream.size() - start < shape[0] * shape[1] * dtype.itemsize:
+        raise DataError(f"{file} is truncated: its header says {shape[0]} x {shape[1]} {dtype}")
+    return shape, dtype, start
+
+
+def _npy_blocks(file: str, rows: int) -> Iterator[np.ndarray]:
+    filesystem, path = locate(file)
+
+    def read(size: int, position: int) -> bytes:
+        with filesystem.open_input_file(path) as stream:
+            return stream.read_at(size, position)
+
+    def read_head() -> tuple[tuple[int, int], np.dtype, int]:
+        with filesystem.open_input_file(path) as stream:
+            return _npy_head(stream, file)
+
+    (total, width), dtype, start = patiently(read_head, file)
+    step = width * dtype.itemsize
+    for first in range(0, total, rows):
+        count = min(rows, total - first)
+        data = patiently(partial(read, count * step, start + first * step), file)
+        yield np.frombuffer(data, dtype).reshape(count, width).astype(np.float32)
+
+
+def _parquet_head(parquet: pq.ParquetFile, file: str) -> tuple[int, int]:
+    schema = parquet.schema_arrow
+    if COLUMN not in schema.names:
+        raise DataError(
+            f"{file} has no column {COLUMN!r}; its columns are {', '.join(schema.names)}"
+        )
+    rows = parquet.metadata.num_rows
+    if not rows:
+        return 0, 0
+    first = next(parquet.iter_batches(1, columns=[COLUMN]))
+    return rows, _matrix(first.column(0), file, None).shape[1]
+
+
+def _matrix(column: pa.Array, file: str, width: int | None) -> np.ndarray:
+    """A list column as float32 [., D]."""
+    wrong = f"{file}: column {COLUMN!r} must hold lists of numbers, all of one length"
+    kind = column.storage.type if isinstance(column, pa.ExtensionArray) else column.type
+    if not (pa.types.is_nested(kind) and hasattr(kind, "value_type")):
+        raise DataError(f"{wrong}; it is {kind}")
+    try:
+        matrix = to_matrix(column)
+    except (ArtifactError, ValueError):
+        raise DataError(wrong) from None
+    if column.null_count or matrix.dtype.kind not in "fiu" or width not in (None, matrix.shape[1]):
+        raise DataError(wrong)
+    return matrix.astype(np.float32)
+
+
+def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:
+    """A text column of all Parquet files, or None where one of them lacks it."""
+    parts = []
+    for file in files:
+        part = None if _suffix(file) == "npy" else patiently(partial(_text, file, name), file)
+        if part is None:
+            return None
+        parts.append(part)
+    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
+
+
+def _text(file: str, name: str) -> pa.ChunkedArray | None:
+    filesystem, path = locate(file)
+    with filesystem.open_input_file(path) as stream:
+        parquet = pq.ParquetFile(stream)
+        schema = parquet.schema_arrow
+        if name not in schema.names or pa.types.is_nested(schema.field(name).type):
+            return None
+        return parquet.read(columns=[name])[name].cast(pa.string())

@@ -1,0 +1,218 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from icce_ray.config.schema import Config
+from icce_ray.report.facts import RunFacts
+
+SIDE_MIN = 44  # pixels; smaller thumbnails show nothing
+
+
+PER_IMAGE = 190  # bytes of markup around a thumbnail, generously
+
+
+QUALITY = 72  # of the thumbnails
+
+
+READ = 512  # images whose encoded bytes are in memory at once
+
+
+def choose(
+    clusters: np.ndarray, confidence: np.ndarray, num_clusters: int, sure: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows of each cluster's `sure` surest images, and half as many of its least sure, worst first.
+
+    clusters: int [N]. confidence: float [N]. Ties are broken at random, not by file name; no row is
+    in both.
+    """
+    ties = np.random.default_rng(seed).random(len(clusters))
+    order = np.lexsort((ties, -confidence, clusters))
+    bounds = np.searchsorted(clusters[order], np.arange(num_clusters + 1))
+    picks = []
+    for start, stop in itertools.pairwise(bounds):
+        rows = order[start:stop]
+        rest = rows[sure:]
+        picks.append((rows[:sure], rest[len(rest) - min(len(rest), sure // 2) :][::-1]))
+    return picks
+
+
+@dataclass
+class Galleries:
+    """Thumbnails, given out rank by rank over all clusters until the page's budget is spent.
+
+    So every cluster shows equally many, whatever the number of clusters.
+    """
+
+    found: RunFacts
+    listed: Sequence[int]  # clusters
+    budget: float  # bytes
+    images: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown ones, by row
+    ranks: list[np.ndarray] = field(default_factory=list)  # rows shown, one array per rank
+    side: int = 0
+
+    def __post_init__(self) -> None:
+        report, found = self.found.config.report, self.found
+        self.side = report.thumbnail
+        picks = choose(
+            found.clusters,
+            found.confidence,
+            found.num_clusters,
+            report.images_per_cluster,
+            found.config.seed,
+        )
+        self.picks = {cluster: picks[cluster] for cluster in self.listed}
+
+    @property
+    def count(self) -> int:
+        return sum(image["src"] is not None for image in self.images.values())
+
+    def fill(self) -> None:
+        """Read, shrink and add images while they fit."""
+        waiting = self._expected(list(self._by_rank()))
+        if not waiting:
+            return
+        made = self._read(np.sort(np.concatenate(waiting)))
+        for rows in waiting:
+            batch = {int(row): made[int(row)] for row in rows}
+            cost = sum(_weight(image) for image in batch.values())
+            if cost > self.budget:
+                return
+            self.budget -= cost
+            self.images |= batch
+            self.ranks.append(rows)
+
+    def drop(self) -> bool:
+        """Give up the last rank. False where there is none left."""
+        if not self.ranks:
+            return False
+        for row in self.ranks.pop():
+            del self.images[int(row)]
+        return True
+
+    def of(self, cluster: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Shown images of a cluster: surest, least sure."""
+        sure, unsure = (
+            [self.images[int(row)] for row in rows if int(row) in self.images]
+            for rows in self.picks[cluster]
+        )
+        return sure, unsure
+
+    def _by_rank(self) -> Iterator[np.ndarray]:
+        """The first image of all clusters, then the second, ...: two sure ones, one unsure one."""
+        most = self.found.config.report.images_per_cluster
+        for rank in range(most):
+            turns = [(0, rank)] + ([(1, rank // 2)] if rank % 2 else [])
+            for kind, place in turns:
+                rows = [
+                    pick[kind][place] for pick in self.picks.values() if len(pick[kind]) > place
+                ]
+                if rows:
+                    yield np.array(rows)
+
+    def _expected(self, waiting: list[np.ndarray]) -> list[np.ndarray]:
+        """The ranks that should fit, judged by a sample; with smaller thumbnails where full ones
+        would leave fewer than 9 per cluster."""
+        if not waiting or self.budget <= 0:
+            return []
+        sample = waiting[0][:: max(1, len(waiting[0]) // 32)]
+        each = float(np.mean([_weight(image) for image in self._read(np.sort(sample)).values()]))
+        share = self.budget / (each * sum(len(rows) for rows in waiting[:9]))
+        full = self.side
+        self.side = int(np.clip(full * min(1.0, share**0.7), min(SIDE_MIN, full), full))
+        each *= (self.side / full) ** 1.3
+        total = np.cumsum([len(rows) for rows in waiting])
+        return waiting[: int(np.searchsorted(total, 1.15 * self.budget / each, side="right"))]
+
+    def _read(self, rows: np.ndarray) -> dict[int, dict[str, Any]]:
+        """Thumbnails of these rows. In ascending order, so that a tar or a Parquet row group, which
+        holds neighboring images, is read once."""
+        made: dict[int, dict[str, Any]] = {}
+        for start in range(0, len(rows), READ):
+            part = rows[start : start + READ]
+            places = self._places(self.found.image_ids[part])
+            sources = thumbnails(self.found.config, places, self.side)
+            for row, place, source in zip(part, places, sources, strict=True):
+                made[int(row)] = self._image(int(row), place, source)
+        return made
+
+    def _places(self, image_ids: np.ndarray) -> list[dict[str, Any]]:
+        """Where images are: uri, offset, size."""
+        if self.found.index is None:
+            return [{"uri": f"row {i}", "offset": None, "size": None} for i in image_ids]
+        return self.found.index.take(pa.array(image_ids)).to_pylist()
+
+    def _image(self, row: int, place: dict[str, Any], source: str | None) -> dict[str, Any]:
+        found = self.found
+        code = int(found.truth.codes[row]) if found.truth else -1
+        label = found.class_name(code)
+        expected = found.table["matched"][int(found.clusters[row])]
+        return {
+            "src": source,
+            "name": _tail(place["uri"]),
+            "confidence": float(found.confidence[row]),
+            "label": label,
+            "wrong": code >= 0 and code != expected,
+        }
+
+
+def _weight(image: dict[str, Any]) -> int:
+    """Bytes an image takes in the page: its name appears twice, and may grow when escaped."""
+    return PER_IMAGE + len(image["src"] or "") + 2 * len(image["name"]) + 2 * len(image["label"])
+
+
+def _tail(uri: str, length: int = 60) -> str:
+    """The end of an address: what tells one image from another."""
+    short = "/".join(str(uri).rsplit("/", 2)[-2:])
+    return short if len(short) <= length else "…" + short[-length:]
+
+
+def thumbnails(config: Config, places: Sequence[dict[str, Any]], side: int) -> list[str | None]:
+    """Square thumbnails as data URIs; None where there is no image, or it cannot be read.
+
+    A moved or deleted image must not cost the report: its name stands in its place.
+    """
+    if config.data.embeddings:
+        return [None] * len(places)
+    from icce_ray.data import reading as images
+
+    data = images.read_many(
+        *([place[key] for place in places] for key in ("uri", "offset", "size"))
+    )
+    shrink = partial(_thumbnail, side=side, max_pixels=config.embed.max_pixels)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(shrink, data))
+
+
+def _thumbnail(data: Any, side: int, max_pixels: int) -> str | None:
+    from icce_ray.core import preprocess
+
+    if not isinstance(data, bytes):
+        return None
+    try:
+        return data_uri(preprocess.decode(data, max_pixels), side)
+    except preprocess.BadImage:
+        return None
+
+
+def data_uri(picture: Any, side: int) -> str:
+    """A PIL image cut to its central square, at most `side` pixels, as WebP (or JPEG) text."""
+    from PIL import ImageOps, features
+
+    side = min(side, *picture.size)  # a smaller image is scaled up by the browser
+    small = ImageOps.fit(picture.convert("RGB"), (side, side))
+    kind = "webp" if features.check("webp") else "jpeg"
+    stream = io.BytesIO()
+    small.save(stream, kind, quality=QUALITY)
+    return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode()

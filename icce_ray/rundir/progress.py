@@ -1,0 +1,221 @@
+"""What the user sees while a run works: a bar in a terminal, a line at a time elsewhere.
+
+Both also go to RUN/log and RUN/status.json, which `icce-ray status` reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from icce_ray.errors import IcceError
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.storage import hastily, listening
+
+LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
+
+
+STATUS_EVERY = 3.0  # seconds between writes of status.json
+
+
+REMOTE_EVERY = 30.0  # the same on object stores, where each write costs
+
+
+LOG_EVERY = 60.0  # seconds between writes of the log on object stores
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person writes them: 8.1 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _encode(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")  # file names need not be text
+
+
+class Bar:
+    """One long step: how far, how fast, how long still."""
+
+    def __init__(self, reporter: Reporter, title: str, total: int, unit: str, done: int) -> None:
+        self.reporter, self.title, self.total, self.unit = reporter, title, total, unit
+        self.done, self._start_at = done, done
+        self._started = self._line = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Set how many are done (not an increment); `note` is shown beside it."""
+        self.done = done
+        self.reporter._moved(self, note)
+
+    def remaining(self) -> float | None:
+        """Seconds still to go at the mean rate of this session, or None at the start."""
+        made = self.done - self._start_at
+        if made <= 0:
+            return None
+        return (self.total - self.done) * (time.monotonic() - self._started) / made
+
+
+class Reporter:
+    """Progress, messages, the log file and status.json of one run."""
+
+    def __init__(self, run: RunDirectory, quiet: bool = False) -> None:
+        self.run = run
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.stage = ""
+        self.events: list[str] = []
+        self._lines: list[str] = []  # of a remote log, not written yet
+        self._written: bytes | None = None  # the remote log as it is; None before it is read
+        self._flushed_at = time.monotonic()
+        self._lock = threading.Lock()
+        self._silent = False  # the storage does not answer
+        self._status_at = 0.0
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    # messages
+
+    def say(self, text: str, log: bool = True) -> None:
+        """A line for the user and the log."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+        if log:
+            self._log(text)
+
+    def event(self, text: str) -> None:
+        """Something the user should find again in the report: a lost worker, a resumed stage."""
+        self.events.append(text)
+        self.say(f"! {text}")
+
+    def _log(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        line = f"{stamp} {self.stage or '-':<10} {text}\n"
+        if self.run.is_local:
+            path = self.run.path("log")
+            os.makedirs(self.run.root, exist_ok=True)  # noqa: PTH103
+            with contextlib.suppress(OSError), open(path, "ab") as stream:  # noqa: PTH123
+                stream.write(_encode(line))
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._flushed_at >= LOG_EVERY and not self._silent:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the log of a remote run, whole: objects cannot be appended to.
+
+        Losing it must not stop a run; the next call tries again.
+        """
+        if self.run.is_local or not self._lines or not self._lock.acquire(blocking=False):
+            return
+        self._flushed_at = time.monotonic()
+        try:
+            with hastily(), contextlib.suppress(IcceError, OSError):
+                if self._written is None:
+                    there = self.run.exists("log")
+                    self._written = self.run.read_bytes("log") if there else b""
+                count = len(self._lines)
+                whole = self._written + _encode("".join(self._lines[:count]))
+                self.run.write_bytes(whole, "log")
+                self._written = whole
+                del self._lines[:count]
+        finally:
+            self._lock.release()
+
+    # a storage that fails for a while
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile tell the user of storage failures that are waited out."""
+        with listening(self._storage):
+            yield
+
+    def _storage(self, text: str, well: bool) -> None:
+        if self._silent == (not well):
+            if not well:  # the next try of the same trouble
+                self.say(text)
+            return
+        self._silent = not well
+        self.event(text)
+
+    # status
+
+    def status(self, state: str, **more: Any) -> None:
+        """Write status.json: state, stage, process, time, and whatever is known of progress."""
+        self._status_at = time.monotonic()
+        content = {"state": state, "stage": self.stage, "pid": os.getpid(), "time": time.time()}
+        # Losing one status line must not stop a run, nor hold it up.
+        with hastily(), contextlib.suppress(Exception):
+            self.run.write_json({**content, **more}, "status.json")
+
+    # progress
+
+    @contextlib.contextmanager
+    def bar(self, title: str, total: int, unit: str = "", done: int = 0) -> Iterator[Bar]:
+        """Show progress of a step of `total` units, `done` of which an earlier run finished."""
+        bar = Bar(self, title, total, unit, done)
+        if self.console.is_terminal and not self.quiet:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit + " {task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console, transient=True) as progress:
+                self._progress = progress
+                self._task = self._progress.add_task(title, total=total, completed=done, note="")
+                try:
+                    yield bar
+                finally:
+                    self._progress = None
+        else:
+            yield bar
+
+    def _moved(self, bar: Bar, note: str) -> None:
+        now = time.monotonic()
+        if self._progress is not None:
+            self._progress.update(self._task, completed=bar.done, note=note)
+        if now - bar._line >= LINE_EVERY:
+            bar._line = now
+            self._line(bar, note)
+        every = STATUS_EVERY if self.run.is_local else REMOTE_EVERY
+        if now - self._status_at >= every:
+            self.status(
+                "running",
+                step=bar.title,
+                done=bar.done,
+                total=bar.total,
+                unit=bar.unit,
+                remaining_seconds=bar.remaining(),
+            )
+
+    def _line(self, bar: Bar, note: str) -> None:
+        left = bar.remaining()
+        text = f"{bar.title}: {bar.done:,} of {bar.total:,} {bar.unit}".rstrip()
+        text += f", {duration(left)} left" if left is not None else ""
+        text += f" ({note})" if note else ""
+        if self._progress is None and not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+        self._log(text)

@@ -1,0 +1,81 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from icce_ray.errors import ArtifactError
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),  # dense, 0..N-1, in listing order
+        ("uri", pa.string()),  # where the image is; for a row or a member: FILE#ROW, TAR#MEMBER
+        ("label", pa.string()),  # ground truth, or null; read by evaluate and report alone
+        ("offset", pa.int64()),  # byte offset inside a tar, else null
+        ("size", pa.int64()),  # bytes inside a tar, else null
+    ]
+)
+
+
+QUARANTINE_SCHEMA = pa.schema(
+    [("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())]
+)
+
+
+CONSENSUS_SCHEMA = pa.schema(
+    [("image_id", pa.int64()), ("cluster", pa.int32()), ("confidence", pa.float32())]
+)
+
+
+PREDICTIONS_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("cluster", pa.int32()),  # -1 where the image could not be decoded
+        ("confidence", pa.float32()),
+        ("reason", pa.string()),  # why not, else null
+    ]
+)
+
+
+def embeddings_schema(features: int) -> pa.Schema:
+    """image_id, embedding: float16[D] as Arrow's own fixed-shape tensor."""
+    tensor = pa.fixed_shape_tensor(pa.float16(), [features])
+    return pa.schema([("image_id", pa.int64()), ("embedding", tensor)])
+
+
+def neighbors_schema(neighbors: int) -> pa.Schema:
+    """image_id, ids int32[M] best first, similarity float16[M], count int32 (of valid ones)."""
+    return pa.schema(
+        [
+            ("image_id", pa.int64()),
+            ("ids", pa.fixed_shape_tensor(pa.int32(), [neighbors])),
+            ("similarity", pa.fixed_shape_tensor(pa.float16(), [neighbors])),
+            ("count", pa.int32()),
+        ]
+    )
+
+
+def tensor_column(array: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Rows of a 2-d array as an Arrow fixed-shape tensor column, without a copy where possible."""
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1), type=kind.value_type)
+    storage = pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
+    return pa.ExtensionArray.from_storage(kind, storage)
+
+
+def to_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A tensor, fixed-size-list, list or plain column as a numpy array of 1 or 2 dimensions."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # no chunks at all
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        widths = np.diff(array.offsets.to_numpy())
+        if len(widths) and (widths != widths[0]).any():
+            raise ArtifactError("the lists of this column differ in length")
+        return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
+    if pa.types.is_fixed_size_list(array.type):
+        width = array.type.list_size
+        return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), width)
+    return array.to_numpy(zero_copy_only=False)
