@@ -1,8 +1,7 @@
 """Stage 4: train the clustering heads with Ray Train and assign every image with each.
 
-By heads (default): worker w of W owns heads w, w+W, ...; all draw the same pairs, and exchange
-only the pair agreements of their heads. By data: every worker owns all heads and a share of each
-batch, and gradients are averaged.
+Worker w of W owns heads w, w + W, ...; all draw the same pairs, and exchange only the pair
+agreements of their heads.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from icce_ray.config.schema import Config, HeadsConfig, settings
+from icce_ray.config.schema import Config, HeadsConfig, default_batch, default_steps, settings
 from icce_ray.core.heads.trainer import (
     Data,
     HeadTrainer,
-    default_batch,
-    default_steps,
     merge_states,
 )
 from icce_ray.core.projection import fit_projection
@@ -92,8 +89,7 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         worker.progress(trainer.step_number, f"assigned {rows:,} of {len(data):,} images")
 
     final = trainer.state() | history.state()
-    if trainer.by_heads or worker.rank == 0:
-        final["assignments"] = torch.from_numpy(trainer.assign(tell))
+    final["assignments"] = torch.from_numpy(trainer.assign(tell))
     if worker.rank == 0:
         final |= {f"projection.{k}": v.cpu() for k, v in projection.state_dict().items()}
     worker.save(trainer.steps + 1, final)
@@ -157,8 +153,7 @@ def _run(context: Context) -> Outcome:
     steps = config.heads.steps or default_steps(config.head_clusters)
     gpus = cluster.gpus_each(config.heads.num_gpus)
     workers = _workers(config, cluster, gpus)
-    if config.heads.split == "heads":
-        workers = min(workers, config.heads.count)
+    workers = min(workers, config.heads.count)
     checkpoints = training.Checkpoints(run, FOLDER)
     if checkpoints.latest() != steps + 1:
         training.fit(

@@ -12,9 +12,8 @@ from typing import Any
 
 from icce_ray import config as configs
 from icce_ray import pipeline
-from icce_ray.config.schema import Config
+from icce_ray.config.schema import Config, default_steps
 from icce_ray.core.evaluation.labelfree import ACROSS_CLUSTERS, SCORES, score
-from icce_ray.core.heads.trainer import default_steps
 from icce_ray.distributed import train as training
 from icce_ray.distributed import tune as tuning
 from icce_ray.distributed.cluster import Cluster

@@ -18,8 +18,9 @@ import torch
 
 from benchmarks import alone
 from benchmarks.tables import markdown
+from icce_ray.config.schema import default_steps
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.core.heads.trainer import HeadTrainer, default_steps
+from icce_ray.core.heads.trainer import HeadTrainer
 from icce_ray.errors import ConfigError
 
 POINTS = 40  # of a curve
@@ -39,14 +40,18 @@ TEMI: Mapping[str, Any] = {
     "batch_size": TEMI_BATCH,
     "lr": 1e-4,
     "cross_entropy": 0.0,
-    "sinkhorn": False,
+    "sinkhorn_iterations": 0,
     "balance": 1.0,
     "teacher_momentum": 0.996,
-    "warmup": 0.1,
 }
 
 # What ICCE's abstract adds to it.
-ICCE: Mapping[str, Any] = {**TEMI, "batch_norm": True, "cross_entropy": 0.1, "sinkhorn": True}
+ICCE: Mapping[str, Any] = {
+    **TEMI,
+    "batch_norm": True,
+    "cross_entropy": 0.1,
+    "sinkhorn_iterations": 3,
+}
 
 
 @dataclass

@@ -23,9 +23,17 @@ MEGABYTE = 1e6
 @pytest.fixture
 def benchmark(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(repository / "jobs"))
-    import benchmark
+    from benchmarks import scale
 
-    return benchmark
+    return scale
+
+
+@pytest.fixture
+def workers(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(repository / "jobs"))
+    from benchmarks import workers
+
+    return workers
 
 
 # --- scale ---------------------------------------------------------------------------------------
@@ -124,7 +132,7 @@ def test_the_plan_stands_beside_what_was_measured(benchmark: ModuleType) -> None
     assert "| 2.5 | 2.25 | driver | 1 | 3 | 4 | 0.5 | 0.6 |" in line
 
 
-# --- split ---------------------------------------------------------------------------------------
+# --- workers -------------------------------------------------------------------------------------
 
 
 class Echo:
@@ -143,30 +151,27 @@ class Echo:
         return None
 
 
-def test_bytes_of_a_step_are_those_of_the_formulas(benchmark: ModuleType) -> None:
-    """As jobs/README.md gives them."""
-    work = benchmark.Work(200, 8, classes=5, heads=4, batch=64, steps=2, threads=1)
-    heads = benchmark._pace(Counted(Echo()), "heads", work)
-    assert heads.sent == 2 * 64 * 4  # (W - 1) x H / W heads x B pairs, float32
-    data = benchmark._pace(Counted(Echo()), "data", work)
-    gradients = 4 * (8 * 5 + 5) * 4  # H x (D + 1) x K, float32; 2 (W - 1) / W = 1
-    assert gradients < data.sent < 3 * gradients  # and Sinkhorn's sums
-    assert heads.workers == 2 and heads.seconds > 0
+def test_bytes_of_a_step_are_those_of_the_formula(workers: ModuleType) -> None:
+    """As jobs/README.md gives it."""
+    work = workers.Work(200, 8, classes=5, heads=4, batch=64, steps=2, threads=1)
+    pace = workers.measure_pace(Counted(Echo()), work)
+    assert pace.sent == 2 * 64 * 4  # (W - 1) x H / W heads x B pairs, float32
+    assert pace.workers == 2 and pace.seconds > 0
 
 
-def test_a_single_worker_sends_nothing(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_a_single_worker_sends_nothing(workers: ModuleType, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    work = benchmark.Work(200, 8, classes=5, heads=4, batch=64, steps=2, threads=threads)
-    benchmark.time_steps(0, 1, "heads", work, str(tmp_path))
-    found = json.loads((tmp_path / "heads-1.json").read_text())
-    assert found["sent"] == 0 and found["seconds"] > 0 and found["workers"] == 1
+    work = workers.Work(200, 8, classes=5, heads=4, batch=64, steps=2, threads=threads)
+    workers.time_steps(0, 1, work, str(tmp_path))
+    pace = json.loads((tmp_path / "1.json").read_text())
+    assert pace["sent"] == 0 and pace["seconds"] > 0 and pace["workers"] == 1
 
 
-def test_times_are_relative_to_the_smallest_group(benchmark: ModuleType) -> None:
-    paces = [benchmark.Pace("heads", 1, 0.2, 0), benchmark.Pace("data", 2, 0.15, 2.5e6)]
-    table = benchmark.split_table(paces).splitlines()
-    assert table[2] == "| either | 1 | 200.0 | 1.00 | 0.000 |"
-    assert table[3] == "| by data | 2 | 150.0 | 0.75 | 2.500 |"
+def test_times_are_relative_to_the_smallest_group(workers: ModuleType) -> None:
+    paces = [workers.Pace(1, 0.2, 0), workers.Pace(2, 0.15, 2.5e6)]
+    table = workers.workers_table(paces).splitlines()
+    assert table[2] == "| 1 | 200.0 | 1.00 | 0.000 |"
+    assert table[3] == "| 2 | 150.0 | 0.75 | 2.500 |"
 
 
 def test_help_names_the_measurements(repository: Path) -> None:
@@ -177,5 +182,5 @@ def test_help_names_the_measurements(repository: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert "scale" in done.stdout and "split" in done.stdout
+    assert "scale" in done.stdout and "workers" in done.stdout
     assert "Traceback" not in done.stderr

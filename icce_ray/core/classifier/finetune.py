@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import AdamW
 
 from icce_ray.config.schema import ClassifierConfig
 from icce_ray.core.classifier.model import FineTuned
 from icce_ray.core.classifier.training import OnStep, _groups, _Meter, _set_lr, lr_factor
 from icce_ray.core.collective import Alone, Collective
-from icce_ray.core.heads.optimizer import AdamW
 
 CLIP = 1.0  # fine-tuning: largest norm of the gradient
 

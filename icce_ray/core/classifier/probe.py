@@ -16,7 +16,7 @@ from icce_ray.config.schema import ClassifierConfig
 from icce_ray.core.classifier.model import Classifier
 from icce_ray.core.classifier.training import OnStep, _groups, _Meter, _set_lr, lr_factor
 from icce_ray.core.collective import Alone, Collective
-from icce_ray.core.heads.optimizer import AdamW
+from icce_ray.core.optimizer import AdamW
 from icce_ray.errors import DataError
 
 STATISTICS_ROWS = 50_000  # rows that the input's mean and deviation are taken from
@@ -208,7 +208,7 @@ class _ProbeTrainer:
         each = F.cross_entropy(logits, labels, reduction="none")
         weighted = each * self.weights[mine].to(self.rows.device)
         loss = weighted.sum() * (self.group.world / len(batch))  # the mean over workers is exact
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         hits = (logits.argmax(1) == labels).sum().float() * self.group.world
         loss = loss.detach()

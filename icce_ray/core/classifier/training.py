@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icce_ray.core.optimizer import AdamW
 from icce_ray.errors import ArtifactError, StageError
 
 WARMUP = 0.05  # share of the steps over which the learning rate rises
@@ -32,7 +33,7 @@ def lr_factor(step: int, total: int, warmup: float = WARMUP) -> float:
     return (math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))) + 1) / 2
 
 
-def _set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def _set_lr(optimizer: torch.optim.Optimizer | AdamW, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
 

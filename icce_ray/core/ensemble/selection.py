@@ -21,7 +21,6 @@ from icce_ray.core.ensemble.agreement import pairwise_nmi
 from icce_ray.core.ensemble.base import Consensus
 from icce_ray.core.ensemble.consensus import consensus
 from icce_ray.core.evaluation import labelfree as scores
-from icce_ray.core.heads import diversity
 from icce_ray.errors import ConfigError, DataError
 
 KEEP_BY = ("information", "agreement", "loss", "diversity")
@@ -46,7 +45,7 @@ def choose(
         DataError: ids or losses that do not fit.
     """
     wanted, count = config.consensus, assignments.shape[1]
-    groups = diversity.in_turn(config.heads.balances, range(count))
+    groups = [config.heads.balance_of(head) for head in range(count)]
     several = len(set(groups)) > 1
     fitting, information, told = np.arange(count), None, {}
     if several or (config.kept_heads(count) < count and wanted.keep_by == "information"):

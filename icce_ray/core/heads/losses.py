@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icce_ray.core.collective import Alone, Collective
-
 TINY = 1e-8  # keeps logarithms finite
 
 
@@ -27,14 +25,13 @@ def pmi(
     log_student: Tensor,
     log_teacher: Tensor,
     marginal: Tensor,
-    beta: float | Tensor,
+    beta: float,
     prior: Tensor | None = None,
 ) -> Tensor:
     """Pointwise mutual information of each pair (TEMI, eq. 5).
 
     log sum_c p(c) (s(c|x) t(c|y))^beta / m(c), for log-probabilities of the student of x and of
-    the teacher of y, [H, B, K] each, the running marginal m [H, K], and p, the prior [H, K]. beta
-    is one number, or of each head, [H, 1, 1].
+    the teacher of y, [H, B, K] each, the running marginal m [H, K], and p, the prior [H, K].
 
     p is ours; without it (p = 1) it is TEMI's. A sure pair in cluster c earns log p(c) / m(c): on
     average, over pairs, minus the divergence of m from p, which is least where clusters are used in
@@ -69,35 +66,25 @@ def sinkhorn(
     iterations: int,
     *,
     prior: Tensor | None = None,
-    collective: Collective | None = None,
 ) -> Tensor:
     """Log-assignments: rows sum to 1, clusters are used in proportion to `prior`.
 
     Args:
         logits: [H, B, K], already divided by the temperature.
-        iterations: column-then-row normalizations; columns are exact only in the limit.
+        iterations: column-then-row normalizations; columns are exact only in the limit. 0: a
+            softmax.
         prior: [K] or [H, K] shares of the clusters; uniform by default.
-        collective: where B is one worker's slice of the batch, its group, so that columns are
-            normalized over the whole batch.
 
     Returns: logarithms of the assignments, [H, B, K].
     """
-    group = collective or Alone()
     if prior is not None:
         log_prior = prior.clamp_min(TINY).log()
         target = log_prior if log_prior.dim() == 1 else log_prior.unsqueeze(1)
     # A row's own scale would be divided out in the end; without it, few iterations get nearer.
     scores = log_softmax(logits.float())
     for _ in range(iterations):
-        scores = scores - _log_column_sums(scores, group)
+        scores = scores - scores.logsumexp(1, keepdim=True)
         if prior is not None:
             scores = scores + target
         scores = scores - scores.logsumexp(-1, keepdim=True)
     return scores
-
-
-def _log_column_sums(scores: Tensor, group: Collective) -> Tensor:
-    local = scores.logsumexp(1, keepdim=True)
-    if group.world == 1:
-        return local
-    return torch.stack(group.all_gather(local)).logsumexp(0)

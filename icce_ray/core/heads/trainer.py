@@ -1,13 +1,14 @@
 """Trains H heads by self-distillation on pairs (image, random neighbor). State in, state out.
 
-Shapes: N rows, D features, H heads (of this worker), A all heads, B pairs, K clusters, M neighbors.
-Student s and teacher t (its moving average) see both images of a pair; loss of a head =
-mean over pairs of  w * ( -pmi_weight * PMI + cross_entropy * CE ), PMI and CE made symmetric in
-the pair (TEMI, arXiv 2303.17896, eq. 5-8, plus ICCE's cross-entropy term).
+Shapes: N rows, D features, P components, H heads (of this worker), A all heads, B pairs,
+K clusters, M neighbors. Student s and teacher t (its moving average) see both images of a pair.
+The loss of a head is the mean over pairs of  w * (-PMI + cross_entropy * CE),  PMI and CE made
+symmetric in the pair (TEMI, arXiv 2303.17896, eq. 5-8, plus ICCE's cross-entropy term).
 
-Pairs of step i are drawn from a generator seeded by (seed, i): every worker draws the same ones
-and a resumed run goes on exactly. CPU and CUDA generators give different streams, so results
-repeat on one kind of device, not between kinds.
+Work is split by heads: worker w of W owns heads w, w + W, ... Every worker draws the same pairs,
+from a generator seeded by the step, and gathers only the agreement of each head on each pair. So
+any number of workers trains the same heads, and a resumed run repeats an undisturbed one. CPU and
+CUDA generators give different streams: results repeat on one kind of device, not between kinds.
 """
 
 from __future__ import annotations
@@ -22,42 +23,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from icce_ray.config.schema import HeadsConfig
+from icce_ray.config.schema import HeadsConfig, default_batch
 from icce_ray.core.collective import Alone, Collective
-from icce_ray.core.heads import diversity, losses
+from icce_ray.core.heads import losses
 from icce_ray.core.heads.model import Heads, head_seed, kmeans_start
-from icce_ray.core.heads.optimizer import AdamW
+from icce_ray.core.optimizer import AdamW
 from icce_ray.core.projection import Projection, project
+from icce_ray.core.schedule import cosine_rise, warmup_cosine
 from icce_ray.errors import StageError
 
 MARGINAL_MOMENTUM = 0.9  # TEMI: running mean of the teacher's predictions
-
-
+WEIGHT_DECAY = 1e-4  # AdamW's, as TEMI's
+WARMUP = 0.05  # share of the steps over which the learning rate rises
+CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
 ASSIGN_ROWS = 8192  # rows per forward pass when all images are assigned
-
-
 START_ROWS = 20_000  # rows that the k-means of a head's start is made on, or 50 per cluster
 
 
-def default_steps(clusters: int) -> int:
-    """Steps where the settings name none: 12,619 for 1,000 clusters.
-
-    For 10 clusters, as many as raised `scores.neighbor_evidence` on all data measured. How they
-    grow with the clusters is a guess.
-    """
-    return round(2000 * max(1.0, clusters / 10) ** 0.4)
-
-
-def default_batch(clusters: int) -> int:
-    """Pairs per step where the settings name none: 8 per cluster, within bounds.
-
-    The losses hold several arrays [H, 2B, K]: with 50 heads and 1,000 clusters, 1.6 GB each.
-    """
-    return min(4096, max(1024, 8 * clusters))
-
-
 def own_heads(count: int, rank: int, world: int) -> list[int]:
-    """Numbers of the heads that a worker owns when the split is by heads."""
+    """Numbers of the heads that a worker owns."""
     return list(range(count))[rank::world]
 
 
@@ -106,20 +90,11 @@ class HeadTrainer:
     ) -> None:
         self.data, self.settings, self.seed, self.steps = data, settings, seed, steps
         self.group: Collective = collective or Alone()
-        self.by_heads = settings.split == "heads"
         self.batch = settings.batch_size or default_batch(num_clusters)
-        count = settings.count
-        self.numbers = (
-            own_heads(count, self.group.rank, self.group.world)
-            if self.by_heads
-            else list(range(count))
-        )
+        self.numbers = own_heads(settings.count, self.group.rank, self.group.world)
         self.student = self._new_heads(num_clusters)
         self.teacher = self._new_heads(num_clusters).requires_grad_(False)
-        self.seeds = torch.tensor([head_seed(seed, n) for n in self.numbers], device=data.device)
-        self.temperature = self._each(settings.temperature).view(-1, 1, 1)
-        self.beta = self._each(settings.beta).view(-1, 1, 1)
-        balances = diversity.in_turn(settings.balances, self.numbers)
+        balances = [settings.balance_of(number) for number in self.numbers]
         self.balance = torch.tensor(balances, device=data.device).view(-1, 1)
         self.marginal = torch.full(
             (len(self.numbers), num_clusters), 1 / num_clusters, device=data.device
@@ -128,27 +103,9 @@ class HeadTrainer:
         decayed = [p for p in self.student.parameters() if p.shape[1] > 1]
         plain = [p for p in self.student.parameters() if p.shape[1] == 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = AdamW(groups, lr=settings.lr, weight_decay=WEIGHT_DECAY)
         self.step_number = 0
-        self._hide_features()
-
-    def _each(self, setting: diversity.Setting) -> Tensor:
-        """A setting of each of this worker's heads, [H]. One balance's heads are merged: among
-        them, too, it is to differ."""
-        values = diversity.in_turn(setting, self.numbers, slower_than=self.settings.balances)
-        return torch.tensor(values, device=self.data.device)
-
-    def _hide_features(self) -> None:
-        """Where heads see a part of the components, make the weights of the others 0, for good."""
-        share = self.settings.feature_share
-        if share == 1:
-            return
-        components = self.data.features.shape[1]
-        mask = diversity.feature_mask(share, components, self.seeds.tolist())
-        mask = mask.unsqueeze(2).to(self.data.device)
-        for heads in (self.student, self.teacher):
-            heads.first.weight.data.mul_(mask)
-        self.student.first.weight.register_hook(lambda gradient: gradient * mask)
+        self._unchecked: list[Tensor] = []  # losses [H] of the last steps
 
     def _new_heads(self, num_clusters: int) -> Heads:
         s = self.settings
@@ -168,9 +125,7 @@ class HeadTrainer:
         for position, number in enumerate(self.numbers):
             weight = kmeans_start(sample, clusters, head_seed(self.seed, number))
             for heads in (self.student, self.teacher):
-                # what a head must not see is 0 here, and stays so
-                seen = heads.last.weight.data[position].any(1, keepdim=True)
-                heads.last.weight.data[position] = weight.to(self.data.device) * seen
+                heads.last.weight.data[position] = weight.to(self.data.device)
 
     # one step
 
@@ -180,64 +135,46 @@ class HeadTrainer:
         Raises:
             StageError: for a loss that is not finite, naming step and head.
         """
+        factor = warmup_cosine(self.step_number, self.steps, WARMUP)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * self._lr_factor()
-        x, y, used = self._draw_pairs()
-        loss = self._loss(*self._views(x, y), used)
-        self._check_finite(loss)
-        self.optimizer.zero_grad(set_to_none=True)
+            group["lr"] = self.settings.lr * factor
+        x, y = self._draw_pairs()
+        loss = self._loss(*self._views(x, y))
+        self.optimizer.zero_grad()
         loss.sum().backward()
-        if not self.by_heads:
-            grads = [p.grad for p in self.student.parameters() if p.grad is not None]
-            self.group.all_reduce_mean_(grads)
         self.optimizer.step()
         self._update_teacher()
         self.step_number += 1
+        self._note(loss.detach())
         return loss.detach()
 
-    def _draw_pairs(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Row numbers of images and of one random neighbor each, [B]; and which of these pairs each
-        head is trained on, [H, B], or None where it is all."""
+    def _draw_pairs(self) -> tuple[Tensor, Tensor]:
+        """Row numbers of images and of one random neighbor each, int64 [B] each."""
         device = self.data.counts.device
         generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + self.step_number)
         size = (self.batch,)
         x = torch.randint(len(self.data), size, generator=generator, device=device)
         u = torch.rand(size, generator=generator, device=device)
         column = (u * self.data.counts[x]).long()
-        y = self.data.ids[x, column].long()
-        if not self.by_heads:
-            x, y, u = (part[self.group.rank :: self.group.world] for part in (x, y, u))
-        return x, y, self._used_pairs(x, u)
-
-    def _used_pairs(self, x: Tensor, u: Tensor) -> Tensor | None:
-        """1 for the pairs that a head is trained on, else 0: [H, B]. u: how far down its image's
-        list a neighbor stands, 0..1."""
-        images, near = self.settings.image_share, self.settings.neighbor_share
-        if images == 1 and near == 1:
-            return None
-        used = u.unsqueeze(0) < self._each(near).unsqueeze(1)
-        return (used & diversity.in_bag(x, images, self.seeds)).float()
+        return x, self.data.ids[x, column].long()
 
     def _views(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities of student and teacher for both images of each pair, [H, 2B, K]; and
-        the shares of the clusters that are aimed at."""
+        the target shares of the clusters, [H, K], or None for equal ones."""
         rows = self.data.rows(torch.cat([x, y]))
         with self._autocast():
             student = self.student(rows)
             with torch.no_grad():
-                teacher = self.teacher(rows) / self.temperature
-        s = losses.log_softmax(student / self.temperature)
+                teacher = self.teacher(rows) / self.settings.temperature
+        s = losses.log_softmax(student / self.settings.temperature)
         prior = self._prior(teacher)
-        if not self.settings.sinkhorn:
-            return s, losses.log_softmax(teacher), prior
-        group, count = None if self.by_heads else self.group, self.settings.sinkhorn_iterations
-        return s, losses.sinkhorn(teacher, count, prior=prior, collective=group), prior
+        return s, losses.sinkhorn(teacher, self.settings.sinkhorn_iterations, prior=prior), prior
 
     @torch.no_grad()
     def _prior(self, logits: Tensor) -> Tensor | None:
-        """Shares of the clusters to aim at, [H, K]; None: equal ones. logits: [H, 2B, K]."""
+        """Target shares of the clusters, [H, K]; None: equal ones. logits: [H, 2B, K]."""
         s = self.settings
-        if s.prior is None and set(diversity.in_turn(s.balances, range(s.count))) == {1.0}:
+        if s.prior is None and set(s.balances) == {1.0}:
             return None
         self._follow(self.usage, losses.log_softmax(logits.float()).exp())
         if s.prior is None:
@@ -246,13 +183,7 @@ class HeadTrainer:
         rank = self.usage.argsort(1, descending=True).argsort(1)  # the largest gets the largest
         return (shares / shares.sum())[rank]
 
-    def _loss(
-        self,
-        log_student: Tensor,
-        log_teacher: Tensor,
-        prior: Tensor | None,
-        used: Tensor | None,
-    ) -> Tensor:
+    def _loss(self, log_student: Tensor, log_teacher: Tensor, prior: Tensor | None) -> Tensor:
         """Mean loss per head over the batch, [H]."""
         s = self.settings
         teacher = log_teacher.exp()
@@ -260,20 +191,16 @@ class HeadTrainer:
         log_x, log_y = log_student.chunk(2, dim=1)
         log_t_x, log_t_y = log_teacher.chunk(2, dim=1)
         t_x, t_y = teacher.chunk(2, dim=1)
-        total = torch.zeros_like(t_x[..., 0])
-        if s.pmi_weight:
-            both = losses.pmi(log_x, log_t_y, self.marginal, self.beta, prior) + losses.pmi(
-                log_y, log_t_x, self.marginal, self.beta, prior
-            )
-            total = total - s.pmi_weight / 2 * both
+        both = losses.pmi(log_x, log_t_y, self.marginal, s.beta, prior) + losses.pmi(
+            log_y, log_t_x, self.marginal, s.beta, prior
+        )
+        total = -both / 2
         if s.cross_entropy:
             both = losses.cross_entropy(log_x, t_y) + losses.cross_entropy(log_y, t_x)
             total = total + s.cross_entropy / 2 * both
         if s.instance_weights:
             total = total * self._instance_weights(t_x, t_y)
-        if used is None:
-            return total.mean(1)
-        return (total * used).sum(1) / used.sum(1).clamp_min(1)
+        return total.mean(1)
 
     @torch.no_grad()
     def _instance_weights(self, t_x: Tensor, t_y: Tensor) -> Tensor:
@@ -283,7 +210,7 @@ class HeadTrainer:
         not depend on the number of workers: the only exchange of a step, A x B numbers.
         """
         agreement = losses.pair_agreement(t_x, t_y)
-        if not self.by_heads or self.group.world == 1:
+        if self.group.world == 1:
             return agreement.mean(0)
         return self._gather_heads(agreement).mean(0)
 
@@ -300,10 +227,7 @@ class HeadTrainer:
     @torch.no_grad()
     def _follow(self, running: Tensor, teacher: Tensor) -> None:
         """Move a running mean, [H, K], towards that of the batch's probabilities, [H, 2B, K]."""
-        mean = teacher.mean(1)
-        if not self.by_heads:
-            self.group.all_reduce_mean_([mean])
-        running.lerp_(mean, 1 - MARGINAL_MOMENTUM)
+        running.lerp_(teacher.mean(1), 1 - MARGINAL_MOMENTUM)
 
     @torch.no_grad()
     def _update_teacher(self) -> None:
@@ -313,28 +237,32 @@ class HeadTrainer:
 
     def teacher_momentum(self) -> float:
         """Rises from its first value to 1 by a cosine (TEMI, after BYOL)."""
-        start = self.settings.teacher_momentum
-        done = self.step_number / max(1, self.steps)
-        return 1 - (1 - start) * (math.cos(math.pi * done) + 1) / 2
-
-    def _lr_factor(self) -> float:
-        warmup = max(1, round(self.settings.warmup * self.steps))
-        if self.step_number < warmup:
-            return (self.step_number + 1) / warmup
-        done = (self.step_number - warmup) / max(1, self.steps - warmup)
-        return (math.cos(math.pi * min(1.0, done)) + 1) / 2
+        return cosine_rise(self.settings.teacher_momentum, self.step_number, self.steps)
 
     def _autocast(self) -> torch.autocast:
         wanted = self.settings.precision == "bfloat16"
         return torch.autocast(self.data.device.type, torch.bfloat16, enabled=wanted)
 
-    def _check_finite(self, loss: Tensor) -> None:
-        if torch.isfinite(loss).all():
+    def _note(self, loss: Tensor) -> None:
+        """Keep a step's loss [H], and look at those kept now and then."""
+        self._unchecked.append(loss)
+        if len(self._unchecked) >= CHECK_EVERY or self.step_number >= self.steps:
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Raise StageError for the first loss since the last look that is not finite."""
+        if not self._unchecked:
             return
-        bad = [self.numbers[i] for i in (~torch.isfinite(loss)).nonzero().flatten().tolist()]
+        bad = (~torch.isfinite(torch.stack(self._unchecked))).cpu()
+        first = self.step_number - len(self._unchecked)
+        self._unchecked = []
+        if not bad.any():
+            return
+        row = int(bad.any(1).nonzero()[0])
+        heads = [self.numbers[i] for i in bad[row].nonzero().flatten().tolist()]
         raise StageError(
-            f"the loss of head {bad[0]} is not finite at step {self.step_number} "
-            f"({len(bad)} of {len(self.numbers)} heads of this worker). Lower heads.lr (now "
+            f"the loss of head {heads[0]} is not finite at step {first + row} "
+            f"({len(heads)} of {len(self.numbers)} heads of this worker). Lower heads.lr (now "
             f"{self.settings.lr:g}), or use heads.precision=float32."
         )
 
@@ -379,7 +307,8 @@ class HeadTrainer:
     # state
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on, as named tensors; the first axis of most is the head."""
+        """Everything needed to resume, as named tensors; the first axis of most is the head."""
+        self._check_finite()
         out = {f"student.{k}": v for k, v in self.student.state_dict().items()}
         out |= {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
         names = [name for name, _ in self.student.named_parameters()]
@@ -392,11 +321,11 @@ class HeadTrainer:
         out |= {"marginal": self.marginal, "usage": self.usage}
         out["numbers"] = torch.tensor(self.numbers)
         out["step"] = torch.tensor(self.step_number)
-        # copies: on a CPU these would go on changing with the next step
+        # copies: on a CPU the next step would change them
         return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in out.items()}
 
     def restore(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Go on from the states of all workers of an earlier run, however many they were."""
+        """Resume from the states of all workers of an earlier run, of whatever number."""
         merged = merge_states(states)
         order = {int(n): i for i, n in enumerate(merged["numbers"].tolist())}
         missing = [n for n in self.numbers if n not in order]

@@ -1,4 +1,4 @@
-"""How many bytes workers exchange per step, by either way to split the heads' training."""
+"""How many bytes the workers of the heads' training exchange per step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Twins:
         return None
 
 
-def trainer(group: Counted, split: str, **more: object) -> HeadTrainer:
+def trainer(group: Counted, **more: object) -> HeadTrainer:
     rng = np.random.default_rng(0)
     data = Data(
         torch.from_numpy(rng.normal(size=(ROWS, FEATURES))).half(),
@@ -41,13 +41,13 @@ def trainer(group: Counted, split: str, **more: object) -> HeadTrainer:
         torch.full((ROWS,), 4),
         torch.device("cpu"),
     )
-    settings = HeadsConfig(count=HEADS, batch_size=PAIRS, split=split, start="random", **more)
+    settings = HeadsConfig(count=HEADS, batch_size=PAIRS, start="random", **more)
     return HeadTrainer(data, settings, CLUSTERS, 0, 10, group)
 
 
-def sent_per_step(split: str, **more: object) -> dict[str, float]:
+def sent_per_step(**more: object) -> dict[str, float]:
     group = Counted(Twins())
-    one = trainer(group, split, **more)
+    one = trainer(group, **more)
     one.step()
     first = dict(group.bytes)
     one.step()
@@ -55,31 +55,20 @@ def sent_per_step(split: str, **more: object) -> dict[str, float]:
     return first
 
 
-def test_split_by_heads_only_agreements_are_exchanged() -> None:
+def test_only_agreements_are_exchanged() -> None:
     """A x B floats over all workers, and nothing that grows with the model."""
     most = math.ceil(HEADS / WORLD)  # heads of the largest worker
     expected = (WORLD - 1) * most * PAIRS * FLOAT
-    assert sent_per_step("heads") == {"all_gather": expected, "all_reduce": 0}
-    assert sent_per_step("heads", hidden=(32,))["all_gather"] == expected
-    assert sent_per_step("heads", instance_weights=False) == {"all_gather": 0, "all_reduce": 0}
+    assert sent_per_step() == {"all_gather": expected, "all_reduce": 0}
+    assert sent_per_step(hidden=(32,))["all_gather"] == expected
+    assert sent_per_step(instance_weights=False) == {"all_gather": 0, "all_reduce": 0}
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_split_by_data_gradients_marginals_and_column_sums_are(iterations: int) -> None:
-    sent = sent_per_step("data", sinkhorn_iterations=iterations)
-    weights = HEADS * (FEATURES * CLUSTERS + CLUSTERS)  # one linear layer and its bias
-    marginals = 2 * HEADS * CLUSTERS  # before and after Sinkhorn
-    assert sent["all_reduce"] == pytest.approx(
-        2 * (WORLD - 1) / WORLD * (weights + marginals) * FLOAT
-    )
-    assert sent["all_gather"] == (WORLD - 1) * iterations * HEADS * CLUSTERS * FLOAT
-
-
-def test_alone_nothing_is_sent() -> None:
+def test_a_single_worker_sends_nothing() -> None:
     from icce_ray.core.collective import Alone
 
     group = Counted(Alone())
-    trainer(group, "data").step()
+    trainer(group).step()
     assert group.bytes == {"all_gather": 0, "all_reduce": 0}
 
 

@@ -167,16 +167,3 @@ def test_it_takes_half_precision_and_gives_no_gradient():
     logits = draw_logits((1, 8, 3), 7).bfloat16().requires_grad_()
     logs = losses.sinkhorn(logits, 3)
     assert logs.dtype == torch.float32 and not logs.requires_grad
-
-
-@pytest.mark.parametrize("cut", [30, 11])
-@pytest.mark.parametrize("prior", [None, torch.tensor([0.5, 0.25, 0.125, 0.125])])
-def test_two_halves_make_one_batch(run_workers, cut, prior):
-    logits = draw_logits((3, 60, 4), 8)
-    whole = losses.sinkhorn(logits, 4, prior=prior)
-
-    def work(group):
-        part = logits[:, :cut] if group.rank == 0 else logits[:, cut:]
-        return losses.sinkhorn(part, 4, prior=prior, collective=group)
-
-    torch.testing.assert_close(torch.cat(run_workers(2, work), 1), whole, atol=1e-5, rtol=1e-5)
