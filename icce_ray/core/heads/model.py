@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from icce_ray.core.sampling import seed_of
+
 BN_MOMENTUM = 0.1
 
 
@@ -128,7 +130,8 @@ class Heads(nn.Module):
         return first
 
     def _reset(self, numbers: Sequence[int], seed: int) -> None:
-        generators = [torch.Generator().manual_seed(head_seed(seed, n)) for n in numbers]
+        seeds = [seed_of(seed, "head weights", number) for number in numbers]
+        generators = [torch.Generator().manual_seed(one) for one in seeds]
         for layer in [*self.layers, self.last]:
             layer.reset(generators)
         if not self.cosine:
@@ -146,11 +149,6 @@ class Heads(nn.Module):
         x = F.normalize(x, dim=-1)
         prototypes = F.normalize(self.last.weight, dim=1)
         return torch.bmm(x, prototypes.to(x.dtype)).float()
-
-
-def head_seed(seed: int, number: int) -> int:
-    """The seed of one head, the same however workers share the heads."""
-    return seed * 1_000_003 + number
 
 
 def kmeans_start(sample: np.ndarray, clusters: int, seed: int) -> Tensor:

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from icce_ray.config.schema import HeadsConfig, default_batch
 from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.heads import losses
-from icce_ray.core.heads.model import Heads, head_seed, kmeans_start
+from icce_ray.core.heads.model import Heads, kmeans_start
 from icce_ray.core.optimizer import AdamW
 from icce_ray.core.projection import Projection, project
+from icce_ray.core.sampling import seed_of
 from icce_ray.core.schedule import cosine_rise, warmup_cosine
 from icce_ray.errors import StageError
 
@@ -118,12 +119,12 @@ class HeadTrainer:
         if self.settings.start != "kmeans" or self.settings.hidden:
             return
         clusters = self.marginal.shape[1]
-        generator = np.random.default_rng(self.seed)
+        generator = np.random.default_rng(seed_of(self.seed, "k-means rows"))
         most = min(len(self.data), max(START_ROWS, 50 * clusters))
         rows = np.sort(generator.choice(len(self.data), most, replace=False))
         sample = self.data.rows(torch.from_numpy(rows)).cpu().numpy()
         for position, number in enumerate(self.numbers):
-            weight = kmeans_start(sample, clusters, head_seed(self.seed, number))
+            weight = kmeans_start(sample, clusters, seed_of(self.seed, "k-means start", number))
             for heads in (self.student, self.teacher):
                 heads.last.weight.data[position] = weight.to(self.data.device)
 
@@ -151,7 +152,8 @@ class HeadTrainer:
     def _draw_pairs(self) -> tuple[Tensor, Tensor]:
         """Row numbers of images and of one random neighbor each, int64 [B] each."""
         device = self.data.counts.device
-        generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + self.step_number)
+        seed = seed_of(self.seed, "pairs", self.step_number)
+        generator = torch.Generator(device).manual_seed(seed)
         size = (self.batch,)
         x = torch.randint(len(self.data), size, generator=generator, device=device)
         u = torch.rand(size, generator=generator, device=device)

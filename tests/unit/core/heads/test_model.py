@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from icce_ray.core.heads.model import Heads, head_seed, kmeans_start, lloyd
+from icce_ray.core.heads.model import Heads, kmeans_start, lloyd
 
 COUNT, ROWS, FEATURES, CLUSTERS = 4, 33, 12, 5
 
@@ -130,12 +130,6 @@ def test_a_heads_first_weights_depend_on_its_number_alone(hidden):
     assert not torch.equal(other["last.weight"], some["last.weight"])
     firsts = every["last.weight"].flatten(1)
     assert len(firsts.unique(dim=0)) == 6
-
-
-def test_seeds_of_heads_do_not_meet():
-    seeds = {head_seed(seed, number) for seed in range(4) for number in range(500)}
-    assert len(seeds) == 2000
-    make(numbers=[0], seed=2**31 - 1)  # the largest seed that the settings allow
 
 
 # --- k-means start -------------------------------------------------------------------------------
