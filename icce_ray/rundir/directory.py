@@ -38,7 +38,7 @@ from icce_ray.rundir.cache import environment_cache
 from icce_ray.rundir.schemas import to_matrix
 from icce_ray.rundir.storage import absolute, is_full, join_uri, locate, patiently
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: search and selection of neighbors are two stages
 
 
 MANIFEST = "manifest.json"
@@ -108,17 +108,25 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 
 
 class RunDirectory:
-    """A run's files. Holds only its address, so that it travels to Ray workers."""
+    """A run's files. Holds only where they are, so that it travels to Ray workers."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, places: Mapping[str, str] | None = None) -> None:
+        """places: of folders that lie elsewhere in the run, as a sweep's trials have them: the name
+        that stages use -> where it lies, both relative to the run."""
         self.uri = absolute(uri)
+        self.places = dict(places or {})
         self._opened: tuple[pafs.FileSystem, str] | None = None
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.uri}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "places": self.places}
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        self.__init__(state["uri"])  # type: ignore[misc]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["uri"], state["places"])  # type: ignore[misc]
+
+    def place(self, folder: str) -> str:
+        """Where a folder, or a file in one, lies, relative to the run."""
+        first, slash, rest = folder.partition("/")
+        return self.places.get(first, first) + slash + rest
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -138,11 +146,12 @@ class RunDirectory:
 
     def path(self, *parts: str) -> str:
         """The path of a file inside this directory's file system."""
-        return "/".join([self.root.rstrip("/"), *parts])
+        inside = [self.place("/".join(parts))] if parts else []
+        return "/".join([self.root.rstrip("/"), *inside])
 
     def address(self, *parts: str) -> str:
         """The path or URI of a file, as a user would give it."""
-        return join_uri(self.uri, *parts)
+        return join_uri(self.uri, *([self.place("/".join(parts))] if parts else []))
 
     def _patiently(self, work: Callable[[], T]) -> T:
         return patiently(work, self.uri)
@@ -282,8 +291,9 @@ class RunDirectory:
             ) from None
         if found.format != FORMAT_VERSION:
             raise ArtifactError(
-                f"{self.path(folder)} has format {found.format}; this version reads "
-                f"{FORMAT_VERSION}. Use another run_dir, or the version that wrote it."
+                f"{self.path(folder)} was made by another version of icce_ray (format "
+                f"{found.format}; this one reads {FORMAT_VERSION}). Run again with another "
+                "run_dir=..., or use the version that made it."
             )
         return found
 
@@ -326,8 +336,9 @@ class RunDirectory:
         return np.load(target, mmap_mode="r", allow_pickle=False)
 
     def matrix_name(self, folder: str) -> str:
-        """What the node files of a folder's matrices are called."""
-        return folder
+        """What the node files made of a folder are called: after its place, so that the trials of a
+        sweep share those of what they share, and do not remove each other's."""
+        return self.place(folder).replace("/", "-")
 
     def node_file(self, name: str) -> Path:
         """Where this node keeps something that is derived from the run and can be rebuilt."""
