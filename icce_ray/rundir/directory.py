@@ -266,12 +266,13 @@ class RunDirectory:
 
     def delete(self, folder: str) -> None:
         """Remove a folder and everything in it, the manifest first."""
-        self._delete_file(folder, MANIFEST)
+        self.delete_file(folder, MANIFEST)
         path = self.path(folder)
         with contextlib.suppress(FileNotFoundError):
             self._patiently(lambda: self.filesystem.delete_dir(path))
 
-    def _delete_file(self, *parts: str) -> None:
+    def delete_file(self, *parts: str) -> None:
+        """Remove a file; nothing happens where there is none."""
         path = self.path(*parts)
         with contextlib.suppress(FileNotFoundError):
             self._patiently(lambda: self.filesystem.delete_file(path))
@@ -313,7 +314,7 @@ class RunDirectory:
 
     def finish(self, folder: str, manifest: Manifest) -> None:
         self.write_json(vars(manifest), folder, MANIFEST)
-        self._delete_file(folder, PARTIAL)
+        self.delete_file(folder, PARTIAL)
 
     # big matrices
 

@@ -132,35 +132,16 @@ def run(
         reporter.say(line, log=not plan_only)
     if plan_only:
         return None
-    with pipeline.exclusive(directory), pipeline.terminable():
-        return _guarded(sweep, overwrite)
-
-
-def _guarded(sweep: Sweep, overwrite: bool) -> dict[str, Any]:
-    """Run the phases; whatever ends them is said in the log and in status.json."""
-    reporter = sweep.context.reporter
-    try:
+    with pipeline.running(directory, reporter, cluster):
         if overwrite:
             for folder in ("trials", "heads"):
-                sweep.run.delete(f"{sweep.folder}/{folder}")
+                directory.delete(f"{sweep.folder}/{folder}")
         return _run_phases(sweep)
-    except (KeyboardInterrupt, SystemExit):
-        reporter.say("stopped; the same command goes on from here")
-        reporter.status("stopped")
-        raise
-    except IcceError as error:
-        reporter.status("failed", error=str(error))
-        reporter._log(f"error: {error}")
-        raise
-    finally:
-        sweep.context.cluster.stop()
-        reporter.flush()
 
 
 def _run_phases(sweep: Sweep) -> dict[str, Any]:
     started = time.monotonic()
     reporter = sweep.context.reporter
-    reporter.status("running")
     base = {"config": configs.settings(sweep.config), "objective": sweep.space.objective}
     sweep.run.write_json(base, sweep.folder, "sweep.json")
     made = {
@@ -182,7 +163,6 @@ def _run_phases(sweep: Sweep) -> dict[str, Any]:
     from icce_ray.report import sweep_page as sweep_report
 
     results["report"] = sweep_report.build(sweep.run, sweep.folder)
-    reporter.status("done")
     return results
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -144,3 +147,12 @@ def test_status_says_how_far_it_is(
 
 def test_a_fresh_sign_of_life_is_believed() -> None:
     assert "no sign" not in cli._status_line({"state": "running", "time": time.time()})
+
+
+def test_a_killed_run_does_not_count_as_running() -> None:
+    code = "from icce_ray.rundir.lock import this_process as p; import json; print(json.dumps(p()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    state = {"state": "running", "stage": "heads", "time": time.time(), **json.loads(done.stdout)}
+    line = cli._status_line(state)
+    assert "has ended" in line and "same command" in line
+    assert "has ended" not in cli._status_line({**state, "host": "another"})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from icce_ray.config.loading import load
 from icce_ray.config.schema import Config
 from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
 from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.lock import exclusive
+from icce_ray.rundir.progress import Reporter
 
 
 @pytest.fixture
@@ -199,7 +204,7 @@ def test_a_plan_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str])
 
 def test_one_process_at_a_time(folder: Path) -> None:
     run = RunDirectory(str(folder / "run"))
-    with pipeline.exclusive(run), pytest.raises(ArtifactError, match="another process"):
+    with exclusive(run), pytest.raises(ArtifactError, match="another process"):
         pipeline.run(config(folder), quiet=True)
 
 
@@ -208,3 +213,53 @@ def test_a_run_directory_below_a_file_is_one_error(folder: Path) -> None:
     settings = config(folder, f"run_dir={folder}/file/run")
     with pytest.raises(StageError, match=r"cannot be written.*run_dir="):
         pipeline.run(settings, quiet=True)
+
+
+# --- how a run ends ------------------------------------------------------------------------------
+
+
+class Still:
+    """A cluster that was never started."""
+
+    stopped = False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (KeyboardInterrupt(), "stopped"),
+        (SystemExit(1), "stopped"),
+        (StageError("no place"), "failed"),
+        (RuntimeError("a bug"), "failed"),
+        (None, "done"),
+    ],
+)
+def test_status_says_how_a_run_ended(folder: Path, error: Any, state: str) -> None:
+    run = RunDirectory(str(folder / "run"))
+    cluster: Any = Still()
+    with (
+        contextlib.suppress(BaseException),
+        pipeline.running(run, Reporter(run, quiet=True), cluster),
+    ):
+        assert run.read_json("status.json")["state"] == "running"
+        if error is not None:
+            raise error
+    found = run.read_json("status.json")
+    assert found["state"] == state and cluster.stopped
+    assert (state == "failed") == ("error" in found)
+    assert found["pid"] == os.getpid() and found["host"]
+
+
+def test_sigterm_stops_a_run_and_its_handler_goes(folder: Path) -> None:
+    run, before = RunDirectory(str(folder / "run")), signal.getsignal(signal.SIGTERM)
+    cluster: Any = Still()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pipeline.running(run, Reporter(run, quiet=True), cluster),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+    assert run.read_json("status.json")["state"] == "stopped"
+    assert signal.getsignal(signal.SIGTERM) is before
