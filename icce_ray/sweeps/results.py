@@ -1,4 +1,4 @@
-"""TODO"""
+"""The results of a sweep: the ranking, results.json, best.yaml, and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add_accuracy(sweep: Sweep) -> None:
             trial.accuracy = accuracy
 
 
-def _results(
+def collect(
     sweep: Sweep, ranked: Sequence[Trial], made: Mapping[str, int], seconds: float
 ) -> dict[str, Any]:
     """The content of results.json: trials best first, then those without a score."""
@@ -59,7 +59,6 @@ def _results(
         "name": sweep.name,
         "config": configs.settings(sweep.config),
         "objective": sweep.space.objective,
-        "direction": "max",
         "space": space.describe(sweep.space),
         "trials": [_plain(trial) for trial in order],
         "best": ranked[0].id,
@@ -76,7 +75,7 @@ def _plain(trial: Trial) -> dict[str, Any]:
     return {**{name: getattr(trial, name) for name in names}, "error": trial.error}
 
 
-def _write_best(sweep: Sweep, best: Trial) -> str:
+def write_best(sweep: Sweep, best: Trial) -> str:
     """Write best.yaml, whose run already has the trial's artifacts. Returns its path."""
     name = f"{sweep.folder}/best-{best.id}"
     target = RunDirectory(f"{sweep.run.uri}/{name}")

@@ -1,4 +1,4 @@
-"""Artifacts that the trials of a sweep share, addressed by fingerprint.
+"""What a sweep keeps: artifacts that its trials share, addressed by fingerprint, and records.
 
 A fingerprint covers a stage's settings and those of all it reads, so two trials whose fingerprints
 of a stage agree have the same artifact. It is read from the run itself where the run has it, else
@@ -12,13 +12,16 @@ import contextlib
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 
 from icce_ray.rundir.directory import MANIFEST, RunDirectory
 
-STORE = "store"
+STORE = "store"  # folder of a run
+HEADS, TRIALS = "heads", "trials"  # kinds of records
 
 
 def stored(folder: str, key: str) -> str:
@@ -66,3 +69,29 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
         return
     shutil.copyfile(source, target)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Small files that say how the pieces of a sweep ended, so that a killed sweep knows.
+
+    heads/FINGERPRINT.json for each training that was stopped or failed, trials/ID.json for each
+    trial. Travels to Ray workers, where trials write their own.
+    """
+
+    run: RunDirectory
+    folder: str
+
+    def read(self, kind: str, name: str) -> dict[str, Any]:
+        """A record; empty where there is none."""
+        file = (f"{self.folder}/{kind}", f"{name}.json")
+        return self.run.read_json(*file) if self.run.exists(*file) else {}
+
+    def write(self, kind: str, name: str, **content: Any) -> None:
+        """Write or replace a record."""
+        self.run.write_json(content, f"{self.folder}/{kind}", f"{name}.json")
+
+    def delete(self) -> None:
+        """Remove all of them."""
+        for kind in (HEADS, TRIALS):
+            self.run.delete(f"{self.folder}/{kind}")

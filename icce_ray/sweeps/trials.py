@@ -1,18 +1,7 @@
-"""Hyperparameter sweeps without labels: many clusterings, ranked by a label-free score.
+"""Trials of a sweep: what each of them is made of, and where that lies.
 
-    from icce_ray import config, sweep
-    sweep.run(config.load("fashion-mnist"), "ensemble")
-
-What trials share is made once (see store.py), in four phases: index, embeddings, neighbor lists and
-selections in the driver; head trainings with Ray Tune; ensembles and their scores with Ray Tune;
-the ranking. Every result is written as soon as it is there, in
-
-    RUN/sweeps/NAME/  results.json  best.yaml  log  status.json  report/index.html
-                      trials/ID.json    heads/FINGERPRINT.json    best-ID/ (a run of its own)
-    RUN/store/        artifacts by fingerprint
-
-so the same command goes on after a crash, and one with more trials extends the sweep. Ground truth
-is looked at once the ranking is final, to be shown beside it.
+Trials share artifacts by their fingerprints (see store.py): those of one group, by the fingerprint
+of a stage, have the same artifact of that stage.
 """
 
 from __future__ import annotations
@@ -28,20 +17,12 @@ from icce_ray.stages import heads, search
 from icce_ray.stages.base import Context, Stage
 from icce_ray.sweeps import space, store
 from icce_ray.sweeps.space import Draws, Space
+from icce_ray.sweeps.store import Records
 
-SWEEPS = "sweeps"
-
-
-CHAIN = pipeline.NAMES[: pipeline.NAMES.index("consensus") + 1]  # what a trial is made of
-
-
+SWEEPS = "sweeps"  # folder of a run, with one folder for each sweep
+CHAIN = pipeline.NAMES[: pipeline.NAMES.index("consensus") + 1]  # stages that a trial is made of
 STAGES: dict[str, Stage] = {stage.name: stage for stage in pipeline.STAGES}
-
-
-FEWEST = 4  # head trainings from which early stopping compares them: of two, it would stop one
-
-
-RELEASE_AFTER = 5.0  # seconds until a stopped training's own process is gone
+OF_THE_RUN = ("index", "embed", "search")  # made in the run itself, where `icce-ray run` finds them
 
 
 @dataclass
@@ -58,7 +39,7 @@ class Trial:
     state: str = "open"  # then done, stopped, failed
     scores: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    stopped_at: float | None = None
+    stopped_at: float | None = None  # percent of the steps
     accuracy: dict[str, float] | None = None
     error: str | None = None
 
@@ -68,6 +49,7 @@ class Trial:
         return {"consensus": self.fingerprints["consensus"], "judge": self.judge}
 
     def fail(self, reason: str) -> None:
+        """Note that the trial has no result, and why."""
         self.state, self.error = "failed", reason
 
 
@@ -84,9 +66,16 @@ class Sweep:
 
     @property
     def folder(self) -> str:
+        """Where the sweep's own files lie, relative to the run."""
         return f"{SWEEPS}/{self.name}"
 
+    @property
+    def records(self) -> Records:
+        """How its trainings and trials ended."""
+        return Records(self.run, self.folder)
+
     def alive(self) -> list[Trial]:
+        """Trials that neither ended nor failed."""
         return [trial for trial in self.trials if trial.state == "open"]
 
 
@@ -98,7 +87,7 @@ def make_trials(config: Config, draws: Draws, run: RunDirectory) -> list[Trial]:
     """
     base = pipeline.fingerprints(config)
     made: list[Trial] = []
-    first: dict[str, Trial] = {}
+    first: dict[str, Trial] = {}  # by fingerprint of the embeddings
     for settings, one in zip(draws.settings, draws.configs, strict=True):
         keys = pipeline.fingerprints(one)
         own = _own_stages(run, one, keys, base)
@@ -119,15 +108,12 @@ def make_trials(config: Config, draws: Draws, run: RunDirectory) -> list[Trial]:
 def _own_stages(
     run: RunDirectory, config: Config, keys: Mapping[str, str], base: Mapping[str, str]
 ) -> set[str]:
-    """Stages whose artifacts the trial takes from the run itself.
-
-    Index, embeddings and search are made there as well, where nothing would be lost: `icce-ray run`
-    of the same config then finds them.
-    """
+    """Stages whose artifacts the trial takes from the run itself: those that are there, and those
+    OF_THE_RUN that may be made there, as nothing would be lost."""
     own = set()
     for step in pipeline.make_steps(config, run, CHAIN):
         name, folder = step.stage.name, step.stage.folder
-        shared = name in ("index", "embed", "search") and keys[name] == base[name]
+        shared = name in OF_THE_RUN and keys[name] == base[name]
         if step.state == "done" or (shared and store.may_be_own(run, folder, keys[name])):
             own.add(name)
     return own
@@ -135,16 +121,18 @@ def _own_stages(
 
 def groups(trials: Sequence[Trial], stage: str) -> dict[str, list[Trial]]:
     """Trials by the fingerprint of a stage: those of one group share its artifact."""
-    found: dict[str, list[Trial]] = {}
+    groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        found.setdefault(trial.fingerprints[stage], []).append(trial)
-    return found
+        groups.setdefault(trial.fingerprints[stage], []).append(trial)
+    return groups
+
+
+def steps_of(trial: Trial) -> dict[str, pipeline.Step]:
+    """What there is to do for a trial, by stage name. Reads the manifests of all its stages."""
+    steps = pipeline.make_steps(trial.config, trial.view, CHAIN)
+    return {step.stage.name: step for step in steps}
 
 
 def is_done(trial: Trial, stage: str) -> bool:
-    return step_of(trial, stage).state == "done"
-
-
-def step_of(trial: Trial, stage: str) -> pipeline.Step:
-    steps = pipeline.make_steps(trial.config, trial.view, CHAIN)
-    return next(step for step in steps if step.stage.name == stage)
+    """Whether a trial's artifact of a stage is there, made from what is there now."""
+    return steps_of(trial)[stage].state == "done"

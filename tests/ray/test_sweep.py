@@ -19,7 +19,7 @@ import pytest
 from icce_ray import cli, config, pipeline
 from icce_ray.distributed import tune as tuning
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.sweeps import running as sweep
+from icce_ray.sweeps import phases
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -203,7 +203,7 @@ def test_the_number_of_classes_is_found_and_the_run_goes_on_with_it(
 def test_bad_heads_are_stopped_and_failed_ones_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "FEWEST", 3)
+    monkeypatch.setattr(phases, "FEWEST", 3)
     base = write_config(tmp_path, steps=1000, lr=1e-7)
     arguments = ["sweep", str(base), str(write_space(tmp_path, UNEQUAL))]
     cli.app(arguments, standalone_mode=False)

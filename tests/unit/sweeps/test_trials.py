@@ -24,8 +24,8 @@ from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.progress import Reporter
 from icce_ray.stages import heads, search, select
 from icce_ray.stages.base import Context
+from icce_ray.sweeps import phases, running, space, store, trials
 from icce_ray.sweeps import results as results_
-from icce_ray.sweeps import running, space, store, trials
 
 ROWS, FEATURES = 60, 8
 FOLDERS = ["index", "embeddings", "neighbors", "selection", "heads"]
@@ -67,8 +67,8 @@ def test_all_problems_of_a_space_are_told_at_once() -> None:
     lines = str(caught.value).splitlines()
     assert lines[0] == "14 problems in the space:"
     for start, text in (
-        ("objectve:", "Did you mean objective?"),
-        ("objective:", "Did you mean neighbor_consistency?"),
+        ("objectve:", "Did you mean 'objective'?"),
+        ("objective:", "Did you mean 'neighbor_consistency'?"),
         ("trials:", "greater than or equal to 1"),
         ("heads.cuont:", "Did you mean heads.count?"),
         ("data.limit:", "same data"),
@@ -286,7 +286,7 @@ def test_a_sweep_over_selections_takes_the_searches_of_the_run(tmp_path: Path) -
     made, _ = make_sweep(config, {"search": "grid", "space": grid})
     assert running.counts(made)["search"] == {"total": 1, "there": 1}
     assert running.counts(made)["select"]["total"] == 8
-    running.prepare(made)  # a search would start Ray
+    phases.prepare(made)  # a search would start Ray
     fixed = next(t for t in made.trials if t.config.neighbors.rule == "fixed")
     assert (fixed.view.matrix("selection", "count") == fixed.config.neighbors.k).all()
     assert not [name for name in made.run.folders("store") if name.startswith("neighbors")]
@@ -315,7 +315,7 @@ def test_scores_by_other_neighbors_are_not_taken(tmp_path: Path) -> None:
     for judge, taken in ((trial.judge, True), ("another", False)):
         of = {**trial.scores_of, "judge": judge}
         made.run.write_json({**record, "scores_of": of}, made.folder, "trials", f"{trial.id}.json")
-        assert running._load(made, trial) is taken
+        assert phases.take_record(made, trial) is taken
 
 
 def test_copies_are_a_run_that_goes_on_after_the_sweep(tmp_path: Path) -> None:
@@ -368,10 +368,10 @@ def test_how_heads_ended_is_remembered(tmp_path: Path) -> None:
     )
     prints = {trial.fingerprints["heads"]: trial for trial in made.trials}
     first, second = prints
-    assert running._end_of_heads(made, prints, tuning.Ended(first, 25.0, 0.1)) == "stopped early"
-    assert running._end_of_heads(made, prints, tuning.Ended(second, 50.0, 0.3, "lost")) == "failed"
+    assert phases._end_of_heads(made, prints, tuning.Ended(first, 25.0, 0.1)) == "stopped early"
+    assert phases._end_of_heads(made, prints, tuning.Ended(second, 50.0, 0.3, "lost")) == "failed"
     for trial in made.trials:
-        running._take_heads(made, [trial])
+        phases._take_heads(made, [trial])
     assert [trial.state for trial in made.trials] == ["stopped", "failed"]
     assert made.trials[0].stopped_at == 25.0 and made.trials[1].error == "lost"
     assert running.counts(made)["heads"] == {
@@ -428,7 +428,7 @@ def test_labels_do_not_change_the_ranking(tmp_path: Path) -> None:
         ranked = results_.rank(made)
         results_.add_accuracy(made)
         assert results_.rank(made) == ranked
-        results = results_._results(made, ranked, {}, 1.0)
+        results = results_.collect(made, ranked, {}, 1.0)
         orders.append([trial["id"] for trial in results["trials"]])
         accuracies.append([trial["accuracy"] for trial in results["trials"]])
         assert results["best"] == orders[-1][0] == made.trials[1].id
@@ -445,7 +445,7 @@ def test_scores_that_are_no_numbers_do_not_rank(tmp_path: Path) -> None:
 
 def test_best_yaml_is_the_best_trials_config(tmp_path: Path) -> None:
     made = finished_sweep(tmp_path, [0] * ROWS)
-    path = results_._write_best(made, made.trials[1])
+    path = results_.write_best(made, made.trials[1])
     loaded = configs.load(path)
     assert loaded.consensus.method == "mcla"
     states = [step.state for step in pipeline.make_steps(loaded, RunDirectory(loaded.run_dir))]
