@@ -66,7 +66,7 @@ def run(
         ConfigError, DataError, ArtifactError: for what is wrong before anything is started.
         StageError: where no trial succeeded, or what all trials need failed.
     """
-    chosen, name = space.load(source, list(SCORES))
+    chosen, name = space.load(source)
     draws = space.draw(chosen, config.model_dump(mode="json"), config.seed)
     directory = RunDirectory(config.run_dir)
     reporter = Reporter(RunDirectory(f"{directory.uri}/{SWEEPS}/{name}"), quiet)

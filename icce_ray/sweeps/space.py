@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +21,7 @@ from pydantic import FiniteFloat, StrictInt, TypeAdapter, ValidationError, creat
 from icce_ray import config as configs
 from icce_ray.config import loading
 from icce_ray.config.schema import RUNTIME, Config, Node, Positive
+from icce_ray.core.evaluation.labelfree import SCORES
 from icce_ray.errors import ConfigError
 
 TRIES = 50  # draws per trial wanted, before a small space is taken to be used up
@@ -109,9 +110,7 @@ def golden_spaces() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load(
-    source: str | Path | tuple[str, Mapping[str, Any]], objectives: Sequence[str]
-) -> tuple[Space, str]:
+def load(source: str | Path | tuple[str, Mapping[str, Any]]) -> tuple[Space, str]:
     """Read a golden space's name, a YAML file, or a name and the content of one; returns the space
     and its name.
 
@@ -119,12 +118,12 @@ def load(
         ConfigError: with every problem found.
     """
     if isinstance(source, tuple):
-        return parse(source[1], objectives), source[0]
+        return parse(source[1]), source[0]
     tree, name = loading.read_named("space", source, golden_spaces())
-    return parse(tree, objectives), name
+    return parse(tree), name
 
 
-def parse(tree: Mapping[str, Any], objectives: Sequence[str]) -> Space:
+def parse(tree: Mapping[str, Any]) -> Space:
     """Check a plain tree, and make ranges of what describes them.
 
     Raises:
@@ -137,10 +136,10 @@ def parse(tree: Mapping[str, Any], objectives: Sequence[str]) -> Space:
     except ValidationError as error:
         problems += [_explain(problem) for problem in error.errors()]
     objective = tree.get("objective", Space.model_fields["objective"].default)
-    if objective not in objectives:
+    if objective not in SCORES:
         problems.append(
-            f"objective: no score {objective!r}.{loading.near(str(objective), objectives)} "
-            f"The scores are {', '.join(objectives)}."
+            f"objective: no score {objective!r}.{loading.near(str(objective), list(SCORES))} "
+            f"The scores are {', '.join(SCORES)}."
         )
     inner = tree.get("space")
     ranges = {}

@@ -537,3 +537,14 @@ def test_many_readers_build_one_matrix(run, monkeypatch):
         reader.join()
     assert len(built) == 1 and len(found) == 6
     assert all((array == matrix).all() for array in found)
+
+
+def test_folders_may_lie_elsewhere(tmp_path: Path) -> None:
+    places = {"heads": "store/heads-1", "neighbors": "n"}
+    view = pickle.loads(pickle.dumps(RunDirectory(str(tmp_path), places)))
+    assert view.places == places and view.is_local
+    assert view.path("heads", "a.json") == f"{tmp_path}/store/heads-1/a.json"
+    assert view.path("heads/train", "a") == f"{tmp_path}/store/heads-1/train/a"
+    assert view.address("neighbors") == f"{tmp_path}/n" and view.path() == str(tmp_path)
+    assert view.path("neighborsandmore", "a") == f"{tmp_path}/neighborsandmore/a"
+    assert view.path("index", "a") == f"{tmp_path}/index/a"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -633,3 +634,24 @@ def test_heads_are_shared_out_once_and_evenly(count, world):
 def test_defaults_grow_with_the_number_of_classes():
     assert [core.default_steps(k) for k in (2, 10, 1000)] == [2000, 2000, 12619]
     assert [core.default_batch(k) for k in (2, 100, 900)] == [1024, 1024, 4096]
+
+
+class _Assigned:
+    """A trainer whose heads have assigned every row already."""
+
+    def __init__(self, *columns: Sequence[int]) -> None:
+        self.columns = np.array(columns).T
+
+    def assign(self, rows: np.ndarray) -> np.ndarray:
+        return self.columns[rows]
+
+
+def test_an_unfinished_training_is_scored_above_chance() -> None:
+    ids = np.array([[1], [0], [3], [2]])
+    score = HeadTrainer.consistency
+    rows = np.arange(4)
+    assert score(_Assigned([0, 0, 1, 1]), rows, ids) == pytest.approx(1)  # type: ignore[arg-type]
+    assert score(_Assigned([0, 0, 0, 0]), rows, ids) == 0  # type: ignore[arg-type]
+    assert score(_Assigned([0, 1, 0, 1]), rows, ids) == pytest.approx(-1)  # type: ignore[arg-type]
+    both = _Assigned([0, 0, 1, 1], [0, 0, 0, 0])
+    assert score(both, rows[2:], ids[2:]) == pytest.approx(0)  # type: ignore[arg-type]
