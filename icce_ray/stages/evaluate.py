@@ -79,7 +79,7 @@ def estimate(config: Config, size: Size, cluster: Cluster) -> Need:
 
 def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | None:
     """Labels of these images, or None where there are none. image_ids: int64 [N]."""
-    from icce_ray.stages.index import load_labels
+    from icce_ray.data.labels import load_labels
 
     found = load_labels(config, run)
     if found is None:
@@ -96,7 +96,7 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
 
 def preflight(context: Context) -> None:
     """Check the ground truth against the index, before anything expensive. Raises DataError."""
-    from icce_ray.stages.index import load_labels
+    from icce_ray.data.labels import load_labels
 
     if context.run.manifest("index") is not None:
         _require(context.config, load_labels(context.config, context.run) is not None)
