@@ -67,7 +67,7 @@ def run(
     plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the end only.")] = False,
 ) -> None:
-    """Run the chain: index, embed, neighbors, heads, consensus, classifier, evaluate, report.
+    """Run the chain: index, embed, search, select, heads, consensus, classify, evaluate, report.
 
     Finished stages are skipped and half-done ones resumed, so the same command goes on after a
     crash or Ctrl-C.
@@ -75,7 +75,7 @@ def run(
     from icce_ray import pipeline
     from icce_ray.sweeps import num_classes as classes
 
-    pipeline.select(first, last)
+    pipeline.names_between(first, last)
     started = time.monotonic()
     config = classes.resolve(
         name, overrides or [], overwrite=overwrite, plan_only=plan, quiet=quiet

@@ -26,16 +26,35 @@ from icce_ray.rundir import storage
 from icce_ray.rundir.directory import PARTIAL, Manifest, RunDirectory, differing_keys, fingerprint
 from icce_ray.rundir.lock import exclusive
 from icce_ray.rundir.progress import Reporter, duration
-from icce_ray.stages import classify as classifier
-from icce_ray.stages import consensus, embed, evaluate, heads, index, report
-from icce_ray.stages import search as neighbors
+from icce_ray.stages import (
+    classify,
+    consensus,
+    embed,
+    evaluate,
+    heads,
+    index,
+    report,
+    search,
+    select,
+)
 from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 
 STAGES: tuple[Stage, ...] = tuple(
     module.STAGE
-    for module in (index, embed, neighbors, heads, consensus, classifier, evaluate, report)
+    for module in (
+        index,
+        embed,
+        search,
+        select,
+        heads,
+        consensus,
+        classify,
+        evaluate,
+        report,
+    )
 )
 NAMES = tuple(stage.name for stage in STAGES)
+RENAMED = {"neighbors": "two: search and select", "classifier": "called classify"}
 DISK_MARGIN = 1.1  # free space asked for, relative to the estimate
 
 
@@ -121,9 +140,11 @@ def _id(run: RunDirectory, name: str) -> str | None:
     return done.id if done else None
 
 
-def select(first: str | None, last: str | None) -> tuple[str, ...]:
+def names_between(first: str | None, last: str | None) -> tuple[str, ...]:
     """Names of the stages from `first` to `last`. Raises ConfigError for names out of order."""
     for name in (first, last):
+        if name in RENAMED:
+            raise ConfigError(f"the stage {name!r} is now {RENAMED[name]}")
         if name is not None and name not in NAMES:
             raise ConfigError(f"no stage {name!r}; the stages are {', '.join(NAMES)}")
     start = NAMES.index(first) if first else 0
@@ -256,7 +277,7 @@ def run(
         ConfigError, DataError, ArtifactError: for what is wrong before anything is started.
         StageError: for a stage that failed; the same call again goes on from there.
     """
-    chosen = select(first, last)
+    chosen = names_between(first, last)
     directory = RunDirectory(config.run_dir)
     steps = preflight(config, chosen)
     _check(steps, directory, chosen, overwrite)
@@ -429,9 +450,9 @@ __all__ = [
     "Step",
     "fingerprints",
     "make_steps",
+    "names_between",
     "preflight",
     "run",
     "run_stage",
     "running",
-    "select",
 ]

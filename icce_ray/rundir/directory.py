@@ -34,7 +34,7 @@ from icce_ray.rundir.cache import NodeCache, free_bytes
 from icce_ray.rundir.schemas import to_matrix
 from icce_ray.rundir.storage import Storage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: search and selection of neighbors are two stages
 
 MANIFEST = "manifest.json"
 PARTIAL = "partial.json"

@@ -187,7 +187,7 @@ def _label_free(
 ) -> dict[str, Any]:
     files, rows = context.run, len(clusters)
     assignments = merged_heads(files, column(files, "heads", "assignments", rows))
-    ids, counts = column(files, "neighbors", "ids", rows), column(files, "neighbors", "count", rows)
+    ids, counts = column(files, "neighbors", "ids", rows), column(files, "selection", "count", rows)
     sizes = metrics.cluster_sizes(clusters, context.config.num_classes)
     return {
         "head_agreement": metrics.head_agreement(assignments),
@@ -328,7 +328,7 @@ def _headline(result: dict[str, Any]) -> dict[str, Any]:
 STAGE = Stage(
     name="evaluate",
     folder=FOLDER,
-    needs=("index", "embed", "neighbors", "heads", "consensus", "classifier"),
+    needs=("index", "embed", "search", "select", "heads", "consensus", "classify"),
     settings=settings,
     run=run,
     estimate=estimate,

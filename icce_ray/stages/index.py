@@ -1,4 +1,4 @@
-"""Stage 1: list the images once and give each a stable id.
+"""List the images once and give each a stable id.
 
 Shapes: N images.
 """

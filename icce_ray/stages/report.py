@@ -67,7 +67,7 @@ def build(run_uri: str) -> str:
 STAGE = Stage(
     name="report",
     folder=FOLDER,
-    needs=("index", "embed", "neighbors", "heads", "consensus", "classifier", "evaluate"),
+    needs=("index", "embed", "search", "select", "heads", "consensus", "classify", "evaluate"),
     settings=settings,
     run=run,
     estimate=estimate,
