@@ -1,4 +1,4 @@
-"""The chain: skip what is done, resume what is half done, run the rest.
+"""Running the stages: skip what is done, resume what is half done, run the rest.
 
 from icce_ray import config, pipeline
 pipeline.run(config.load("quickstart", ["heads.count=8"]))
@@ -47,7 +47,7 @@ class Step:
     """What will happen to one stage, and why."""
 
     stage: Stage
-    state: str  # done, resume, run, again, changed, excluded
+    state: str  # a key of _STATE_TEXT
     fingerprint: str
     inputs: Mapping[str, str | None]  # ids of the artifacts it reads, None where there is none yet
     reason: str = ""
