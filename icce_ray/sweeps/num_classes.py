@@ -21,8 +21,7 @@ from icce_ray.config import loading
 from icce_ray.config.schema import Config
 from icce_ray.errors import ConfigError
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.sweeps import running, space, store
-from icce_ray.sweeps.trials import CHAIN, STAGES
+from icce_ray.sweeps import space
 
 SPACE = "classes"  # the golden space, and the sweep's name
 MOST_TRIED = 16  # numbers of a range, spread evenly by ratio
@@ -49,6 +48,8 @@ def resolve(
     numbers = numbers_to_try(tree.get("num_classes"))
     if numbers is None:
         return configs.validate(tree)
+    from icce_ray.sweeps import running  # imports torch: only where there is a sweep
+
     base = configs.validate({**tree, "num_classes": numbers[0]})
     content, _ = loading.read_named("space", SPACE, space.golden_spaces())
     content["space"] = {"num_classes": numbers}
@@ -99,6 +100,9 @@ def _take_best(config: Config, results: Mapping[str, Any], overwrite: bool) -> N
 
     Artifacts of other settings stay where they may not be overwritten; the run then refuses them.
     """
+    from icce_ray.sweeps import store
+    from icce_ray.sweeps.trials import CHAIN, STAGES
+
     best = RunDirectory(configs.load(results["best_config"]).run_dir)
     run, keys = RunDirectory(config.run_dir), pipeline.fingerprints(config)
     free = [

@@ -21,7 +21,6 @@ from pydantic import FiniteFloat, StrictInt, TypeAdapter, ValidationError, creat
 from icce_ray import config as configs
 from icce_ray.config import loading
 from icce_ray.config.schema import RUNTIME, Config, Node, Positive
-from icce_ray.core.evaluation.labelfree import SCORES
 from icce_ray.errors import ConfigError
 
 TRIES = 50  # draws per trial wanted, before a small space is taken to be used up
@@ -129,6 +128,8 @@ def parse(tree: Mapping[str, Any]) -> Space:
     Raises:
         ConfigError: with every problem found, each as key, reason and fix.
     """
+    from icce_ray.core.evaluation.labelfree import SCORES  # imports torch
+
     problems: list[str] = []
     space = None
     try:
