@@ -108,6 +108,6 @@ def _take_best(config: Config, results: Mapping[str, Any], overwrite: bool) -> N
     free = [
         STAGES[name].folder
         for name in CHAIN
-        if overwrite or store.may_be_own(run, STAGES[name].folder, keys[name])
+        if overwrite or store.may_be_own(run.look(STAGES[name].folder), keys[name])
     ]
     store.place_copies(best, free, run)

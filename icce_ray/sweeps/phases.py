@@ -28,7 +28,7 @@ from icce_ray.rundir.progress import Reporter
 from icce_ray.stages import heads
 from icce_ray.stages.base import Context, Size
 from icce_ray.sweeps.store import HEADS, TRIALS, Records
-from icce_ray.sweeps.trials import CHAIN, STAGES, Sweep, Trial, groups, is_done, steps_of
+from icce_ray.sweeps.trials import CHAIN, STAGES, Sweep, Trial, groups
 
 FEWEST = 4  # head trainings from which early stopping compares them: of two, it would stop one
 RELEASE_AFTER = 5.0  # seconds until a stopped training's own process is gone
@@ -43,7 +43,7 @@ def prepare(sweep: Sweep) -> None:
         for group in groups(sweep.alive(), name).values():
             _for_all(sweep, group, partial(_run_stage, sweep, group[0], name))
     selections = groups(sweep.alive(), "select").values()
-    todo = [group for group in selections if not is_done(group[0], "select")]
+    todo = [group for group in selections if not sweep.is_done(group[0], "select")]
     if not todo:
         return
     with sweep.context.reporter.bar("selections", len(todo)) as bar:
@@ -65,12 +65,15 @@ def _for_all(sweep: Sweep, group: Sequence[Trial], work: Callable[[], None]) -> 
 
 
 def _run_stage(sweep: Sweep, trial: Trial, name: str, reporter: Reporter | None = None) -> None:
-    step = steps_of(trial)[name]
-    if step.state == "done":
+    step = sweep.steps(trial)[name]
+    if not step.todo:
         return
     chosen = reporter or sweep.context.reporter
     context = Context(trial.config, trial.view, chosen, sweep.context.cluster)
-    pipeline.run_stage(context, step)
+    try:
+        pipeline.run_stage(context, step)
+    finally:
+        sweep.look_again(trial, name)
 
 
 # --- heads ---------------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ def train_heads(sweep: Sweep) -> None:
     missing = {
         key: group
         for key, group in groups(sweep.alive(), "heads").items()
-        if not is_done(group[0], "heads")
+        if not sweep.is_done(group[0], "heads")
     }
     todo = {key: group for key, group in missing.items() if stopped_at(sweep, group[0]) is None}
     if len(todo) == 1:
@@ -100,6 +103,7 @@ def train_heads(sweep: Sweep) -> None:
     elif todo:
         _search_heads(sweep, {key: group[0] for key, group in todo.items()})
     for group in missing.values():
+        sweep.look_again(group[0], "heads")
         _take_heads(sweep, group)
 
 
@@ -186,9 +190,8 @@ def _train(work: HeadWork, key: str, report: Report) -> None:
         on_progress=on_progress,
     )
     try:
-        todo = pipeline.make_steps(config, view, CHAIN)
-        step = next(step for step in todo if step.stage.name == "heads")
-        if step.state != "done":
+        step = pipeline.make_steps(config, view, CHAIN)[CHAIN.index("heads")]
+        if step.todo:
             pipeline.run_stage(context, step)
     except Exception as error:
         work.records.write(HEADS, key, state="failed", error=_reason(error))
@@ -228,7 +231,7 @@ def stopped_at(sweep: Sweep, trial: Trial) -> float | None:
 
 def _take_heads(sweep: Sweep, group: Sequence[Trial]) -> None:
     """Note for all trials of a group how their heads came out."""
-    if is_done(group[0], "heads"):
+    if sweep.is_done(group[0], "heads"):
         return
     record = sweep.records.read(HEADS, group[0].fingerprints["heads"])
     percent = stopped_at(sweep, group[0])
@@ -306,8 +309,8 @@ def _consensus(trial: Trial) -> tuple[dict[str, float], float]:
     """All scores of a trial, and the seconds that its consensus and they took."""
     started = time.monotonic()
     config, view = trial.config, trial.view
-    step = steps_of(trial)["consensus"]
-    if step.state != "done":
+    step = pipeline.make_steps(config, view, CHAIN)[CHAIN.index("consensus")]
+    if step.todo:
         context = Context(config, view, Silent(view), Share(config.ray, 1), in_process=True)
         pipeline.run_stage(context, step)
     table = view.read_table("consensus", columns=["cluster"])
@@ -325,6 +328,7 @@ def _consensus(trial: Trial) -> tuple[dict[str, float], float]:
 
 def _end_of_ensemble(sweep: Sweep, todo: Mapping[str, Sequence[Trial]], ended: Ended) -> str:
     group = todo[ended.name]
+    sweep.look_again(group[0], "consensus")
     for trial in group:
         if ended.error is not None:
             trial.fail(ended.error)
@@ -339,10 +343,10 @@ def take_record(sweep: Sweep, trial: Trial) -> bool:
     if record["state"] != "done":
         trial.error = record["error"]
         return False
-    if set(record["scores"]) != set(SCORES) or not is_done(trial, "consensus"):
+    if set(record["scores"]) != set(SCORES) or not sweep.is_done(trial, "consensus"):
         return False
     trial.state, trial.scores, trial.reused = "done", record["scores"], record["reused"]
-    trained = trial.view.manifest(heads.FOLDER)
+    trained = sweep.snapshot.look(trial.view, heads.FOLDER).manifest
     own = trained.seconds if trained is not None and "heads" not in trial.reused else 0.0
     trial.seconds, trial.error = round(record["seconds"] + own, 3), None
     return True

@@ -28,14 +28,14 @@ from icce_ray.config.schema import Config
 from icce_ray.core.evaluation.labelfree import ACROSS_CLUSTERS, SCORES
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError, StageError
-from icce_ray.rundir.directory import RunDirectory, differing_keys
+from icce_ray.rundir.directory import RunDirectory, Snapshot, differing_keys
 from icce_ray.rundir.progress import Reporter
 from icce_ray.stages.base import Context
 from icce_ray.sweeps import space
 from icce_ray.sweeps.phases import make_ensembles, prepare, stopped_at, train_heads
 from icce_ray.sweeps.results import add_accuracy, collect, rank, write_best
 from icce_ray.sweeps.space import Draws
-from icce_ray.sweeps.trials import CHAIN, SWEEPS, Sweep, groups, make_trials, steps_of
+from icce_ray.sweeps.trials import CHAIN, SWEEPS, Sweep, groups, make_trials
 
 NOUNS = {
     "embed": ("embedding", "embeddings"),
@@ -72,11 +72,12 @@ def run(
     reporter = Reporter(RunDirectory(f"{directory.uri}/{SWEEPS}/{name}"), quiet)
     wide = config.heads.num_workers not in (None, 0)
     cluster = Cluster(config.ray, dashboard=wide)
-    trials = make_trials(config, draws, directory)
+    snapshot = Snapshot()
+    trials = make_trials(config, draws, directory, snapshot)
     for group in groups(trials, "embed").values():
-        pipeline.preflight(group[0].config)
+        pipeline.preflight(group[0].config, snapshot=snapshot)
     context = Context(config, directory, reporter, cluster)
-    sweep = Sweep(name, chosen, config, directory, trials, context)
+    sweep = Sweep(name, chosen, config, directory, trials, context, snapshot)
     if not overwrite:
         _check_same(sweep)
     for line in plan_lines(sweep, draws):
@@ -96,7 +97,7 @@ def _run_phases(sweep: Sweep) -> dict[str, Any]:
     sweep.run.write_json(base, sweep.folder, "sweep.json")
     made = {NOUNS[name][1]: n["total"] - n["there"] for name, n in counts(sweep).items()}
     for trial in sweep.trials:
-        steps = steps_of(trial)
+        steps = sweep.steps(trial)
         trial.reused = [name for name in CHAIN if steps[name].state == "done"]
     phases = {"prepare": prepare, "heads": train_heads, "ensembles": make_ensembles}
     for name, phase in phases.items():
@@ -146,7 +147,7 @@ def _all_failed(sweep: Sweep) -> str:
 
 def counts(sweep: Sweep) -> dict[str, dict[str, int]]:
     """How many of each a sweep needs, and how many of those are there, by stage name."""
-    steps = {trial.id: steps_of(trial) for trial in sweep.trials}
+    steps = {trial.id: sweep.steps(trial) for trial in sweep.trials}
     counted = {}
     for name in NOUNS:
         firsts = [group[0] for group in groups(sweep.trials, name).values()]

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from icce_ray.rundir.directory import MANIFEST, RunDirectory
+from icce_ray.rundir.directory import MANIFEST, Content, RunDirectory
 
 STORE = "store"  # folder of a run
 HEADS, TRIALS = "heads", "trials"  # kinds of records
@@ -29,12 +29,12 @@ def stored(folder: str, key: str) -> str:
     return f"{STORE}/{folder}-{key}"
 
 
-def may_be_own(run: RunDirectory, folder: str, key: str) -> bool:
-    """Whether the run has the artifact, has half of it, or has nothing there that would be lost."""
-    done, partial = run.manifest(folder), run.partial(folder)
-    if done is not None:
-        return done.fingerprint == key
-    return partial is None or partial["fingerprint"] == key
+def may_be_own(there: Content, key: str) -> bool:
+    """Whether a folder of the run has the artifact of a fingerprint, has half of it, or has nothing
+    that would be lost."""
+    if there.manifest is not None:
+        return there.manifest.fingerprint == key
+    return there.partial is None or there.partial["fingerprint"] == key
 
 
 def place_copies(view: RunDirectory, names: Sequence[str], target: RunDirectory) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from icce_ray import pipeline
 from icce_ray.config.schema import Config
-from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.directory import RunDirectory, Snapshot
 from icce_ray.stages import heads, search
 from icce_ray.stages.base import Context, Stage
 from icce_ray.sweeps import space, store
@@ -63,6 +63,7 @@ class Sweep:
     run: RunDirectory
     trials: list[Trial]
     context: Context  # the sweep's own reporter and cluster
+    snapshot: Snapshot = field(default_factory=Snapshot)  # what is there, looked at once
 
     @property
     def folder(self) -> str:
@@ -78,19 +79,34 @@ class Sweep:
         """Trials that neither ended nor failed."""
         return [trial for trial in self.trials if trial.state == "open"]
 
+    def steps(self, trial: Trial) -> dict[str, pipeline.Step]:
+        """What there is to do for a trial, by stage name."""
+        steps = pipeline.make_steps(trial.config, trial.view, CHAIN, self.snapshot)
+        return {step.stage.name: step for step in steps}
 
-def make_trials(config: Config, draws: Draws, run: RunDirectory) -> list[Trial]:
+    def is_done(self, trial: Trial, stage: str) -> bool:
+        """Whether a trial's artifact of a stage is there, made from what is there now."""
+        return self.steps(trial)[stage].state == "done"
+
+    def look_again(self, trial: Trial, stage: str) -> None:
+        """Note that a stage's artifact may have been made since it was looked at."""
+        self.snapshot.forget(trial.view, STAGES[stage].folder)
+
+
+def make_trials(
+    config: Config, draws: Draws, run: RunDirectory, snapshot: Snapshot | None = None
+) -> list[Trial]:
     """Trials with the places of their artifacts. Starts nothing, writes nothing.
 
     All trials of one embedding are judged by the same lists of neighbors, so that their scores
     compare: those that the first of them is made from.
     """
-    base = pipeline.fingerprints(config)
+    base, snapshot = pipeline.fingerprints(config), snapshot or Snapshot()
     made: list[Trial] = []
     first: dict[str, Trial] = {}  # by fingerprint of the embeddings
     for settings, one in zip(draws.settings, draws.configs, strict=True):
         keys = pipeline.fingerprints(one)
-        own = _own_stages(run, one, keys, base)
+        own = _own_stages(run, one, keys, base, snapshot)
         places = {
             STAGES[name].folder: store.stored(STAGES[name].folder, keys[name])
             for name in CHAIN
@@ -106,15 +122,19 @@ def make_trials(config: Config, draws: Draws, run: RunDirectory) -> list[Trial]:
 
 
 def _own_stages(
-    run: RunDirectory, config: Config, keys: Mapping[str, str], base: Mapping[str, str]
+    run: RunDirectory,
+    config: Config,
+    keys: Mapping[str, str],
+    base: Mapping[str, str],
+    snapshot: Snapshot,
 ) -> set[str]:
     """Stages whose artifacts the trial takes from the run itself: those that are there, and those
     OF_THE_RUN that may be made there, as nothing would be lost."""
     own = set()
-    for step in pipeline.make_steps(config, run, CHAIN):
-        name, folder = step.stage.name, step.stage.folder
+    for step in pipeline.make_steps(config, run, CHAIN, snapshot):
+        name, there = step.stage.name, snapshot.look(run, step.stage.folder)
         shared = name in OF_THE_RUN and keys[name] == base[name]
-        if step.state == "done" or (shared and store.may_be_own(run, folder, keys[name])):
+        if step.state == "done" or (shared and store.may_be_own(there, keys[name])):
             own.add(name)
     return own
 
@@ -125,14 +145,3 @@ def groups(trials: Sequence[Trial], stage: str) -> dict[str, list[Trial]]:
     for trial in trials:
         groups.setdefault(trial.fingerprints[stage], []).append(trial)
     return groups
-
-
-def steps_of(trial: Trial) -> dict[str, pipeline.Step]:
-    """What there is to do for a trial, by stage name. Reads the manifests of all its stages."""
-    steps = pipeline.make_steps(trial.config, trial.view, CHAIN)
-    return {step.stage.name: step for step in steps}
-
-
-def is_done(trial: Trial, stage: str) -> bool:
-    """Whether a trial's artifact of a stage is there, made from what is there now."""
-    return steps_of(trial)[stage].state == "done"

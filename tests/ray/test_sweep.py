@@ -190,12 +190,14 @@ def test_the_number_of_classes_is_found_and_the_run_goes_on_with_it(
     run = RunDirectory(str(tmp_path / "run"))
     assert config.load(run.path("config.yaml")).num_classes == best
     assert len(np.unique(run.matrix("consensus", "cluster"))) == best
-    kinds = {path.name.partition("-")[0] for path in (tmp_path / "run" / "store").iterdir()}
+    store = tmp_path / "run" / "store"
+    kinds = {path.name.partition("-")[0] for path in store.iterdir()}
     assert kinds == {"selection", "heads", "consensus"}  # index, embeddings, search: the run's own
-    log = (tmp_path / "run" / "log").read_text() + (
-        tmp_path / "run" / "sweeps" / "classes" / "log"
-    ).read_text()
-    assert len(re.findall(r"search +done", log)) == 1, "one search for all"
+    sweep = tmp_path / "run" / "sweeps" / "classes"
+    logs = (tmp_path / "run" / "log").read_text() + (sweep / "log").read_text()
+    assert len(re.findall(r"search +done", logs)) == 1, "one search for all"
+    trained = [RunDirectory(str(path)).manifest("") for path in store.glob("heads-*")]
+    assert run.manifest("heads") in trained, "the sweep's heads of that number"
     cli.app([*arguments, "--plan"], standalone_mode=False)
     assert "2 of 2 head trainings" in capsys.readouterr().err
 
