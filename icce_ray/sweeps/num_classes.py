@@ -21,6 +21,7 @@ from icce_ray.config import loading
 from icce_ray.config.schema import Config
 from icce_ray.errors import ConfigError
 from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.lock import exclusive
 from icce_ray.sweeps import space
 
 SPACE = "classes"  # the golden space, and the sweep's name
@@ -105,9 +106,10 @@ def _take_best(config: Config, results: Mapping[str, Any], overwrite: bool) -> N
 
     best = RunDirectory(configs.load(results["best_config"]).run_dir)
     run, keys = RunDirectory(config.run_dir), pipeline.fingerprints(config)
-    free = [
-        STAGES[name].folder
-        for name in CHAIN
-        if overwrite or store.may_be_own(run.look(STAGES[name].folder), keys[name])
-    ]
-    store.place_copies(best, free, run)
+    with exclusive(run):
+        free = [
+            STAGES[name].folder
+            for name in CHAIN
+            if overwrite or store.may_be_own(run.look(STAGES[name].folder), keys[name])
+        ]
+        store.place_copies(best, free, run)
