@@ -85,7 +85,7 @@ class HeadWork:
 
     trials: Mapping[str, tuple[Config, RunDirectory]]  # by fingerprint of the heads
     records: Records
-    parts: int  # trials at once
+    parts: int  # trainings at once, which share the cluster
     threads: int | None  # of torch, where the training is in the trial's own process
 
 
@@ -101,13 +101,13 @@ def train_heads(sweep: Sweep) -> None:
         (group,) = todo.values()
         _for_all(sweep, group, partial(_run_stage, sweep, group[0], "heads"))
     elif todo:
-        _search_heads(sweep, {key: group[0] for key, group in todo.items()})
+        _train_side_by_side(sweep, {key: group[0] for key, group in todo.items()})
     for group in missing.values():
         sweep.look_again(group[0], "heads")
         _take_heads(sweep, group)
 
 
-def _search_heads(sweep: Sweep, todo: Mapping[str, Trial]) -> None:
+def _train_side_by_side(sweep: Sweep, todo: Mapping[str, Trial]) -> None:
     """Train with Ray Tune. todo: one trial for each fingerprint of the heads."""
     for key in todo:  # a failure of last time is tried again
         if sweep.records.read(HEADS, key):
@@ -142,7 +142,7 @@ def _without_workers(config: Config) -> Config:
 
 
 def _place_heads(sweep: Sweep, trials: Sequence[Trial]) -> tuple[Placement, int]:
-    """What each training holds, and how many go on at once: as many as cores or GPUs carry."""
+    """What each training holds, and how many run at once: as many as cores or GPUs carry."""
     cluster, config = sweep.context.cluster, sweep.config.heads
     have, gpus = cluster.resources(), cluster.gpus_each(config.num_gpus)
     wanted = min(len(trials), sweep.space.concurrent or len(trials))
@@ -198,6 +198,7 @@ def _train(work: HeadWork, key: str, report: Report) -> None:
 
 
 def _reason(error: Exception) -> str:
+    """Our own errors say what to do; of others the end of the traceback is kept."""
     if isinstance(error, IcceError):
         return str(error)
     return "".join(traceback.format_exception(error)).strip()[-2000:]

@@ -1,6 +1,6 @@
 """A search space: which settings a sweep varies, how its trials are drawn, what they are judged by.
 
-Draws depend on the seed alone, so a sweep of more trials extends one of fewer.
+Draws depend only on the seed, so a sweep of more trials extends one of fewer.
 """
 
 from __future__ import annotations
@@ -149,8 +149,8 @@ def parse(tree: Mapping[str, Any]) -> Space:
             problems.append("space: names no setting to vary")
         for key, value in inner.items():
             lists_only = tree.get("search") in ("grid", "each")
-            ranges[str(key)], found = _parse_entry(str(key), value, lists_only)
-            problems += found
+            ranges[str(key)], wrong = _parse_entry(str(key), value, lists_only)
+            problems += wrong
     if problems or space is None:
         raise loading.problems_in("the space", problems)
     return space.model_copy(update={"space": ranges})
@@ -180,7 +180,7 @@ def _parse_entry(key: str, value: Any, lists_only: bool) -> tuple[Any, list[str]
         if not value:
             return value, [f"{key}: the list of choices is empty"]
         fitted = [_fit(key, field, choice) for choice in value]
-        return [choice for choice, _ in fitted], [p for _, found in fitted for p in found]
+        return [choice for choice, _ in fitted], [p for _, wrong in fitted for p in wrong]
     return _parse_range(key, field, value, lists_only)
 
 
