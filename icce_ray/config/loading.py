@@ -62,8 +62,13 @@ def validate(tree: Mapping[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         problems = [_explain(problem, tree) for problem in error.errors()]
-        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{head} in the settings:\n  " + "\n  ".join(problems)) from None
+        raise problems_in("the settings", problems) from None
+
+
+def problems_in(what: str, problems: Sequence[str]) -> ConfigError:
+    """One error for all problems that were found."""
+    head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return ConfigError(f"{head} in {what}:\n  " + "\n  ".join(problems))
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -73,16 +78,35 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         return parse_yaml(_fetch(str(source)), str(source)), Path(
             str(source).partition("?")[0]
         ).stem
-    known = golden_configs()
+    return read_named("config", source, golden_configs())
+
+
+def read_named(
+    kind: str, source: str | Path, known: Mapping[str, Path]
+) -> tuple[dict[str, Any], str]:
+    """The content and the name of a YAML file that comes with the package, or of the user's own.
+
+    Args:
+        kind: what such a file is called: config, or space.
+        source: a name among `known`, or a path.
+        known: names and files that come with the package.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a mapping in YAML.
+    """
     path = known.get(str(source)) or Path(source)
     if not path.is_file():
-        close = difflib.get_close_matches(str(source), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"no config {str(source)!r}: it is neither a YAML file nor one of "
-            f"{', '.join(known)}.{hint}"
+            f"no {kind} {str(source)!r}: it is neither a YAML file nor one of "
+            f"{', '.join(known)}.{near(str(source), list(known))}"
         )
     return parse_yaml(path.read_bytes(), str(path)), path.stem
+
+
+def near(wanted: str, names: Sequence[str]) -> str:
+    """A hint at the name that was meant; empty where none is like it."""
+    close = difflib.get_close_matches(wanted, names, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _fetch(uri: str) -> bytes:
@@ -97,6 +121,7 @@ def _fetch(uri: str) -> bytes:
 
 
 def parse_yaml(text: bytes, name: str) -> dict[str, Any]:
+    """A mapping from YAML. name: of the file, for messages. Raises ConfigError."""
     try:
         tree = yaml.load(text.decode(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -214,6 +239,7 @@ def _dump(tree: Any, prefix: str, depth: int, docs: Mapping[str, str], lines: li
 
 
 def scalar(value: Any) -> str:
+    """A value in one line of YAML."""
     # Line breaks stay on one line between double quotes alone.
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=1_000_000)

@@ -47,23 +47,6 @@ BALANCES = (0.5, 0.25, 0.0)  # heads.balance, where it is not given
 KEEP_SHARE, KEEP_LEAST = 0.25, 8  # consensus.keep, likewise
 
 
-def default_steps(clusters: int) -> int:
-    """Training steps of heads where the settings name none: 12,619 for 1,000 clusters.
-
-    For 10 clusters, as many as raised the score neighbor_evidence on all data measured. The growth
-    with the number of clusters is a guess.
-    """
-    return round(2000 * max(1.0, clusters / 10) ** 0.4)
-
-
-def default_batch(clusters: int) -> int:
-    """Pairs per step where the settings name none: 8 per cluster, within bounds.
-
-    The losses hold several arrays [H, 2B, K]: with 50 heads and 1,000 clusters, 1.6 GB each.
-    """
-    return min(4096, max(1024, 8 * clusters))
-
-
 class Node(BaseModel):
     """A frozen group of settings that rejects names it does not know."""
 
@@ -165,8 +148,6 @@ class NeighborsConfig(Node):
     than about an hour on the devices found, else ivf."""
     nprobe: Positive = 32
     """ivf: lists visited per query; more is slower and closer to exact."""
-    query_rows: Annotated[Positive, RUNTIME] = 65_536
-    """Query rows per Ray task."""
     num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
     """GPUs per search task. Default: 1 where the cluster has any, else 0."""
 

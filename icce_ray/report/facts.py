@@ -17,7 +17,8 @@ from icce_ray.stages import evaluate
 PARTS = (
     ("index", "Listing images"),
     ("embeddings", "Embedding"),
-    ("neighbors", "Neighbors"),
+    ("neighbors", "Searching neighbors"),
+    ("selection", "Selecting neighbors"),
     ("heads", "Training heads"),
     ("consensus", "Consensus"),
     ("classifier", "Classifier"),

@@ -288,7 +288,7 @@ def _heads_chart(found: RunFacts) -> dict[str, Any]:
 
 
 def _neighbor_chart(found: RunFacts) -> dict[str, Any] | None:
-    manifest = found.manifests.get("neighbors")
+    manifest = found.manifests.get("selection")
     data = dict(manifest.results) if manifest else {}
     if "histogram" not in data:
         return None

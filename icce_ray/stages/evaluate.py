@@ -22,13 +22,12 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
-from icce_ray.config.schema import settings as slice_of
 from icce_ray.core.evaluation import kmeans as kmeans_
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.distributed.cluster import Cluster, Request, Wait, result
+from icce_ray.distributed.cluster import Request, Wait, result
 from icce_ray.errors import ArtifactError, DataError
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "evaluation"
 CONTINGENCY_SCHEMA = pa.schema(
@@ -59,27 +58,9 @@ class Truth:
         return self.codes >= 0
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """The slice of the config that the scores depend on."""
-    return {
-        "evaluate": slice_of(config.evaluate),
-        "labels": config.data.labels,
-        "seed": config.seed,
-        "num_classes": config.num_classes,
-    }
-
-
-def estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    """Memory is that of the k-means task: one float32 copy of what it holds at once."""
-    rows, width = size.images or 0, size.features or 0
-    large = kmeans_.kmeans_is_large(rows, width, config.num_classes)
-    held = min(rows, max(100_000, 256 * config.num_classes)) if large else rows
-    return Need(memory=4.0 * held * width * 2, disk=2e6, where="one task (k-means)")
-
-
 def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | None:
     """Labels of these images, or None where there are none. image_ids: int64 [N]."""
-    from icce_ray.stages.index import load_labels
+    from icce_ray.data.labels import load_labels
 
     found = load_labels(config, run)
     if found is None:
@@ -96,7 +77,7 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
 
 def preflight(context: Context) -> None:
     """Check the ground truth against the index, before anything expensive. Raises DataError."""
-    from icce_ray.stages.index import load_labels
+    from icce_ray.data.labels import load_labels
 
     if context.run.manifest("index") is not None:
         _require(context.config, load_labels(context.config, context.run) is not None)
@@ -187,7 +168,7 @@ def _label_free(
 ) -> dict[str, Any]:
     files, rows = context.run, len(clusters)
     assignments = merged_heads(files, column(files, "heads", "assignments", rows))
-    ids, counts = column(files, "neighbors", "ids", rows), column(files, "neighbors", "count", rows)
+    ids, counts = column(files, "neighbors", "ids", rows), column(files, "selection", "count", rows)
     sizes = metrics.cluster_sizes(clusters, context.config.num_classes)
     return {
         "head_agreement": metrics.head_agreement(assignments),
@@ -323,13 +304,3 @@ def _headline(result: dict[str, Any]) -> dict[str, Any]:
         if part in result:
             flat[f"{part}_acc"] = result[part]["acc"]
     return flat
-
-
-STAGE = Stage(
-    name="evaluate",
-    folder=FOLDER,
-    needs=("index", "embed", "neighbors", "heads", "consensus", "classifier"),
-    settings=settings,
-    run=run,
-    estimate=estimate,
-)

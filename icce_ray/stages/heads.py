@@ -1,4 +1,4 @@
-"""Stage 4: train the clustering heads with Ray Train and assign every image with each.
+"""Train the clustering heads with Ray Train and assign every image with each.
 
 Worker w of W owns heads w, w + W, ...; all draw the same pairs, and exchange only the pair
 agreements of their heads.
@@ -6,9 +6,7 @@ agreements of their heads.
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +15,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from icce_ray.config.schema import Config, HeadsConfig, default_batch, default_steps, settings
+from icce_ray.config.schema import Config, HeadsConfig
+from icce_ray.core.constants import default_steps
+from icce_ray.core.evaluation.labelfree import NEAREST
 from icce_ray.core.heads.trainer import (
     Data,
     HeadTrainer,
@@ -29,25 +29,14 @@ from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import tensor_column
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "heads"
+JUDGE = "judge"  # of a sweep: the search whose neighbors all of its trials are judged by
 HISTORY_POINTS = 200  # loss values kept per head
 PROBES = 10  # scores of an unfinished training, where a sweep asks for them
 PROBE_ROWS = 20_000  # rows whose neighbors they look at, at most
 ROWS_PER_FILE = 1_000_000
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """With what stands for the settings not given, so that other defaults make other heads."""
-    heads, clusters = config.heads, config.head_clusters
-    resolved = {
-        "clusters": clusters,
-        "steps": heads.steps or default_steps(clusters),
-        "batch_size": heads.batch_size or default_batch(clusters),
-        "balance": settings(heads.balances),
-    }
-    return {"heads": {**settings(heads), **resolved}, "seed": config.seed}
 
 
 # --- in the workers ------------------------------------------------------------------------------
@@ -61,7 +50,7 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         return  # lost after its last checkpoint: nothing is left to do
     embeddings = worker.run.matrix("embeddings", "embedding")
     projection = fit_projection(embeddings, chosen.pca, config["seed"])
-    ids, counts = (worker.run.matrix("neighbors", name) for name in ("ids", "count"))
+    ids, counts = worker.run.matrix("neighbors", "ids"), worker.run.matrix("selection", "count")
     data = Data.of(embeddings, ids, counts, projection, worker.device)
     trainer = HeadTrainer(
         data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
@@ -102,11 +91,11 @@ class _Probe:
     """
 
     def __init__(self, run: RunDirectory, seed: int) -> None:
-        nearest = run.matrix("nearest", "ids")
+        nearest = run.matrix(JUDGE, "ids")
         generator = np.random.default_rng(seed)
         most = min(len(nearest), PROBE_ROWS)
         self.rows = np.sort(generator.choice(len(nearest), most, replace=False))
-        self.ids = np.asarray(nearest[self.rows])
+        self.ids = np.asarray(nearest[self.rows, :NEAREST])
 
     def due(self, trainer: HeadTrainer) -> bool:
         return trainer.step_number % max(1, trainer.steps // PROBES) == 0
@@ -147,7 +136,8 @@ class _History:
 # --- in the driver -------------------------------------------------------------------------------
 
 
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """Train the heads and assign every image by each. Raises StageError: workers lost for good."""
     config, run, cluster = context.config, context.run, context.cluster
     rows = run.matrix("embeddings", "image_id").shape[0]
     steps = config.heads.steps or default_steps(config.head_clusters)
@@ -228,29 +218,3 @@ def _write_assignments(run: RunDirectory, assignments: np.ndarray, rows: int) ->
             }
         )
         run.write_table(table, FOLDER, f"part-{part:05d}.parquet")
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    images, features = size.images or 0, size.features or 1024
-    inputs = min(features, config.heads.pca or features)
-    widths = [inputs, *config.heads.hidden, config.head_clusters]
-    weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.heads.count
-    pairs = config.heads.batch_size or default_batch(config.head_clusters)
-    own = math.ceil(config.heads.count / max(1, config.heads.num_workers or 1))
-    batch = 2 * pairs * own
-    activations = batch * (sum(widths[1:]) + 4 * config.head_clusters) * 4 * 2
-    matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4)
-    assigned = images * config.heads.count * 2
-    # student, teacher, gradient and AdamW's two moments: five copies of the weights, float32
-    memory = matrix + 5 * 4 * weights + activations + assigned
-    return Need(memory=memory, disk=assigned + 4 * 4 * weights, where="train workers")
-
-
-STAGE = Stage(
-    name="heads",
-    folder=FOLDER,
-    needs=("embed", "neighbors"),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

@@ -8,35 +8,19 @@ Shapes: N rows, C classes, K clusters, H heads.
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from icce_ray import config as configs
-from icce_ray.config.schema import Config
-from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError
 from icce_ray.report.run_page import render
 from icce_ray.rundir import storage
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.stages import evaluate
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "report"
 
 
 PAGE = "index.html"
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """The slice of the config that the page depends on."""
-    return {**evaluate.settings(config), "report": configs.settings(config.report)}
-
-
-def estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    """Columns of a few bytes per image, the page twice (pieces and text)."""
-    page = config.report.max_megabytes * 1e6
-    return Need(memory=120.0 * (size.images or 0) + 3 * page, disk=page)
 
 
 def run(context: Context) -> Outcome:
@@ -62,13 +46,3 @@ def build(run_uri: str) -> str:
     page, _ = render(config, files)
     files.write_bytes(page, FOLDER, PAGE)
     return files.address(FOLDER, PAGE)
-
-
-STAGE = Stage(
-    name="report",
-    folder=FOLDER,
-    needs=("index", "embed", "neighbors", "heads", "consensus", "classifier", "evaluate"),
-    settings=settings,
-    run=run,
-    estimate=estimate,
-)

@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.tables import markdown
 from icce_ray import config as configs
-from icce_ray.config.schema import default_steps
 from icce_ray.core import neighbors
 from icce_ray.core.classifier import probe as probe_
+from icce_ray.core.constants import default_steps
 from icce_ray.core.ensemble import base, confidence, selection
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.core.heads.trainer import Data, HeadTrainer
@@ -86,7 +86,7 @@ def case_of_run(run_dir: str) -> Case:
     from benchmarks.tables import open_labeled
 
     run, config, known = open_labeled(run_dir)
-    ids, counts = (run.matrix("neighbors", name) for name in ("ids", "count"))
+    ids, counts = run.matrix("neighbors", "ids"), run.matrix("selection", "count")
     return Case(run.matrix("embeddings", "embedding"), ids, counts, known.codes, config.num_classes)
 
 

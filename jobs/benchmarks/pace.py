@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import alone
 from benchmarks.tables import markdown
-from icce_ray.config.schema import default_steps
+from icce_ray.core.constants import default_steps
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.core.heads.trainer import HeadTrainer
 from icce_ray.errors import ConfigError

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from icce_ray.config.schema import HeadsConfig, default_batch
+from icce_ray.config.schema import HeadsConfig
 from icce_ray.core.collective import Alone, Collective
+from icce_ray.core.constants import default_batch
 from icce_ray.core.heads import losses
 from icce_ray.core.heads.model import Heads, kmeans_start
 from icce_ray.core.optimizer import AdamW
