@@ -1,4 +1,7 @@
-"""The command line: icce-ray run | sweep | predict | status | report | config."""
+"""The command line: icce-ray run | sweep | predict | status | report | config.
+
+Each command imports what it needs, so that help and status appear at once.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,8 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from icce_ray import config as configs
-from icce_ray.errors import IcceError
-from icce_ray.rundir.progress import duration
+from icce_ray.errors import ArtifactError, IcceError
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
 RESUME = "Run the same command again to resume"
@@ -95,16 +94,16 @@ def run(
 
 def _print_end(run_dir: str, seconds: float) -> None:
     from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.rundir.progress import duration
 
     directory = RunDirectory(run_dir)
-    console = Console(highlight=False, soft_wrap=True)
     if directory.exists("evaluation", "metrics.json"):
         metrics = directory.read_json("evaluation", "metrics.json")
         if metrics.get("acc") is not None:
-            console.print(_accuracy_line(metrics), markup=False)
+            print(_accuracy_line(metrics))
     if directory.exists("report", "index.html"):
-        console.print(f"report    {directory.address('report', 'index.html')}", markup=False)
-    console.print(f"time      {duration(seconds)}", markup=False)
+        print(f"report    {directory.address('report', 'index.html')}")
+    print(f"time      {duration(seconds)}")
 
 
 def _accuracy_line(metrics: dict[str, Any]) -> str:
@@ -144,6 +143,9 @@ def sweep(
     a crash or Ctrl-C, run the same command again: finished trials are kept. The same holds after
     SPACE was extended. The sweep ends with a table, a report, and best.yaml for `icce-ray run`.
     """
+    from rich.console import Console
+
+    from icce_ray import config as configs
     from icce_ray.sweeps import results as results_
     from icce_ray.sweeps import running as sweeps
 
@@ -193,32 +195,29 @@ def status(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
 ) -> None:
     """Show which stages of a run are done, and how far the current one is."""
-    from icce_ray.errors import ArtifactError
     from icce_ray.rundir import storage
     from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.rundir.progress import duration
     from icce_ray.stages.table import STAGES
 
     storage.check(run_dir)
     directory = RunDirectory(run_dir)
     sweeps = _sweep_lines(directory)
-    if not directory.exists("status.json") and not sweeps:
+    known = directory.exists("status.json")
+    if not known and not sweeps:
         raise ArtifactError(f"{directory.uri} is not a run directory: it has no status.json")
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("stage", "state", "rows", "time", "finished"):
-        table.add_column(title, justify="right" if title in ("rows", "time") else "left")
+    print(f"{'stage':<10} {'state':<9} {'rows':>11} {'time':>12} finished")
     for stage in STAGES:
         look = directory.look(stage.folder)
         if done := look.manifest:
             took = duration(done.seconds)
-            table.add_row(stage.name, "done", f"{done.rows:,}", took, done.finished)
+            print(f"{stage.name:<10} {'done':<9} {done.rows:>11,} {took:>12} {done.finished}")
         else:
-            table.add_row(stage.name, "half done" if look.partial else "to do", "", "", "")
-    console.print(table)
-    if directory.exists("status.json"):
-        console.print(_status_line(directory.read_json("status.json")), markup=False)
+            print(f"{stage.name:<10} {'half done' if look.partial else 'to do'}")
+    if known:
+        print(_status_line(directory.read_json("status.json")))
     for line in sweeps:
-        console.print(line, markup=False)
+        print(line)
 
 
 def _sweep_lines(directory: Any) -> list[str]:
@@ -242,6 +241,7 @@ def _status_line(state: dict[str, Any]) -> str:
 
 def _running_line(state: dict[str, Any]) -> str:
     from icce_ray.rundir.lock import is_gone
+    from icce_ray.rundir.progress import duration
 
     text = f"running {state.get('stage', '')}".rstrip()
     if is_gone(state):
@@ -279,6 +279,8 @@ def config(
     overrides: Overrides = None,
 ) -> None:
     """Print the settings of a config with their meaning; without CONFIG, list golden configs."""
+    from icce_ray import config as configs
+
     if name is None:
         for known, path in configs.golden_configs().items():
             print(f"{known:<15}{_first_comment(path.read_text())}")
@@ -296,6 +298,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except IcceError as error:
+        from rich.console import Console
+
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"error: {error}", markup=False, style="red"
         )

@@ -11,22 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, Any
 
 from icce_ray.errors import IcceError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.lock import this_process
 from icce_ray.rundir.storage import hastily, listening
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
 STATUS_EVERY = 3.0  # seconds between writes of status.json
@@ -82,6 +76,8 @@ class Reporter:
     """Progress, messages, the log file and status.json of one run."""
 
     def __init__(self, run: RunDirectory, quiet: bool = False) -> None:
+        from rich.console import Console
+
         self.run = run
         self.quiet = quiet
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -177,24 +173,16 @@ class Reporter:
     def bar(self, title: str, total: int, unit: str = "", done: int = 0) -> Iterator[Bar]:
         """Show progress of a step of `total` units, `done` of which an earlier run finished."""
         bar = Bar(self, title, total, unit, done)
-        if self.console.is_terminal and not self.quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit + " {task.fields[note]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, console=self.console, transient=True) as progress:
-                self._progress = progress
-                self._task = self._progress.add_task(title, total=total, completed=done, note="")
-                try:
-                    yield bar
-                finally:
-                    self._progress = None
-        else:
+        if not self.console.is_terminal or self.quiet:
             yield bar
+            return
+        with _progress(self.console, unit) as progress:
+            self._progress = progress
+            self._task = progress.add_task(title, total=total, completed=done, note="")
+            try:
+                yield bar
+            finally:
+                self._progress = None
 
     def moved(self, bar: Bar, note: str) -> None:
         """Show where a bar is: in the terminal at once, elsewhere from time to time."""
@@ -223,3 +211,18 @@ class Reporter:
         if self._progress is None and not self.quiet:
             print(text, file=sys.stderr, flush=True)
         self.log(text)
+
+
+def _progress(console: Console, unit: str) -> Progress:
+    """A bar of a terminal. Its library is imported where there is one to show."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn(unit + " {task.fields[note]}"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(*columns, console=console, transient=True)

@@ -11,8 +11,10 @@ import contextlib
 import errno
 import logging
 import os
+import random
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -21,7 +23,6 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import tenacity
 
 from icce_ray.errors import ArtifactError, NoAnswerError, StageError, StorageError, one_line
 
@@ -259,36 +260,35 @@ def full_disk(error: OSError, where: str, elsewhere: str = "") -> StageError | N
 
 def _patiently(work: Callable[[], T], uri: str) -> T:
     """The result of a request that may be repeated; failures that may pass are waited out."""
-    tries = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_pass),
-        wait=tenacity.wait_exponential_jitter(
-            _seconds("PAUSE"), LONGEST_PAUSE, jitter=_seconds("PAUSE") / 2
-        ),
-        stop=tenacity.stop_after_delay(0 if _hasty() else _seconds("PATIENCE")),
-        before_sleep=_report_failure,
-        reraise=True,
-    )
-    try:
-        result = tries(work)
-    except (OSError, pa.ArrowException) as error:
-        if not may_pass(error):  # an answer as well
-            _report_answer(tries.statistics)
-        raise explain(error, uri) from None
-    _report_answer(tries.statistics)
-    return result
+    end = time.monotonic() + (0.0 if _hasty() else _seconds("PATIENCE"))
+    pause, waited = _seconds("PAUSE"), 0.0
+    while True:
+        try:
+            result = work()
+        except (OSError, pa.ArrowException) as error:
+            passing = may_pass(error)
+            if passing and time.monotonic() < end:
+                waited += _wait(min(pause, LONGEST_PAUSE), error)
+                pause *= 2
+                continue
+            if not passing:  # an answer as well
+                _report_answer(waited)
+            raise explain(error, uri) from None
+        _report_answer(waited)
+        return result
 
 
-def _report_answer(statistics: dict[str, Any]) -> None:
-    if statistics.get("attempt_number", 1) > 1:
-        _notify(f"the storage answers again, after {statistics['idle_for']:.0f} s of waiting", True)
-
-
-def _report_failure(state: tenacity.RetryCallState) -> None:
-    assert state.outcome is not None and state.next_action is not None
-    error = state.outcome.exception()
-    assert error is not None
-    pause = state.next_action.sleep
+def _wait(pause: float, error: Exception) -> float:
+    """Wait about `pause` seconds, apart from others who wait, and return for how long."""
+    pause += random.uniform(0.0, _seconds("PAUSE") / 2)
     _notify(f"the storage does not answer ({_short(error)}): trying again in {pause:.0f} s", False)
+    time.sleep(pause)
+    return pause
+
+
+def _report_answer(waited: float) -> None:
+    if waited:
+        _notify(f"the storage answers again, after {waited:.0f} s of waiting", True)
 
 
 def _notify(text: str, well: bool) -> None:

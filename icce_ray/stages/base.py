@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from icce_ray.config.schema import Config
-from icce_ray.distributed.cluster import Cluster
-from icce_ray.rundir.directory import RunDirectory
-from icce_ray.rundir.progress import Reporter
+if TYPE_CHECKING:  # so that the table of the stages imports none of it
+    from icce_ray.config.schema import Config
+    from icce_ray.distributed.cluster import Cluster
+    from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.rundir.progress import Reporter
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """The chain: every stage's name, folder and inputs, the settings its result depends on, its needs.
 
 Nothing heavy is imported here: a stage's own file is imported when the stage runs, so that a
-command that only looks at a run, or skips all of it, starts at once.
+command that only looks at a run, or skips all of it, starts at once. Even the settings' tree takes
+a third of a second to define, which `icce-ray status` does not need.
 
 Shapes: N images, D features, M neighbors, H heads, K clusters.
 """
@@ -11,13 +12,15 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from icce_ray.config.schema import KEEP_LEAST, KEEP_SHARE, Config, NeighborsConfig, settings
 from icce_ray.core import constants
 from icce_ray.core.evaluation.kmeans import kmeans_is_large
-from icce_ray.distributed.cluster import Cluster
 from icce_ray.stages.base import Need, Size, Stage
+
+if TYPE_CHECKING:
+    from icce_ray.config.schema import Config, NeighborsConfig
+    from icce_ray.distributed.cluster import Cluster
 
 FEATURES = 1024  # D of a plan, while it is not known
 LISTING = 450  # bytes of memory per image while listing, as measured
@@ -30,6 +33,13 @@ GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
 QUERY_ROWS = 65_536  # of one Ray task of the search, and of the file that it writes
 SEARCHED = ("pca", "search", "nprobe", "max_neighbors")  # of the group neighbors
 SELECTED = ("rule", "k", "threshold", "min_neighbors")  # of the same group
+
+
+def settings(group: Any) -> Any:
+    """The values of a group of settings that can change a result. See config.schema.settings."""
+    from icce_ray.config import schema
+
+    return schema.settings(group)
 
 
 # --- index ---------------------------------------------------------------------------------------
@@ -148,6 +158,8 @@ def _heads_needs(config: Config, size: Size, cluster: Cluster) -> Need:
 
 
 def _consensus_settings(config: Config) -> dict[str, Any]:
+    from icce_ray.config.schema import KEEP_LEAST, KEEP_SHARE
+
     keep = config.consensus.keep or [KEEP_SHARE, KEEP_LEAST]
     return {
         "consensus": {**settings(config.consensus), "keep": keep},

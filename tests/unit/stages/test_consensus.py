@@ -13,7 +13,7 @@ from icce_ray.core import constants
 from icce_ray.core.ensemble.agreement import align
 from icce_ray.core.evaluation.labelfree import heads_alone
 from icce_ray.errors import ArtifactError, ConfigError
-from icce_ray.stages import consensus, table
+from icce_ray.stages import consensus
 from icce_ray.stages.table import stage
 
 
@@ -156,6 +156,6 @@ def test_other_defaults_make_other_artifacts(monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, value)
             assert stage("heads").settings(config) != trained, name
-    monkeypatch.setattr(table, "KEEP_LEAST", 3)
+    monkeypatch.setattr(schema, "KEEP_LEAST", 3)
     assert stage("consensus").settings(config) != merged
     assert json.loads(json.dumps(trained)) == trained
