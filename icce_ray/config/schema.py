@@ -350,8 +350,6 @@ class EvaluateConfig(Node):
 class ReportConfig(Node):
     images_per_cluster: Annotated[int, Field(ge=0)] = 12
     """Surest images shown per cluster, and half as many of the least sure."""
-    thumbnail: Positive = 72
-    """Side of a thumbnail, pixels."""
     max_megabytes: Positive = 25
     """The page's size at most; with many clusters, fewer and smaller images are shown."""
     cost_per_hour: Annotated[float, Field(ge=0)] | None = None
