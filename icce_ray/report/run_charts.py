@@ -11,6 +11,7 @@ from icce_ray.report import charts, run_numbers
 from icce_ray.report.facts import RunFacts
 
 FEW = 40  # classes up to which the confusion matrix is a table, above an image
+SHORT = 3  # letters of the longest name up to which column heads stand upright
 NUMBERED = 20  # clusters up to which its cells hold numbers
 
 
@@ -133,6 +134,7 @@ def confusion(facts: RunFacts) -> dict[str, Any] | None:
     return {
         "table": [(n, r.tolist()) for n, r in zip(facts.names, cells, strict=True)] if fits else [],
         "columns": columns if fits else [],
+        "upright": max(len(name) for _, name in columns) <= SHORT,
         "numbers": fits and facts.num_clusters <= NUMBERED,
         "image": "" if fits else charts.heat_image(match.confusion),
         "pairs": run_numbers.pairs(facts, table, match),

@@ -122,7 +122,7 @@ def test_run_from_embeddings_shows_addresses(make_run, page_of):
     page, text = page_of(make_run(60, 3, names=None, images=False))
     assert not page.images
     assert "e.npy#" in page.text
-    assert "Against the labels" not in text
+    assert "Compared with the labels" not in text
 
 
 def test_moved_images_leave_their_names(make_run, page_of):
