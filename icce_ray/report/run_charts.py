@@ -79,10 +79,10 @@ def _heads(facts: RunFacts) -> dict[str, Any]:
     if "kmeans" in scores:
         lines.append(("k-means", scores["kmeans"]["acc"], "base"))
     text = (
-        f"Single heads {heads['acc_min']:.1%} to {heads['acc_best']:.1%}; "
-        f"mean NMI between heads {scores['label_free']['head_agreement']:.2f}."
+        f"{len(heads['acc'])} merged heads, {heads['acc_min']:.1%} to {heads['acc_best']:.1%}; "
+        f"mean NMI between them {scores['label_free']['head_agreement']:.2f}."
     )
-    drawing = charts.heads(heads["acc"], lines, f"Accuracy of each head. {text}")
+    drawing = charts.heads(heads["acc"], lines, f"Accuracy of each merged head. {text}")
     return _chart("Accuracy of each head", drawing, text)
 
 
