@@ -15,6 +15,7 @@ from icce_ray.errors import IcceError
 from icce_ray.rundir.progress import duration
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
+RESUME = "Run the same command again to resume"
 
 app = typer.Typer(
     name="icce-ray",
@@ -66,7 +67,7 @@ def run(
     plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the end only.")] = False,
 ) -> None:
-    """Run the chain: index, embed, neighbors, heads, consensus, classifier, evaluate, report.
+    """Run the chain: index, embed, search, select, heads, consensus, classify, evaluate, report.
 
     Finished stages are skipped and half-done ones resumed, so the same command goes on after a
     crash or Ctrl-C.
@@ -74,7 +75,7 @@ def run(
     from icce_ray import pipeline
     from icce_ray.sweeps import num_classes as classes
 
-    pipeline.select(first, last)
+    pipeline.names_between(first, last)
     started = time.monotonic()
     config = classes.resolve(
         name, overrides or [], overwrite=overwrite, plan_only=plan, quiet=quiet
@@ -217,18 +218,27 @@ def _sweep_lines(directory: Any) -> list[str]:
 def _status_line(state: dict[str, Any]) -> str:
     text = state.get("state", "?")
     if text == "running":
-        age = time.time() - state.get("time", 0)
-        text = f"running {state.get('stage', '')}".rstrip()
-        if "waiting" in state:
-            text += f": {state['waiting']}"
-        elif "step" in state:
-            text += f": {state['step']} {state['done']:,} of {state['total']:,} {state['unit']}"
-            if state.get("remaining_seconds") is not None:
-                text += f", {duration(state['remaining_seconds'])} left"
-        if age > STALE:
-            text += f" (no sign of life for {duration(age)}: run the same command again to go on)"
+        text = _running_line(state)
     elif text == "failed":
         text = f"failed: {state.get('error', '')}"
+    return text
+
+
+def _running_line(state: dict[str, Any]) -> str:
+    from icce_ray.rundir.lock import is_gone
+
+    text = f"running {state.get('stage', '')}".rstrip()
+    if is_gone(state):
+        return f"{text}: process {state['pid']} has ended. {RESUME}"
+    if "waiting" in state:
+        text += f": {state['waiting']}"
+    elif "step" in state:
+        text += f": {state['step']} {state['done']:,} of {state['total']:,} {state['unit']}"
+        if state.get("remaining_seconds") is not None:
+            text += f", {duration(state['remaining_seconds'])} left"
+    age = time.time() - state.get("time", 0)
+    if age > STALE:
+        text += f" (no sign of life for {duration(age)}. {RESUME})"
     return text
 
 

@@ -6,14 +6,14 @@ pipeline.run(config.load("quickstart", ["heads.count=8"]))
 
 from __future__ import annotations
 
+import _thread
 import contextlib
-import fcntl
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -24,17 +24,37 @@ from icce_ray.distributed.cluster import Cluster, NodeWatch, shared_memory_hint
 from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError
 from icce_ray.rundir import storage
 from icce_ray.rundir.directory import PARTIAL, Manifest, RunDirectory, differing_keys, fingerprint
+from icce_ray.rundir.lock import exclusive
 from icce_ray.rundir.progress import Reporter, duration
-from icce_ray.stages import classify as classifier
-from icce_ray.stages import consensus, embed, evaluate, heads, index, report
-from icce_ray.stages import search as neighbors
+from icce_ray.stages import (
+    classify,
+    consensus,
+    embed,
+    evaluate,
+    heads,
+    index,
+    report,
+    search,
+    select,
+)
 from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 
 STAGES: tuple[Stage, ...] = tuple(
     module.STAGE
-    for module in (index, embed, neighbors, heads, consensus, classifier, evaluate, report)
+    for module in (
+        index,
+        embed,
+        search,
+        select,
+        heads,
+        consensus,
+        classify,
+        evaluate,
+        report,
+    )
 )
 NAMES = tuple(stage.name for stage in STAGES)
+RENAMED = {"neighbors": "two: search and select", "classifier": "called classify"}
 DISK_MARGIN = 1.1  # free space asked for, relative to the estimate
 
 
@@ -120,9 +140,11 @@ def _id(run: RunDirectory, name: str) -> str | None:
     return done.id if done else None
 
 
-def select(first: str | None, last: str | None) -> tuple[str, ...]:
+def names_between(first: str | None, last: str | None) -> tuple[str, ...]:
     """Names of the stages from `first` to `last`. Raises ConfigError for names out of order."""
     for name in (first, last):
+        if name in RENAMED:
+            raise ConfigError(f"the stage {name!r} is now {RENAMED[name]}")
         if name is not None and name not in NAMES:
             raise ConfigError(f"no stage {name!r}; the stages are {', '.join(NAMES)}")
     start = NAMES.index(first) if first else 0
@@ -255,7 +277,7 @@ def run(
         ConfigError, DataError, ArtifactError: for what is wrong before anything is started.
         StageError: for a stage that failed; the same call again goes on from there.
     """
-    chosen = select(first, last)
+    chosen = names_between(first, last)
     directory = RunDirectory(config.run_dir)
     steps = preflight(config, chosen)
     _check(steps, directory, chosen, overwrite)
@@ -265,23 +287,11 @@ def run(
     if plan_only:
         _show_plan(context, steps, _size(config, directory), log=False)
         return {}
-    with exclusive(directory), terminable(), reporter.listening():
-        try:
-            if first and overwrite:
-                _drop(directory, chosen)
-            _run_chain(context, chosen)
-        except (KeyboardInterrupt, SystemExit):  # the latter from Ray, for a signal while it starts
-            reporter.say("stopped; the same command goes on from here")
-            reporter.status("stopped")
-            raise
-        except IcceError as error:
-            reporter.status("failed", error=str(error))
-            reporter._log(f"error: {error}")
-            raise
-        finally:
-            cluster.stop()
-            with contextlib.suppress(Exception):
-                reporter.flush()
+    until = "done" if chosen[-1] == NAMES[-1] else f"done until {chosen[-1]}"
+    with running(directory, reporter, cluster, until):
+        if first and overwrite:
+            _drop(directory, chosen)
+        _run_chain(context, chosen)
     finished = {s.name: directory.manifest(s.folder) for s in STAGES}
     return {name: manifest for name, manifest in finished.items() if manifest}
 
@@ -293,10 +303,9 @@ def _drop(run: RunDirectory, names: Sequence[str]) -> None:
 
 
 def _run_chain(context: Context, chosen: Sequence[str]) -> None:
-    config, run, reporter = context.config, context.run, context.reporter
+    config, run = context.config, context.run
     steps = make_steps(config, run, chosen)
     if any(step.state not in ("done", "excluded") for step in steps):
-        run.write_json({"state": "running", "pid": os.getpid(), "time": time.time()}, "status.json")
         run.write_bytes(configs.to_yaml(config).encode(), "config.yaml")
     shown = False
     for position in range(len(STAGES)):
@@ -310,8 +319,6 @@ def _run_chain(context: Context, chosen: Sequence[str]) -> None:
         if step.state not in ("done", "excluded"):
             run_stage(context, step)
             steps = make_steps(config, run, chosen)
-    reporter.stage = ""
-    reporter.status("done" if chosen[-1] == NAMES[-1] else f"done until {chosen[-1]}")
 
 
 def run_stage(context: Context, step: Step) -> None:
@@ -363,30 +370,71 @@ def _guarded(stage: Stage, context: Context) -> Outcome:
 
 
 @contextlib.contextmanager
-def exclusive(run: RunDirectory) -> Iterator[None]:
-    """One process at a time in a local run directory."""
-    if not run.is_local:
-        yield
-        return
-    with run.node_file("running").open("w") as stream:
+def running(
+    directory: RunDirectory, reporter: Reporter, cluster: Cluster, done: str = "done"
+) -> Iterator[None]:
+    """A run or a sweep at work: alone in its run directory, with an end that is written down.
+
+    Holds the lock of `directory`, turns SIGTERM into KeyboardInterrupt, and reports storage
+    failures that are waited out. The state in status.json is `running`, then `done`, `stopped` or
+    `failed`, whatever ends the work. Stops `cluster` and writes the log at the end.
+
+    Args:
+        directory: the run directory to keep others out of.
+        reporter: writes log and status.json; a sweep's lie in its own folder.
+        cluster: what the work may start.
+        done: the state at the end of all work.
+
+    Raises:
+        ArtifactError: another process works in `directory`.
+    """
+    with (
+        exclusive(directory, partial(_lost, reporter)),
+        _terminable(reporter),
+        reporter.listening(),
+    ):
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ArtifactError(
-                f"another process is running in {run.uri}. Wait for it (icce-ray status), or "
-                "choose another run_dir=..."
-            ) from None
-        yield
+            reporter.status("running")
+            yield
+            reporter.stage = ""
+            reporter.status(done)
+        except (KeyboardInterrupt, SystemExit):  # the latter from Ray, for a signal while it starts
+            reporter.say("stopped; the same command resumes here")
+            reporter.status("stopped")
+            raise
+        except BaseException as error:
+            # Before the cluster stops: what ends this process then must not leave it "running".
+            reason = str(error) if isinstance(error, IcceError) else _describe(error)
+            reporter.status("failed", error=reason)
+            reporter.log(f"error: {reason}")
+            raise
+        finally:
+            cluster.stop()
+            with contextlib.suppress(Exception):
+                reporter.flush()
+
+
+def _describe(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _lost(reporter: Reporter, text: str) -> None:
+    """The lease of the run directory is another process's now: stop before both write."""
+    reporter.event(f"{text}. This process stops")
+    _thread.interrupt_main(signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM (a stopped job, a lost spot machine) end the run as Ctrl-C does."""
+def _terminable(reporter: Reporter) -> Iterator[None]:
+    """Let SIGTERM (a stopped job, a lost spot machine) end the work as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
+        # At once: where the whole process group got the signal, Ray is gone, and its client may end
+        # this process before the exception below is handled.
+        reporter.status("stopped")
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -400,12 +448,11 @@ __all__ = [
     "NAMES",
     "STAGES",
     "Step",
-    "exclusive",
     "fingerprints",
     "make_steps",
+    "names_between",
     "preflight",
     "run",
     "run_stage",
-    "select",
-    "terminable",
+    "running",
 ]

@@ -44,7 +44,7 @@ LATENT = 32  # dimensions that the centers differ in; few, so that classes touch
 SPREAD = 0.7  # deviation of rows around their center; of the centers, 1
 CHECKED = 2_000  # rows whose neighbors are compared with the centers they were made from
 SAMPLE_EVERY = 0.5  # seconds between looks at the memory of all processes
-STAGES = ("index", "embed", "neighbors", "heads", "consensus")
+STAGES = ("index", "embed", "search", "select", "heads", "consensus")
 
 
 # --- scale: synthetic input ----------------------------------------------------------------------

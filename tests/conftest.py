@@ -63,8 +63,8 @@ def train_heads() -> Callable[[Any, Any], np.ndarray]:
     def train(run: Any, config: Any) -> np.ndarray:
         matrix = run.matrix("embeddings", "embedding")
         projection = fit_projection(matrix, config.heads.pca, config.seed)
-        lists = (np.array(run.matrix("neighbors", name)) for name in ("ids", "count"))
-        ids, counts = map(torch.from_numpy, lists)
+        ids = torch.from_numpy(np.array(run.matrix("neighbors", "ids")))
+        counts = torch.from_numpy(np.array(run.matrix("selection", "count")))
         cpu, steps = torch.device("cpu"), config.heads.steps
         data = Data(project(matrix, projection, cpu), ids, counts, cpu)
         trainer = HeadTrainer(data, config.heads, config.head_clusters, config.seed, steps)

@@ -148,8 +148,6 @@ class NeighborsConfig(Node):
     than about an hour on the devices found, else ivf."""
     nprobe: Positive = 32
     """ivf: lists visited per query; more is slower and closer to exact."""
-    query_rows: Annotated[Positive, RUNTIME] = 65_536
-    """Query rows per Ray task."""
     num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
     """GPUs per search task. Default: 1 where the cluster has any, else 0."""
 

@@ -67,7 +67,7 @@ class Silent(Reporter):
     def flush(self) -> None:
         pass
 
-    def _log(self, text: str) -> None:
+    def log(self, text: str) -> None:
         pass
 
 

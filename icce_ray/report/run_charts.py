@@ -87,10 +87,10 @@ def _heads(facts: RunFacts) -> dict[str, Any]:
 
 
 def _neighbors(facts: RunFacts) -> dict[str, Any] | None:
-    stages = (facts.manifests.get(folder) for folder in ("selection", "neighbors"))
-    results = next((s.results for s in stages if s and "histogram" in s.results), None)
-    if results is None:
+    selection = facts.manifests.get("selection")
+    if selection is None or "histogram" not in selection.results:
         return None
+    results = selection.results
     consistency = facts.scores["label_free"]["neighbor_consistency"]
     text = (
         f"{results['mean']:.0f} neighbors per image on average; {consistency:.0%} of them are in "

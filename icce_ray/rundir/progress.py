@@ -25,6 +25,7 @@ from rich.progress import (
 
 from icce_ray.errors import IcceError
 from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.lock import this_process
 from icce_ray.rundir.storage import hastily, listening
 
 LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
@@ -101,14 +102,15 @@ class Reporter:
         if not self.quiet:
             self.console.print(text, markup=False)
         if log:
-            self._log(text)
+            self.log(text)
 
     def event(self, text: str) -> None:
         """Something the user should find again in the report: a lost worker, a resumed stage."""
         self.events.append(text)
         self.say(f"! {text}")
 
-    def _log(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """A line for the log only; on object stores it is written with later ones."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         line = f"{stamp} {self.stage or '-':<10} {text}\n"
         if self.run.is_local:
@@ -163,7 +165,7 @@ class Reporter:
     def status(self, state: str, **more: Any) -> None:
         """Write status.json: state, stage, process, time, and whatever is known of progress."""
         self._status_at = time.monotonic()
-        content = {"state": state, "stage": self.stage, "pid": os.getpid(), "time": time.time()}
+        content = {"state": state, "stage": self.stage, "time": time.time(), **this_process()}
         # Losing one status line must not stop a run, nor hold it up.
         with hastily(), contextlib.suppress(Exception):
             self.run.write_json({**content, **more}, "status.json")
@@ -218,4 +220,4 @@ class Reporter:
         text += f" ({note})" if note else ""
         if self._progress is None and not self.quiet:
             print(text, file=sys.stderr, flush=True)
-        self._log(text)
+        self.log(text)

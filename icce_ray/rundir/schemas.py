@@ -23,6 +23,10 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 
 
+# The first `count` of an image's list of neighbors are kept.
+SELECTION_SCHEMA = pa.schema([("image_id", pa.int64()), ("count", pa.int32())])
+
+
 CONSENSUS_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("cluster", pa.int32()), ("confidence", pa.float32())]
 )
@@ -45,13 +49,12 @@ def embeddings_schema(features: int) -> pa.Schema:
 
 
 def neighbors_schema(neighbors: int) -> pa.Schema:
-    """image_id, ids int32[M] best first, similarity float16[M], count int32 (of valid ones)."""
+    """image_id, ids int32[M] best first, similarity float16[M]."""
     return pa.schema(
         [
             ("image_id", pa.int64()),
             ("ids", pa.fixed_shape_tensor(pa.int32(), [neighbors])),
             ("similarity", pa.fixed_shape_tensor(pa.float16(), [neighbors])),
-            ("count", pa.int32()),
         ]
     )
 

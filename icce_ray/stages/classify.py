@@ -1,4 +1,4 @@
-"""Stage 6: train the classifier that labels new images, on the consensus as pseudo-labels.
+"""Classify: train the classifier that labels new images, on the consensus as pseudo-labels.
 
 A probe reads the embeddings and trains in one Ray task, or by data on Ray Train workers.
 Fine-tuning first trains such a probe, then goes on from it with the backbone: Ray Data decodes
@@ -589,7 +589,7 @@ def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
 
 
 STAGE = Stage(
-    name="classifier",
+    name="classify",
     folder=FOLDER,
     needs=("index", "embed", "consensus"),
     settings=_settings,

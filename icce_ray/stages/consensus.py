@@ -1,4 +1,4 @@
-"""Stage 5: the heads' clusterings become one. A single Ray task. It reads label vectors, and
+"""Consensus: the heads' clusterings become one. A single Ray task. It reads label vectors, and
 neighbor lists: some to tell good heads by, all to tell how sure an image is.
 
 Writes consensus/part-00000.parquet: image_id, cluster, confidence, in the heads' row order.
@@ -127,7 +127,7 @@ def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
 STAGE = Stage(
     name="consensus",
     folder=FOLDER,
-    needs=("neighbors", "heads"),
+    needs=("search", "heads"),
     settings=_settings,
     run=_run,
     estimate=_estimate,

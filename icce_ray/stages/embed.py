@@ -1,4 +1,4 @@
-"""Stage 2: every image once through the frozen backbones, to unit-norm features.
+"""Embed: every image once through the frozen backbones, to unit-norm features.
 
 Writes part-*.parquet (image_id, embedding float16 [D]) in the order of image_id, and
 quarantine.parquet with the images that could not be used: those have no row.

@@ -79,7 +79,7 @@ def estimate(config: Config, size: Size, cluster: Cluster) -> Need:
 
 def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | None:
     """Labels of these images, or None where there are none. image_ids: int64 [N]."""
-    from icce_ray.stages.index import load_labels
+    from icce_ray.data.labels import load_labels
 
     found = load_labels(config, run)
     if found is None:
@@ -96,7 +96,7 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
 
 def preflight(context: Context) -> None:
     """Check the ground truth against the index, before anything expensive. Raises DataError."""
-    from icce_ray.stages.index import load_labels
+    from icce_ray.data.labels import load_labels
 
     if context.run.manifest("index") is not None:
         _require(context.config, load_labels(context.config, context.run) is not None)
@@ -187,7 +187,7 @@ def _label_free(
 ) -> dict[str, Any]:
     files, rows = context.run, len(clusters)
     assignments = merged_heads(files, column(files, "heads", "assignments", rows))
-    ids, counts = column(files, "neighbors", "ids", rows), column(files, "neighbors", "count", rows)
+    ids, counts = column(files, "neighbors", "ids", rows), column(files, "selection", "count", rows)
     sizes = metrics.cluster_sizes(clusters, context.config.num_classes)
     return {
         "head_agreement": metrics.head_agreement(assignments),
@@ -328,7 +328,7 @@ def _headline(result: dict[str, Any]) -> dict[str, Any]:
 STAGE = Stage(
     name="evaluate",
     folder=FOLDER,
-    needs=("index", "embed", "neighbors", "heads", "consensus", "classifier"),
+    needs=("index", "embed", "search", "select", "heads", "consensus", "classify"),
     settings=settings,
     run=run,
     estimate=estimate,

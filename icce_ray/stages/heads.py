@@ -1,4 +1,4 @@
-"""Stage 4: train the clustering heads with Ray Train and assign every image with each.
+"""Train the clustering heads with Ray Train and assign every image with each.
 
 By heads (default): worker w of W owns heads w, w+W, ...; all draw the same pairs, and exchange
 only the pair agreements of their heads. By data: every worker owns all heads and a share of each
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from icce_ray.config.schema import Config, HeadsConfig, settings
+from icce_ray.core.evaluation.labelfree import NEAREST
 from icce_ray.core.heads.trainer import (
     Data,
     HeadTrainer,
@@ -35,6 +36,7 @@ from icce_ray.rundir.schemas import tensor_column
 from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 
 FOLDER = "heads"
+JUDGE = "judge"  # of a sweep: the search whose neighbors all of its trials are judged by
 HISTORY_POINTS = 200  # loss values kept per head
 PROBES = 10  # scores of an unfinished training, where a sweep asks for them
 PROBE_ROWS = 20_000  # rows whose neighbors they look at, at most
@@ -64,7 +66,7 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         return  # lost after its last checkpoint: nothing is left to do
     embeddings = worker.run.matrix("embeddings", "embedding")
     projection = fit_projection(embeddings, chosen.pca, config["seed"])
-    ids, counts = (worker.run.matrix("neighbors", name) for name in ("ids", "count"))
+    ids, counts = worker.run.matrix("neighbors", "ids"), worker.run.matrix("selection", "count")
     data = Data.of(embeddings, ids, counts, projection, worker.device)
     trainer = HeadTrainer(
         data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
@@ -106,11 +108,11 @@ class _Probe:
     """
 
     def __init__(self, run: RunDirectory, seed: int) -> None:
-        nearest = run.matrix("nearest", "ids")
+        nearest = run.matrix(JUDGE, "ids")
         generator = np.random.default_rng(seed)
         most = min(len(nearest), PROBE_ROWS)
         self.rows = np.sort(generator.choice(len(nearest), most, replace=False))
-        self.ids = np.asarray(nearest[self.rows])
+        self.ids = np.asarray(nearest[self.rows, :NEAREST])
 
     def due(self, trainer: HeadTrainer) -> bool:
         return trainer.step_number % max(1, trainer.steps // PROBES) == 0
@@ -254,7 +256,7 @@ def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
 STAGE = Stage(
     name="heads",
     folder=FOLDER,
-    needs=("embed", "neighbors"),
+    needs=("embed", "search", "select"),
     settings=_settings,
     run=_run,
     estimate=_estimate,

@@ -23,7 +23,7 @@ import yaml
 from icce_ray import config as configs
 from icce_ray.config.schema import BackboneConfig, Config
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.data import listing
+from icce_ray.data import labels, listing
 from icce_ray.distributed import inference as streaming
 from icce_ray.distributed.cluster import Cluster, NodeWatch
 from icce_ray.distributed.inference import Columns, Job, Loaded
@@ -33,7 +33,6 @@ from icce_ray.rundir import storage
 from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter, duration
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
-from icce_ray.stages import index
 from icce_ray.stages.embed import Embedder
 
 if TYPE_CHECKING:
@@ -82,9 +81,9 @@ def predict(
     description = run.read_json(CLASSIFIER, DESCRIPTION)
     config = _config(run, images, overrides)
     backbones = _backbones(description)
-    table = listing.list_images(config.data).table
+    table = listing.list_images(config.data, setting="images").table
     if config.data.labels not in ("auto", "none"):
-        index.labels_of(config.data.labels, table)  # a file that does not fit is told now
+        labels.labels_of(config.data.labels, table)  # a file that does not fit is reported now
     mark = _mark(images, table, trained, config)
     finished = _claim(target, folder, mark)
     if finished is not None:
@@ -133,7 +132,7 @@ def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
 
 def _target(out: str) -> tuple[str, RunDirectory]:
     """The last folder of `out`, and what holds it."""
-    uri, options = storage.split_options(listing.absolute(out))
+    uri, options = storage.split_options(storage.absolute(out))
     parent, _, folder = uri.rstrip("/").rpartition("/")
     if not folder or not parent or parent.endswith(":/"):
         raise ConfigError(f"out={out} must name a folder below the bucket or the root")
@@ -146,7 +145,7 @@ def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> di
     for batch in table.select(["uri"]).to_batches(max_chunksize=65_536):
         digest.update("\n".join(batch.column(0).to_pylist()).encode() + b"\n")
     found = {
-        "images": listing.absolute(images),
+        "images": storage.absolute(images),
         "count": table.num_rows,
         "sha256": digest.hexdigest(),
         "precision": config.embed.precision,
@@ -349,7 +348,7 @@ class _Work:
 
 def _scores(config: Config, table: pa.Table, clusters: np.ndarray) -> dict[str, Any]:
     """How well the clusters, int [N], meet the images' labels; nothing where there are none."""
-    known = index.labels_of(config.data.labels, table)
+    known = labels.labels_of(config.data.labels, table)
     if known is None or not (both := (known >= 0) & (clusters >= 0)).any():
         return {}
     return {"labeled": int(both.sum()), **metrics.scores(known[both], clusters[both])}

@@ -70,7 +70,7 @@ def _write(config: Config, files: RunDirectory) -> tuple[bytes, int]:
 STAGE = Stage(
     name="report",
     folder=FOLDER,
-    needs=("index", "embed", "neighbors", "heads", "consensus", "classifier", "evaluate"),
+    needs=("index", "embed", "search", "select", "heads", "consensus", "classify", "evaluate"),
     settings=settings,
     run=run,
     estimate=estimate,

@@ -55,7 +55,7 @@ def resolve(
     chosen = space.golden_spaces()[SPACE]
     content = {**loading.parse_yaml(chosen.read_bytes(), SPACE), "space": {"num_classes": numbers}}
     if not plan_only:
-        _embed(base, overwrite, quiet)
+        _search(base, overwrite, quiet)
     found = sweep.run(base, (SPACE, content), overwrite=overwrite, plan_only=plan_only, quiet=quiet)
     if found is None:
         return None
@@ -84,8 +84,9 @@ def numbers_to_try(value: Any) -> list[int] | None:
     return sorted({round(number) for number in np.geomspace(low, high, MOST_TRIED)})
 
 
-def _embed(config: Config, overwrite: bool, quiet: bool) -> None:
-    """Have the run embed the images, so that it finds them when the sweep is over."""
+def _search(config: Config, overwrite: bool, quiet: bool) -> None:
+    """Have the run embed the images and search for neighbors, which do not depend on num_classes:
+    the sweep uses them, and the run finds them when the sweep is over."""
     steps = pipeline.make_steps(config, RunDirectory(config.run_dir))
-    if any(step.stage.name == "embed" and step.state != "done" for step in steps):
-        pipeline.run(config, last="embed", overwrite=overwrite, quiet=quiet)
+    if any(step.stage.name == "search" and step.state != "done" for step in steps):
+        pipeline.run(config, last="search", overwrite=overwrite, quiet=quiet)

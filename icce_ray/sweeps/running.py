@@ -23,16 +23,13 @@ from icce_ray.errors import ArtifactError, IcceError, StageError
 from icce_ray.rundir.directory import RunDirectory, differing_keys
 from icce_ray.rundir.progress import Reporter
 from icce_ray.stages import heads
-from icce_ray.stages import search as neighbors
 from icce_ray.stages.base import Context, Size
 from icce_ray.sweeps import space
 from icce_ray.sweeps.results import _results, _write_best, add_accuracy, rank
 from icce_ray.sweeps.space import Draws
-from icce_ray.sweeps.store import View
 from icce_ray.sweeps.trials import (
     CHAIN,
     FEWEST,
-    NEAREST,
     RELEASE_AFTER,
     STAGES,
     SWEEPS,
@@ -40,7 +37,6 @@ from icce_ray.sweeps.trials import (
     Trial,
     groups,
     is_done,
-    list_print,
     make_trials,
     step_of,
 )
@@ -55,16 +51,13 @@ def counts(sweep: Sweep) -> dict[str, dict[str, int]]:
         if name == "heads":
             there += [t for t in each if t not in there and stopped_at(sweep, t) is not None]
         found[name] = {"total": len(each), "there": len(there)}
-    each = [group[0] for group in by_place(sweep.trials, neighbors.TOP).values()]
-    there = [trial for trial in each if lists_done(trial, neighbors.TOP)]
-    found["search"] = {"total": len(each), "there": len(there)}
     return found
 
 
 NOUNS = {
     "embed": ("embedding", "embeddings"),
     "search": ("neighbor search", "neighbor searches"),
-    "neighbors": ("selection", "selections"),
+    "select": ("selection", "selections"),
     "heads": ("head training", "head trainings"),
     "consensus": ("ensemble", "ensembles"),
 }
@@ -139,35 +132,16 @@ def run(
         reporter.say(line, log=not plan_only)
     if plan_only:
         return None
-    with pipeline.exclusive(directory), pipeline.terminable():
-        return _guarded(sweep, overwrite)
-
-
-def _guarded(sweep: Sweep, overwrite: bool) -> dict[str, Any]:
-    """Run the phases; whatever ends them is said in the log and in status.json."""
-    reporter = sweep.context.reporter
-    try:
+    with pipeline.running(directory, reporter, cluster):
         if overwrite:
             for folder in ("trials", "heads"):
-                sweep.run.delete(f"{sweep.folder}/{folder}")
+                directory.delete(f"{sweep.folder}/{folder}")
         return _run_phases(sweep)
-    except (KeyboardInterrupt, SystemExit):
-        reporter.say("stopped; the same command goes on from here")
-        reporter.status("stopped")
-        raise
-    except IcceError as error:
-        reporter.status("failed", error=str(error))
-        reporter._log(f"error: {error}")
-        raise
-    finally:
-        sweep.context.cluster.stop()
-        reporter.flush()
 
 
 def _run_phases(sweep: Sweep) -> dict[str, Any]:
     started = time.monotonic()
     reporter = sweep.context.reporter
-    reporter.status("running")
     base = {"config": configs.settings(sweep.config), "objective": sweep.space.objective}
     sweep.run.write_json(base, sweep.folder, "sweep.json")
     made = {
@@ -189,7 +163,6 @@ def _run_phases(sweep: Sweep) -> dict[str, Any]:
     from icce_ray.report import sweep_page as sweep_report
 
     results["report"] = sweep_report.build(sweep.run, sweep.folder)
-    reporter.status("done")
     return results
 
 
@@ -219,25 +192,21 @@ def _all_failed(sweep: Sweep) -> str:
 
 
 def prepare(sweep: Sweep) -> None:
-    """Index, embeddings, neighbor lists and selections, each distinct one once."""
-    for name in ("index", "embed"):
+    """Index, embeddings, searches and selections, each distinct one once."""
+    for name in ("index", "embed", "search"):
         for group in groups(sweep.alive(), name).values():
             _for_all(sweep, group, partial(_run_stage, sweep, group[0], name))
-    for group in by_place(sweep.alive(), neighbors.TOP).values():
-        _for_all(sweep, group, partial(_make_lists, sweep, group))
-    for group in by_place(sweep.alive(), neighbors.NEAREST).values():
-        _for_all(sweep, group, partial(_make_nearest, group[0]))
     todo = [
         group
-        for group in groups(sweep.alive(), "neighbors").values()
-        if not is_done(group[0], "neighbors")
+        for group in groups(sweep.alive(), "select").values()
+        if not is_done(group[0], "select")
     ]
     if not todo:
         return
     with sweep.context.reporter.bar("selections", len(todo)) as bar:
         for number, group in enumerate(todo, 1):
             quiet = Silent(sweep.run)
-            _for_all(sweep, group, partial(_run_stage, sweep, group[0], "neighbors", quiet))
+            _for_all(sweep, group, partial(_run_stage, sweep, group[0], "select", quiet))
             bar.update(number)
 
 
@@ -261,56 +230,11 @@ def _run_stage(sweep: Sweep, trial: Trial, name: str, reporter: Reporter | None 
     pipeline.run_stage(context, step)
 
 
-def by_place(trials: Sequence[Trial], folder: str) -> dict[str, list[Trial]]:
-    found: dict[str, list[Trial]] = {}
-    for trial in trials:
-        found.setdefault(trial.view.places[folder], []).append(trial)
-    return found
-
-
-def lists_done(trial: Trial, folder: str) -> bool:
-    """Whether shared lists are there, and made from the embeddings that are there now."""
-    kept, embedded = trial.view.manifest(folder), trial.view.manifest("embeddings")
-    return kept is not None and embedded is not None and kept.inputs.get("embed") == embedded.id
-
-
-def _make_lists(sweep: Sweep, group: Sequence[Trial]) -> None:
-    trial = group[0]
-    if lists_done(trial, neighbors.TOP):
-        return
-    most = int(trial.view.places[neighbors.TOP].rpartition("-")[2])
-    print_ = list_print(trial.config, trial.prints)
-    if _own_lists_serve(sweep.run, trial, most):
-        neighbors.take_kept(trial.view, sweep.run, print_)
-        return
-    context = Context(trial.config, trial.view, sweep.context.reporter, sweep.context.cluster)
-    neighbors.search_kept(context, print_, most)
-
-
-def _own_lists_serve(run: RunDirectory, trial: Trial, most: int) -> bool:
-    """Whether the run's own neighbors hold, best first, what a search would find."""
-    done, embedded = run.manifest("neighbors"), trial.view.manifest("embeddings")
-    if done is None or embedded is None or done.inputs.get("embed") != embedded.id:
-        return False
-    old, new = done.settings["neighbors"], trial.config.neighbors
-    same = all(old.get(name) == getattr(new, name) for name in neighbors.SEARCHED)
-    return (
-        same
-        and not old["mutual"]
-        and min(old["max_neighbors"], done.rows - 1) >= min(most, done.rows - 1)
-    )
-
-
-def _make_nearest(trial: Trial) -> None:
-    if not lists_done(trial, neighbors.NEAREST):
-        neighbors.write_nearest(trial.view, trial.prints["embed"], NEAREST)
-
-
 @dataclass(frozen=True)
 class HeadWork:
     """What a head trial is sent."""
 
-    trials: Mapping[str, tuple[Config, View]]  # by fingerprint of the heads
+    trials: Mapping[str, tuple[Config, RunDirectory]]  # by fingerprint of the heads
     folder: str
     parts: int  # trials at once
     threads: int | None  # of torch, where the training is in the trial's own process
@@ -319,8 +243,8 @@ class HeadWork:
 def train_heads(sweep: Sweep) -> None:
     """Train each distinct heads config that is not there yet, side by side."""
     missing = {
-        print_: group
-        for print_, group in groups(sweep.alive(), "heads").items()
+        key: group
+        for key, group in groups(sweep.alive(), "heads").items()
         if not is_done(group[0], "heads")
     }
     todo = {p: group for p, group in missing.items() if stopped_at(sweep, group[0]) is None}
@@ -328,20 +252,20 @@ def train_heads(sweep: Sweep) -> None:
         (group,) = todo.values()
         _for_all(sweep, group, partial(_run_stage, sweep, group[0], "heads"))
     elif todo:
-        _search_heads(sweep, {print_: group[0] for print_, group in todo.items()})
+        _search_heads(sweep, {key: group[0] for key, group in todo.items()})
     for group in missing.values():
         _take_heads(sweep, group)
 
 
 def _search_heads(sweep: Sweep, todo: Mapping[str, Trial]) -> None:
-    for print_ in todo:  # a failure of last time is tried again
-        if sweep.run.exists(sweep.folder, "heads", f"{print_}.json"):
-            sweep.run.write_json({"state": "open"}, sweep.folder, "heads", f"{print_}.json")
+    for key in todo:  # a failure of last time is tried again
+        if sweep.run.exists(sweep.folder, "heads", f"{key}.json"):
+            sweep.run.write_json({"state": "open"}, sweep.folder, "heads", f"{key}.json")
     placement, parts = _place_heads(sweep, list(todo.values()))
     first = next(iter(todo.values())).config
     alone = not first.heads.num_workers
     work = HeadWork(
-        {print_: (_alone(t.config), t.view) for print_, t in todo.items()},
+        {key: (_alone(t.config), t.view) for key, t in todo.items()},
         sweep.folder,
         parts,
         max(1, int(placement.cpus)) if alone else None,
@@ -394,13 +318,13 @@ def _rows(trial: Trial) -> int | None:
     return done.rows if done else None
 
 
-def _train(work: HeadWork, print_: str, report: Report) -> None:
+def _train(work: HeadWork, key: str, report: Report) -> None:
     """In the trial's process: the normal heads stage. An error is written down, not raised."""
     import torch
 
     if work.threads:
         torch.set_num_threads(work.threads)
-    config, view = work.trials[print_]
+    config, view = work.trials[key]
     steps = config.heads.steps or default_steps(config.head_clusters)
 
     def on_progress(step: int, value: float) -> None:
@@ -421,7 +345,7 @@ def _train(work: HeadWork, print_: str, report: Report) -> None:
             pipeline.run_stage(context, step)
     except Exception as error:
         content = {"state": "failed", "error": _reason(error)}
-        view.write_json(content, work.folder, "heads", f"{print_}.json")
+        view.write_json(content, work.folder, "heads", f"{key}.json")
 
 
 def _reason(error: Exception) -> str:
@@ -450,15 +374,15 @@ def _end_of_heads(sweep: Sweep, todo: Mapping[str, Trial], ended: Ended) -> str:
     return "stopped early"
 
 
-def _head_record(sweep: Sweep, print_: str) -> dict[str, Any]:
-    if not sweep.run.exists(sweep.folder, "heads", f"{print_}.json"):
+def _head_record(sweep: Sweep, key: str) -> dict[str, Any]:
+    if not sweep.run.exists(sweep.folder, "heads", f"{key}.json"):
         return {}
-    return sweep.run.read_json(sweep.folder, "heads", f"{print_}.json")
+    return sweep.run.read_json(sweep.folder, "heads", f"{key}.json")
 
 
 def stopped_at(sweep: Sweep, trial: Trial) -> float | None:
     """At which percent this sweep stopped the trial's heads early, if it did."""
-    record = _head_record(sweep, trial.prints["heads"]) if sweep.space.early_stop else {}
+    record = _head_record(sweep, trial.fingerprints["heads"]) if sweep.space.early_stop else {}
     return record.get("percent") if record.get("state") == "stopped" else None
 
 
@@ -466,7 +390,8 @@ def _take_heads(sweep: Sweep, group: Sequence[Trial]) -> None:
     """Note for all trials of a group how their heads came out."""
     if is_done(group[0], "heads"):
         return
-    record, percent = _head_record(sweep, group[0].prints["heads"]), stopped_at(sweep, group[0])
+    record = _head_record(sweep, group[0].fingerprints["heads"])
+    percent = stopped_at(sweep, group[0])
     for trial in group:
         if trial.state == "failed":
             continue
@@ -515,12 +440,12 @@ def _place_ensembles(sweep: Sweep, trials: Sequence[Trial]) -> Placement:
     return Placement(1, 0, min(wanted, fit, len(trials)), reuse=True)
 
 
-def _solve(work: EnsembleWork, print_: str, report: Report) -> None:
+def _solve(work: EnsembleWork, key: str, report: Report) -> None:
     """In the trial's process: consensus, scores, and a record for each trial that shares them."""
     import torch
 
     torch.set_num_threads(1)
-    group = work.trials[print_]
+    group = work.trials[key]
     try:
         scores, seconds = _consensus(group[0])
         content: dict[str, Any] = {"state": "done", "scores": scores, "seconds": seconds}
@@ -528,7 +453,7 @@ def _solve(work: EnsembleWork, print_: str, report: Report) -> None:
         content = {"state": "failed", "error": _reason(error)}
     for trial in group:
         record = {"id": trial.id, "settings": trial.settings, **content}
-        record |= {"prints": dict(trial.prints), "reused": trial.reused}
+        record |= {"scores_of": trial.scores_of, "reused": trial.reused}
         trial.view.write_json(record, work.folder, "trials", f"{trial.id}.json")
 
 
@@ -546,7 +471,7 @@ def _consensus(trial: Trial) -> tuple[dict[str, float], float]:
         clusters=table["cluster"].to_numpy(),
         num_clusters=config.num_classes,
         assignments=view.matrix("heads", "assignments"),
-        ids=view.matrix(neighbors.NEAREST, "ids"),
+        ids=view.matrix(heads.JUDGE, "ids"),
         features=view.matrix("embeddings", "embedding"),
         seed=config.seed,
     )
@@ -566,7 +491,7 @@ def _load(sweep: Sweep, trial: Trial) -> bool:
     if not sweep.run.exists(sweep.folder, "trials", f"{trial.id}.json"):
         return False
     record = sweep.run.read_json(sweep.folder, "trials", f"{trial.id}.json")
-    if record["prints"]["consensus"] != trial.prints["consensus"]:
+    if record.get("scores_of") != trial.scores_of:
         return False
     if record["state"] != "done":
         trial.error = record["error"]

@@ -2,8 +2,8 @@
 
 A fingerprint covers a stage's settings and those of all it reads, so two trials whose fingerprints
 of a stage agree have the same artifact. It is read from the run itself where the run has it, else
-it lives in RUN/store/FOLDER-FINGERPRINT/. All stages run unchanged on a `View`: a run directory
-whose folders lie where one trial's artifacts are.
+it lives in RUN/store/FOLDER-FINGERPRINT/. All stages run unchanged on a trial's view: a run
+directory with the `places` of that trial's artifacts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -21,51 +21,20 @@ from icce_ray.rundir.directory import MANIFEST, RunDirectory
 STORE = "store"
 
 
-class View(RunDirectory):
-    """A run directory some of whose folders lie elsewhere in it. Travels to Ray workers."""
-
-    def __init__(self, uri: str, places: Mapping[str, str]) -> None:
-        """places: folder as stages name it -> where it lies, both relative to the run."""
-        super().__init__(uri)
-        self.places = dict(places)
-
-    def __reduce__(self) -> tuple[type[View], tuple[str, dict[str, str]]]:
-        return View, (self.uri, self.places)
-
-    def place(self, folder: str) -> str:
-        """Where a folder, or a file in it, lies; the longest name that fits decides."""
-        parts = folder.split("/")
-        for length in range(len(parts), 0, -1):
-            found = self.places.get("/".join(parts[:length]))
-            if found is not None:
-                return "/".join([found, *parts[length:]])
-        return folder
-
-    def path(self, *parts: str) -> str:
-        return super().path(self.place("/".join(parts))) if parts else super().path()
-
-    def address(self, *parts: str) -> str:
-        return super().address(self.place("/".join(parts))) if parts else super().address()
-
-    def matrix_name(self, folder: str) -> str:
-        """The place's name, so that trials do not remove each other's node files."""
-        return self.place(folder).replace("/", "-")
-
-
-def stored(folder: str, print_: str) -> str:
+def stored(folder: str, key: str) -> str:
     """Where the store keeps an artifact."""
-    return f"{STORE}/{folder.replace('/', '-')}-{print_}"
+    return f"{STORE}/{folder}-{key}"
 
 
-def may_be_own(run: RunDirectory, folder: str, print_: str) -> bool:
+def may_be_own(run: RunDirectory, folder: str, key: str) -> bool:
     """Whether the run has the artifact, has half of it, or has nothing there that would be lost."""
     done, partial = run.manifest(folder), run.partial(folder)
     if done is not None:
-        return done.fingerprint == print_
-    return partial is None or partial["fingerprint"] == print_
+        return done.fingerprint == key
+    return partial is None or partial["fingerprint"] == key
 
 
-def place_copies(view: View, names: Sequence[str], target: RunDirectory) -> None:
+def place_copies(view: RunDirectory, names: Sequence[str], target: RunDirectory) -> None:
     """Put finished artifacts into a run of its own: hard links where they can be, else copies.
 
     Artifacts are never changed in place, so links are safe. Folders that hold the same stay.
@@ -77,7 +46,7 @@ def place_copies(view: View, names: Sequence[str], target: RunDirectory) -> None
             _copy(view, name, target)
 
 
-def _copy(view: View, name: str, target: RunDirectory) -> None:
+def _copy(view: RunDirectory, name: str, target: RunDirectory) -> None:
     """The manifest last, so that an interrupted copy is not taken for a finished stage."""
     for file in [n for n in view.list(name) if n != MANIFEST] + [MANIFEST]:
         if target.is_local:

@@ -85,7 +85,7 @@ def case_of_run(run_dir: str) -> Case:
     from benchmarks.tables import open_labeled
 
     run, config, known = open_labeled(run_dir)
-    ids, counts = (run.matrix("neighbors", name) for name in ("ids", "count"))
+    ids, counts = run.matrix("neighbors", "ids"), run.matrix("selection", "count")
     return Case(run.matrix("embeddings", "embedding"), ids, counts, known.codes, config.num_classes)
 
 

@@ -16,7 +16,13 @@ import numpy as np
 from benchmarks.tables import markdown, open_labeled
 from icce_ray.errors import DataError
 
-SCORED = ("neighbors", "heads", "consensus", "classifier")  # stages that the peers' times include
+SCORED = (
+    "search",
+    "select",
+    "heads",
+    "consensus",
+    "classify",
+)  # stages that the peers' times include
 
 
 # --- accuracy: whole runs ------------------------------------------------------------------------
@@ -45,14 +51,14 @@ def measure_accuracy(
     for seed in seeds:
         given = [*overrides, f"seed={seed}", "evaluate.require_labels=true"]
         config = configs.load(source, given)
-        pipeline.run(config, overwrite=True, last="neighbors")
+        pipeline.run(config, overwrite=True, last="select")
         started = time.monotonic()
         manifests = pipeline.run(config, first="heads", overwrite=True)
         wall = time.monotonic() - started
         metrics = RunDirectory(config.run_dir).read_json("evaluation", "metrics.json")
         tested = None
         if test is not None:
-            out = f"{config.run_dir}/test-{seed}-{manifests['classifier'].id[:8]}"
+            out = f"{config.run_dir}/test-{seed}-{manifests['classify'].id[:8]}"
             tested = predict(config.run_dir, test, out).results.get("acc")
             if tested is None:
                 raise DataError(f"{test} has no labels to compare with; give class folders")

@@ -284,8 +284,8 @@ def twice(jobs: Jobs) -> Twice:
 
 def test_a_job_runs_the_chain_and_tells_of_it(twice: Twice) -> None:
     parts = (
-        (twice.stopped, ("index", "embed", "neighbors")),
-        (twice.again, ("heads", "consensus", "classifier")),
+        (twice.stopped, ("index", "embed", "search", "select")),
+        (twice.again, ("heads", "consensus", "classify")),
     )
     for logs, stages in parts:
         for stage in stages:

@@ -40,7 +40,7 @@ data: {{labels: none}}
 backbone: {{name: test_resnet, pretrained: false, image_size: 32}}
 embed: {{precision: float32, shard_size: 24, batch_size: 8, min_actors: 2, max_actors: 2,
          num_gpus: 0}}
-neighbors: {{query_rows: 120, num_gpus: 1, max_neighbors: 20, pca: null}}
+neighbors: {{num_gpus: 1, max_neighbors: 20, pca: null}}
 heads: {{count: 5, steps: 60, batch_size: 256, checkpoint_every: 20, num_workers: 2,
          min_workers: 1, num_gpus: 0}}
 classifier: {{kind: finetune, epochs: 2, batch_size: 24, num_workers: 2, min_workers: 1,
@@ -110,6 +110,8 @@ def gated_decode(table, **options):
     if table["image_id"][0].as_py() >= 200:
         pass_gate("embed")
     yield from decode(table, **options)
+
+neighbors.QUERY_ROWS = 120
 
 def gated_search(run, start, *others):
     if start >= 120:

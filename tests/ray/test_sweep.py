@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_trials_share_what_is_equal_and_are_ranked(finished: Path) -> None:
     assert found["counts"]["made"]["ensembles"] == 4
     kinds = [path.name.rpartition("-")[0] for path in (finished / "run" / "store").iterdir()]
     assert kinds.count("heads") == 2 and kinds.count("consensus") == 4
-    assert kinds.count("neighbors") == 1
+    assert kinds.count("selection") == 1 and not kinds.count("neighbors")  # the run's own search
     values = [trial["scores"]["neighbor_consistency"] for trial in found["trials"]]
     assert values == sorted(values, reverse=True) and found["best"] == found["trials"][0]["id"]
     assert values[0] > 0.3
@@ -153,7 +154,7 @@ def test_the_best_config_goes_on_from_the_sweep(finished: Path) -> None:
     assert best.heads.beta == settings["heads.beta"]
     assert best.consensus.method == settings["consensus.method"]
     steps = pipeline.make_steps(best, RunDirectory(best.run_dir))
-    assert [step.state for step in steps] == ["done"] * 5 + ["run"] * 3
+    assert [step.state for step in steps] == ["done"] * 6 + ["run"] * 3
 
 
 def test_a_second_run_does_nothing_and_a_wider_space_only_what_is_new(
@@ -189,7 +190,12 @@ def test_the_number_of_classes_is_found_and_the_run_goes_on_with_it(
     run = RunDirectory(str(tmp_path / "run"))
     assert config.load(run.path("config.yaml")).num_classes == best
     assert len(np.unique(run.matrix("consensus", "cluster"))) == best
-    assert not list((tmp_path / "run" / "store").glob("embed*"))  # the run's own were used
+    kinds = {path.name.partition("-")[0] for path in (tmp_path / "run" / "store").iterdir()}
+    assert kinds == {"selection", "heads", "consensus"}  # index, embeddings, search: the run's own
+    log = (tmp_path / "run" / "log").read_text() + (
+        tmp_path / "run" / "sweeps" / "classes" / "log"
+    ).read_text()
+    assert len(re.findall(r"search +done", log)) == 1, "one search for all"
     cli.app([*arguments, "--plan"], standalone_mode=False)
     assert "2 of 2 head trainings" in capsys.readouterr().err
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from icce_ray.config.loading import load
 from icce_ray.config.schema import Config
 from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
 from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.lock import exclusive
+from icce_ray.rundir.progress import Reporter
 
 
 @pytest.fixture
@@ -64,9 +69,35 @@ def test_finished_stages_are_skipped(folder: Path) -> None:
 def test_a_changed_setting_invalidates_its_stage_and_what_follows(folder: Path) -> None:
     run = pretend(config(folder), *pipeline.NAMES)
     found = states(config(folder, "heads.count=3"), run)
-    assert [found[n] for n in ("index", "embed", "neighbors")] == ["done"] * 3
+    assert [found[n] for n in pipeline.NAMES[:4]] == ["done"] * 4
     assert found["heads"] == "changed"
-    assert {found[n] for n in ("consensus", "classifier", "evaluate", "report")} == {"again"}
+    assert {found[n] for n in ("consensus", "classify", "evaluate", "report")} == {"again"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "num_classes=7",
+        "neighbors.k=9",
+        "neighbors.min_neighbors=2",
+        "neighbors.rule=fixed",
+        "neighbors.rule=threshold neighbors.threshold=0.5",
+    ],
+)
+def test_another_selection_repeats_no_search(folder: Path, changed: str) -> None:
+    run = pretend(config(folder), *pipeline.NAMES)
+    found = states(config(folder, *changed.split()), run)
+    assert [found[n] for n in ("index", "embed", "search")] == ["done"] * 3
+    assert found["select"] == "changed" and found["heads"] in ("again", "changed")
+
+
+@pytest.mark.parametrize(
+    "changed", ["neighbors.max_neighbors=9", "neighbors.pca=4", "neighbors.nprobe=3"]
+)
+def test_another_search_repeats_no_embedding(folder: Path, changed: str) -> None:
+    run = pretend(config(folder), *pipeline.NAMES)
+    found = states(config(folder, changed), run)
+    assert [found[n] for n in ("embed", "search", "select")] == ["done", "changed", "again"]
 
 
 def test_a_runtime_setting_invalidates_nothing(folder: Path) -> None:
@@ -80,22 +111,23 @@ def test_a_missing_stage_makes_later_ones_run_again(folder: Path) -> None:
     run = pretend(settings, *pipeline.NAMES)
     run.delete("neighbors")
     found = states(settings, run)
-    assert found["neighbors"] == "run"
-    assert found["heads"] == found["consensus"] == found["evaluate"] == "again"
+    assert found["search"] == "run"
+    assert found["select"] == found["heads"] == found["consensus"] == found["evaluate"] == "again"
     assert found["embed"] == "done"
 
 
 def test_a_stage_that_was_made_anew_outdates_what_read_the_old_one(folder: Path) -> None:
     settings = config(folder)
     run = pretend(settings, *pipeline.NAMES)
-    pretend(settings, "neighbors")  # the same settings, another id
-    assert states(settings, run)["heads"] == "again"
+    pretend(settings, "search")  # the same settings, another id
+    found = states(settings, run)
+    assert found["select"] == found["heads"] == found["consensus"] == "again"
 
 
 def test_half_done_work_is_resumed_for_the_same_settings_only(folder: Path) -> None:
     settings = config(folder)
-    run = pretend(settings, "index", "embed", "neighbors")
-    step = pipeline.make_steps(settings, run)[3]
+    run = pretend(settings, "index", "embed", "search", "select")
+    step = pipeline.make_steps(settings, run)[4]
     inputs = {need: pipeline._id(run, need) for need in step.stage.needs}
     mark = {
         "fingerprint": step.fingerprint,
@@ -116,8 +148,8 @@ def test_the_error_names_keys_losses_and_remedies(folder: Path) -> None:
         pipeline.run(config(folder, "heads.count=3"), quiet=True)
     text = str(error.value)
     assert "heads.count: 24 -> 3" in text
-    assert "invalidates: heads, consensus, classifier, evaluate, report" in text
-    assert "Kept: index, embed, neighbors" in text
+    assert "invalidates: heads, consensus, classify, evaluate, report" in text
+    assert "Kept: index, embed, search, select" in text
     assert "--overwrite" in text and "run_dir" in text
 
 
@@ -125,19 +157,21 @@ def test_the_error_names_keys_losses_and_remedies(folder: Path) -> None:
     ("first", "last", "expected"),
     [
         (None, None, pipeline.NAMES),
-        ("heads", None, pipeline.NAMES[3:]),
+        ("heads", None, pipeline.NAMES[4:]),
         (None, "embed", ("index", "embed")),
         ("heads", "heads", ("heads",)),
     ],
 )
-def test_select(first: str | None, last: str | None, expected: tuple[str, ...]) -> None:
-    assert pipeline.select(first, last) == expected
+def test_the_stages_between_two(
+    first: str | None, last: str | None, expected: tuple[str, ...]
+) -> None:
+    assert pipeline.names_between(first, last) == expected
 
 
 @pytest.mark.parametrize(("first", "last"), [("nope", None), (None, "head"), ("report", "index")])
-def test_select_refuses(first: str | None, last: str | None) -> None:
+def test_names_out_of_order_are_refused(first: str | None, last: str | None) -> None:
     with pytest.raises(ConfigError):
-        pipeline.select(first, last)
+        pipeline.names_between(first, last)
 
 
 def test_beginning_in_the_middle_needs_what_comes_before(folder: Path) -> None:
@@ -170,7 +204,7 @@ def test_a_plan_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str])
 
 def test_one_process_at_a_time(folder: Path) -> None:
     run = RunDirectory(str(folder / "run"))
-    with pipeline.exclusive(run), pytest.raises(ArtifactError, match="another process"):
+    with exclusive(run), pytest.raises(ArtifactError, match="another process"):
         pipeline.run(config(folder), quiet=True)
 
 
@@ -179,3 +213,53 @@ def test_a_run_directory_below_a_file_is_one_error(folder: Path) -> None:
     settings = config(folder, f"run_dir={folder}/file/run")
     with pytest.raises(StageError, match=r"cannot be written.*run_dir="):
         pipeline.run(settings, quiet=True)
+
+
+# --- how a run ends ------------------------------------------------------------------------------
+
+
+class Still:
+    """A cluster that was never started."""
+
+    stopped = False
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (KeyboardInterrupt(), "stopped"),
+        (SystemExit(1), "stopped"),
+        (StageError("no place"), "failed"),
+        (RuntimeError("a bug"), "failed"),
+        (None, "done"),
+    ],
+)
+def test_status_says_how_a_run_ended(folder: Path, error: Any, state: str) -> None:
+    run = RunDirectory(str(folder / "run"))
+    cluster: Any = Still()
+    with (
+        contextlib.suppress(BaseException),
+        pipeline.running(run, Reporter(run, quiet=True), cluster),
+    ):
+        assert run.read_json("status.json")["state"] == "running"
+        if error is not None:
+            raise error
+    found = run.read_json("status.json")
+    assert found["state"] == state and cluster.stopped
+    assert (state == "failed") == ("error" in found)
+    assert found["pid"] == os.getpid() and found["host"]
+
+
+def test_sigterm_stops_a_run_and_its_handler_goes(folder: Path) -> None:
+    run, before = RunDirectory(str(folder / "run")), signal.getsignal(signal.SIGTERM)
+    cluster: Any = Still()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pipeline.running(run, Reporter(run, quiet=True), cluster),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+    assert run.read_json("status.json")["state"] == "stopped"
+    assert signal.getsignal(signal.SIGTERM) is before

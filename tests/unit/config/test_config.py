@@ -268,7 +268,6 @@ RUNTIME = {
     "embed.min_actors",
     "embed.max_actors",
     "embed.num_gpus",
-    "neighbors.query_rows",
     "neighbors.num_gpus",
     "heads.num_workers",
     "heads.min_workers",

@@ -14,6 +14,7 @@ from rich.console import Console
 from icce_ray.rundir import progress
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.progress import Reporter, duration
+from icce_ray.rundir.storage import Storage
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_remote_lines_are_collected_and_appended(tmp_path):
 
     run = RunDirectory("store://bucket/run")
     store = MemoryFileSystem(skip_instance_cache=True)
-    run._opened = (pafs.PyFileSystem(pafs.FSSpecHandler(store)), f"/bucket/{tmp_path.name}")
+    run.storage._opened = (pafs.PyFileSystem(pafs.FSSpecHandler(store)), f"/bucket/{tmp_path.name}")
     for text in ("one", "two"):
         reporter = Reporter(run, quiet=True)
         reporter.say(text)
@@ -111,7 +112,7 @@ def test_a_status_that_cannot_be_written_stops_nothing(run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(RunDirectory, "_write_local", full)
+    monkeypatch.setattr(Storage, "_write_local", full)
     Reporter(run, quiet=True).status("running")
 
 

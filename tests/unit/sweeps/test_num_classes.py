@@ -45,7 +45,7 @@ def test_the_best_number_of_the_sweep_is_taken(monkeypatch):
         return None if plan_only else {"trials": trials}
 
     monkeypatch.setattr(sweep, "run", pretend)
-    monkeypatch.setattr(classes, "_embed", lambda config, anew, quiet: told.update(embedded=anew))
+    monkeypatch.setattr(classes, "_search", lambda config, anew, quiet: told.update(embedded=anew))
     options = ["num_classes=5-7", "heads.count=9"]
     assert classes.resolve(TREE, options, plan_only=True) is None and "embedded" not in told
     assert classes.resolve(TREE, options) is not None

@@ -22,13 +22,13 @@ from icce_ray.errors import ArtifactError, ConfigError
 from icce_ray.rundir import schemas
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.progress import Reporter
-from icce_ray.stages import search as neighbors
+from icce_ray.stages import heads, search, select
 from icce_ray.stages.base import Context
 from icce_ray.sweeps import results as results_
 from icce_ray.sweeps import running, space, store, trials
-from icce_ray.sweeps.store import View
 
 ROWS, FEATURES = 60, 8
+FOLDERS = ["index", "embeddings", "neighbors", "selection", "heads"]
 BASE = {"num_classes": 3, "data": {"embeddings": "e.npy"}, "neighbors": {"max_neighbors": 12}}
 CHOICES = {"search": "grid", "space": {"consensus.method": ["voting", "mcla"]}}
 
@@ -212,10 +212,12 @@ def make_run(folder: Path, labels: Sequence[int] | None = None) -> configs.Confi
     run.write_table(pa.table([range(ROWS), tensor], schema=schema), "embeddings", "part-0.parquet")
     finish(run, "embed", config)
     ids, similarity = core.search(matrix(), 0, ROWS, 12)
+    run.write_table(search._table(np.arange(ROWS), ids, similarity), "neighbors", "part-0.parquet")
+    finish(run, "search", config, search="exact")
     chosen = core.select(ids, similarity.astype(np.float16), rule="auto", k=5, threshold=None,
                          min_neighbors=5, mutual=False)  # fmt: skip
-    neighbors._write(run, chosen)
-    finish(run, "neighbors", config, search="exact")
+    select._write(run, chosen.counts)
+    finish(run, "select", config)
     return config
 
 
@@ -237,20 +239,20 @@ def make_sweep(config: configs.Config, tree: dict[str, Any]) -> tuple[trials.Swe
 
 
 def test_a_view_maps_folders_and_travels(tmp_path: Path) -> None:
-    places = {"heads": "store/heads-1", "neighbors": "n", "neighbors/top": "store/top-1"}
-    view = pickle.loads(pickle.dumps(View(str(tmp_path), places)))
+    places = {"heads": "store/heads-1", "neighbors": "n"}
+    view = pickle.loads(pickle.dumps(RunDirectory(str(tmp_path), places)))
     assert view.places == places and view.is_local
     assert view.path("heads", "a.json") == f"{tmp_path}/store/heads-1/a.json"
     assert view.path("heads/train", "a") == f"{tmp_path}/store/heads-1/train/a"
-    assert view.path("neighbors", "top", "a") == f"{tmp_path}/store/top-1/a"
-    assert view.path("neighbors", "topmost") == f"{tmp_path}/n/topmost"
+    assert view.address("neighbors") == f"{tmp_path}/n" and view.path() == str(tmp_path)
+    assert view.path("neighborsandmore", "a") == f"{tmp_path}/neighborsandmore/a"
     assert view.path("index", "a") == f"{tmp_path}/index/a"
 
 
 def test_matrices_of_trials_and_of_the_run_stand_side_by_side(tmp_path: Path) -> None:
     config = make_run(tmp_path)
     run = RunDirectory(config.run_dir)
-    views = [View(run.uri, {"heads": f"store/heads-{n}"}) for n in (1, 2)]
+    views = [RunDirectory(run.uri, {"heads": f"store/heads-{n}"}) for n in (1, 2)]
     for value, one in enumerate([run, *views]):
         write_heads(one, config, value)
     for _ in range(2):
@@ -264,7 +266,7 @@ def test_trials_take_from_the_run_what_fits_and_share_the_rest(tmp_path: Path) -
     grid = {"heads.beta": [0.6, 0.7], "consensus.method": ["voting", "mcla"]}
     made, _ = make_sweep(config, {"search": "grid", "space": grid})
     for trial in made.trials:
-        assert {"index", "embeddings", "neighbors"}.isdisjoint(trial.view.places)
+        assert {"index", "embeddings", "neighbors", "selection"}.isdisjoint(trial.view.places)
     places = [trial.view.places["heads"] for trial in made.trials]
     assert places[0] == places[1] != places[2] == places[3]
     assert len({trial.view.places["consensus"] for trial in made.trials}) == 4
@@ -278,45 +280,42 @@ def test_artifacts_of_other_settings_are_left_alone(tmp_path: Path) -> None:
     assert all("embeddings" in trial.view.places for trial in made.trials)
 
 
-def test_neighbor_lists_are_made_once_at_the_largest_length(tmp_path: Path) -> None:
+def test_a_sweep_over_selections_takes_the_searches_of_the_run(tmp_path: Path) -> None:
     config = make_run(tmp_path)
-    widths = {"neighbors.max_neighbors": [6, 12, 8]}
-    made, _ = make_sweep(config, {"search": "grid", "space": widths})
-    places = {trial.view.places[neighbors.TOP] for trial in made.trials}
-    assert len(places) == 1 and places.pop().endswith("-12")
-    running._make_lists(made, made.trials)  # from the run's own: a search would start Ray
-    made, _ = make_sweep(config, {"search": "grid", "space": {"neighbors.max_neighbors": [6, 7]}})
-    assert made.trials[0].view.places[neighbors.TOP].endswith("-12")
-    assert running.counts(made)["search"] == {"total": 1, "there": 1}
-
-
-def test_a_selection_from_shared_lists_is_that_of_a_search_of_its_own(tmp_path: Path) -> None:
-    config = make_run(tmp_path)
-    grid = {"neighbors.max_neighbors": [7], "neighbors.mutual": [True], "neighbors.rule": ["fixed"]}
+    grid = {"neighbors.rule": ["auto", "fixed"], "neighbors.k": [4, 5], "num_classes": [2, 3]}
     made, _ = make_sweep(config, {"search": "grid", "space": grid})
-    running.prepare(made)
-    view = made.trials[0].view
-    ids, similarity = core.search(matrix(), 0, ROWS, 7)
-    wanted = core.select(ids, similarity.astype(np.float16), rule="fixed", k=5, threshold=None,
-                         min_neighbors=5, mutual=True)  # fmt: skip
-    np.testing.assert_array_equal(view.matrix("neighbors", "ids"), wanted.ids)
-    np.testing.assert_array_equal(view.matrix("neighbors", "count"), wanted.counts)
-    assert view.manifest(neighbors.TOP) is not None
-    nearest, _ = core.search(matrix(), 0, ROWS, 10)
-    np.testing.assert_array_equal(view.matrix(neighbors.NEAREST, "ids"), nearest)
+    assert running.counts(made)["search"] == {"total": 1, "there": 1}
+    assert running.counts(made)["select"]["total"] == 8
+    running.prepare(made)  # a search would start Ray
+    fixed = next(t for t in made.trials if t.config.neighbors.rule == "fixed")
+    assert (fixed.view.matrix("selection", "count") == fixed.config.neighbors.k).all()
+    assert not [name for name in made.run.folders("store") if name.startswith("neighbors")]
 
 
-def test_mutual_or_shorter_lists_of_the_run_do_not_serve(tmp_path: Path) -> None:
+def test_all_trials_of_one_embedding_are_judged_by_the_search_of_the_first(tmp_path: Path) -> None:
     config = make_run(tmp_path)
-    made, _ = make_sweep(config, CHOICES)
-    trial = made.trials[0]
-    assert running._own_lists_serve(made.run, trial, 12)
-    assert not running._own_lists_serve(made.run, trial, 13)
-    done = made.run.manifest("neighbors")
-    assert done is not None
-    settings = {"neighbors": {**done.settings["neighbors"], "mutual": True}}
-    made.run.finish("neighbors", Manifest(**{**vars(done), "settings": settings}))
-    assert not running._own_lists_serve(made.run, trial, 12)
+    made, _ = make_sweep(config, {"search": "grid", "space": {"neighbors.pca": [4, None, 256]}})
+    first = made.trials[0].view
+    assert first.place("neighbors") == f"store/neighbors-{made.trials[0].fingerprints['search']}"
+    assert {trial.view.place(heads.JUDGE) for trial in made.trials} == {first.place("neighbors")}
+    own = made.trials[2]
+    assert own.view.place("neighbors") == "neighbors", "the run's own search"
+    for one in (own.view, first):
+        ids = np.full((ROWS, 12), 7 if one is first else 8)
+        one.write_table(search._table(np.arange(ROWS), ids, ids), "neighbors", "part-0.parquet")
+    finish(first, "search", made.trials[0].config)
+    np.testing.assert_array_equal(own.view.matrix(heads.JUDGE, "ids"), np.full((ROWS, 12), 7))
+    assert len(list((tmp_path / "run" / ".cache").glob("*ids*.npy"))) == 1, "no copy for each trial"
+
+
+def test_scores_by_other_neighbors_are_not_taken(tmp_path: Path) -> None:
+    made = finished_sweep(tmp_path, [0] * ROWS)
+    trial = made.trials[1]
+    record = {"state": "done", "scores": trial.scores, "reused": [], "seconds": 1.0}
+    for judge, taken in ((trial.judge, True), ("another", False)):
+        of = {**trial.scores_of, "judge": judge}
+        made.run.write_json({**record, "scores_of": of}, made.folder, "trials", f"{trial.id}.json")
+        assert running._load(made, trial) is taken
 
 
 def test_copies_are_a_run_that_goes_on_after_the_sweep(tmp_path: Path) -> None:
@@ -325,16 +324,16 @@ def test_copies_are_a_run_that_goes_on_after_the_sweep(tmp_path: Path) -> None:
     (trial,) = made.trials
     write_heads(trial.view, trial.config, 1)
     target = RunDirectory(str(tmp_path / "best"))
-    store.place_copies(trial.view, ["index", "embeddings", "neighbors", "heads"], target)
+    store.place_copies(trial.view, FOLDERS, target)
     steps = pipeline.make_steps(trial.config, target)
-    assert [step.state for step in steps[:5]] == ["done", "done", "done", "done", "run"]
+    assert [step.state for step in steps[:6]] == ["done"] * 5 + ["run"]
     other, _ = make_sweep(config, {"search": "grid", "space": {"heads.beta": [0.8]}})
     (later,) = other.trials
     write_heads(later.view, later.config, 1)
     kept = target.manifest("embeddings")
-    store.place_copies(later.view, ["index", "embeddings", "neighbors", "heads"], target)
+    store.place_copies(later.view, FOLDERS, target)
     steps = pipeline.make_steps(later.config, target)
-    assert [step.state for step in steps[:5]] == ["done", "done", "done", "done", "run"]
+    assert [step.state for step in steps[:6]] == ["done"] * 5 + ["run"]
     assert target.manifest("embeddings") == kept, "what is the same stays"
 
 
@@ -351,7 +350,10 @@ def test_the_plan_counts_what_is_needed_and_what_is_there(tmp_path: Path) -> Non
         "sweep test: 6 trials: 1 embedding, 1 neighbor search, 1 selection, 2 head trainings, "
         "6 ensembles"
     )
-    assert second == "already there: 1 of 1 embedding, 1 of 1 selection, 1 of 2 head trainings"
+    assert second == (
+        "already there: 1 of 1 embedding, 1 of 1 neighbor search, 1 of 1 selection, "
+        "1 of 2 head trainings"
+    )
 
 
 def test_a_plan_warns_of_scores_that_do_not_compare(tmp_path: Path) -> None:
@@ -364,7 +366,7 @@ def test_how_heads_ended_is_remembered(tmp_path: Path) -> None:
     made, _ = make_sweep(
         make_run(tmp_path), {"search": "grid", "space": {"heads.beta": [0.6, 0.7]}}
     )
-    prints = {trial.prints["heads"]: trial for trial in made.trials}
+    prints = {trial.fingerprints["heads"]: trial for trial in made.trials}
     first, second = prints
     assert running._end_of_heads(made, prints, tuning.Ended(first, 25.0, 0.1)) == "stopped early"
     assert running._end_of_heads(made, prints, tuning.Ended(second, 50.0, 0.3, "lost")) == "failed"
@@ -447,7 +449,7 @@ def test_best_yaml_is_the_best_trials_config(tmp_path: Path) -> None:
     loaded = configs.load(path)
     assert loaded.consensus.method == "mcla"
     states = [step.state for step in pipeline.make_steps(loaded, RunDirectory(loaded.run_dir))]
-    assert states[:5] == ["done"] * 5 and states[5] == "run"
+    assert states[:6] == ["done"] * 6 and states[6] == "run"
     assert "neighbor_information 0.7000" in Path(path).read_text().splitlines()[0]
 
 

@@ -1,0 +1,76 @@
+"""Select: how many of its nearest neighbors each image keeps, from the first one on.
+
+Dense regions keep many, outliers few. That takes a second on the lists of `search`, which stay as
+they are: image i keeps the first `count[i]` ids of its list.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from icce_ray.config.schema import Config
+from icce_ray.core import neighbors as core
+from icce_ray.distributed.cluster import Cluster
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.schemas import SELECTION_SCHEMA
+from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+
+FOLDER = "selection"
+SETTINGS = ("rule", "k", "threshold", "min_neighbors")  # of the group neighbors
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """With num_classes, which cuts k."""
+    chosen = {name: getattr(config.neighbors, name) for name in SETTINGS}
+    return {"neighbors": chosen, "num_classes": config.num_classes}
+
+
+def _run(context: Context) -> Outcome:
+    run, config = context.run, context.config.neighbors
+    ids, similarity = (run.matrix("neighbors", name) for name in ("ids", "similarity"))
+    rows, most = ids.shape
+    k = core.reference_k(config.k, rows, context.config.num_classes, most)
+    selection = core.select(
+        ids,
+        similarity,
+        rule=config.rule,
+        k=k,
+        threshold=config.threshold,
+        min_neighbors=config.min_neighbors,
+        mutual=False,
+    )
+    _write(run, selection.counts)
+    results = core.describe(selection, config.min_neighbors)
+    q = results["quantiles"]
+    context.reporter.say(
+        f"neighbors per image: median {q['50']:.0f}, 5-95 % {q['5']:.0f}-{q['95']:.0f}"
+        + ("" if selection.threshold is None else f", cosine >= {selection.threshold:.3f}")
+    )
+    return Outcome(rows, {**results, "k": k})
+
+
+def _write(run: RunDirectory, counts: np.ndarray) -> None:
+    """counts: int32 [N]."""
+    image_ids = pa.array(run.matrix("embeddings", "image_id"))
+    table = pa.Table.from_arrays([image_ids, pa.array(counts)], schema=SELECTION_SCHEMA)
+    run.write_table(table, FOLDER, "part-00000.parquet")
+
+
+def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
+    """The similarities as a mapped array and as what is compared; the counts."""
+    images = size.images or 0
+    lists = images * min(config.neighbors.max_neighbors, max(images, 1))
+    return Need(memory=3.0 * lists + 16.0 * images, disk=16.0 * images)
+
+
+STAGE = Stage(
+    name="select",
+    folder=FOLDER,
+    needs=("embed", "search"),
+    settings=_settings,
+    run=_run,
+    estimate=_estimate,
+)
