@@ -33,10 +33,10 @@ READ = 512  # images whose encoded bytes are in memory at once
 def choose(
     clusters: np.ndarray, confidence: np.ndarray, num_clusters: int, sure: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows of each cluster's `sure` surest images, and half as many of its least sure, worst first.
+    """Rows of each cluster's `sure` most confident images, and half as many of its least confident.
 
-    clusters: int [N]. confidence: float [N]. Ties are broken at random, not by file name; no row is
-    in both.
+    clusters: int [N]. confidence: float [N]. The second kind begins with the lowest confidence. Ties
+    are broken at random, not by file name. No row is in both.
     """
     ties = np.random.default_rng(seed).random(len(clusters))
     order = np.lexsort((ties, -confidence, clusters))
@@ -103,7 +103,7 @@ class Galleries:
         return True
 
     def of(self, cluster: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Shown images of a cluster: surest, least sure."""
+        """Shown images of a cluster: the most and the least confident ones."""
         sure, unsure = (
             [self.images[int(row)] for row in rows if int(row) in self.images]
             for rows in self.picks[cluster]
@@ -111,7 +111,8 @@ class Galleries:
         return sure, unsure
 
     def _by_rank(self) -> Iterator[np.ndarray]:
-        """The first image of all clusters, then the second, ...: two sure ones, one unsure one."""
+        """The first image of all clusters, then the second, and so on: two confident ones, then one
+        of low confidence."""
         most = self.facts.config.report.images_per_cluster
         for rank in range(most):
             turns = [(0, rank)] + ([(1, rank // 2)] if rank % 2 else [])
@@ -123,8 +124,8 @@ class Galleries:
                     yield np.array(rows)
 
     def _expected(self, waiting: list[np.ndarray]) -> list[np.ndarray]:
-        """The ranks that should fit, judged by a sample; with smaller thumbnails where full ones
-        would leave fewer than 9 per cluster."""
+        """The ranks that should fit, estimated from a sample. Thumbnails are made smaller where fewer
+        than 9 full ones per cluster would fit."""
         if not waiting or self.budget <= 0:
             return []
         sample = waiting[0][:: max(1, len(waiting[0]) // 32)]
@@ -137,8 +138,8 @@ class Galleries:
         return waiting[: int(np.searchsorted(total, 1.15 * self.budget / each, side="right"))]
 
     def _read(self, rows: np.ndarray) -> dict[int, dict[str, Any]]:
-        """Thumbnails of these rows. In ascending order, so that a tar or a Parquet row group, which
-        holds neighboring images, is read once."""
+        """Thumbnails of these rows, in ascending order: a tar or a Parquet row group holds neighboring
+        images and is then read once."""
         made: dict[int, dict[str, Any]] = {}
         for start in range(0, len(rows), READ):
             part = rows[start : start + READ]
@@ -176,7 +177,7 @@ def _weight(image: dict[str, Any]) -> int:
 def thumbnails(config: Config, places: Sequence[dict[str, Any]], side: int) -> list[str | None]:
     """Square thumbnails as data URIs; None where there is no image, or it cannot be read.
 
-    A moved or deleted image must not cost the report: its name stands in its place.
+    A moved or deleted image must not prevent the report: the page shows its name instead.
     """
     if config.data.embeddings:
         return [None] * len(places)
