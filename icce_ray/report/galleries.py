@@ -35,7 +35,7 @@ def choose(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows of each cluster's `sure` most confident images, and half as many of its least confident.
 
-    clusters: int [N]. confidence: float [N]. The second kind begins with the lowest confidence. Ties
+    clusters: int [N]. confidence: float [N]. The second kind starts at the lowest confidence. Ties
     are broken at random, not by file name. No row is in both.
     """
     ties = np.random.default_rng(seed).random(len(clusters))
@@ -124,8 +124,8 @@ class Galleries:
                     yield np.array(rows)
 
     def _expected(self, waiting: list[np.ndarray]) -> list[np.ndarray]:
-        """The ranks that should fit, estimated from a sample. Thumbnails are made smaller where fewer
-        than 9 full ones per cluster would fit."""
+        """The ranks that should fit, estimated from a sample. Thumbnails are made smaller where
+        fewer than 9 full ones per cluster would fit."""
         if not waiting or self.budget <= 0:
             return []
         sample = waiting[0][:: max(1, len(waiting[0]) // 32)]
@@ -138,8 +138,8 @@ class Galleries:
         return waiting[: int(np.searchsorted(total, 1.15 * self.budget / each, side="right"))]
 
     def _read(self, rows: np.ndarray) -> dict[int, dict[str, Any]]:
-        """Thumbnails of these rows, in ascending order: a tar or a Parquet row group holds neighboring
-        images and is then read once."""
+        """Thumbnails of these rows, in ascending order: a tar or a Parquet row group holds
+        neighboring images and is then read once."""
         made: dict[int, dict[str, Any]] = {}
         for start in range(0, len(rows), READ):
             part = rows[start : start + READ]
