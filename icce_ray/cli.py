@@ -23,54 +23,60 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="""Unsupervised image classification: unlabeled images and a number of classes in, every
-image's class and confidence, a classifier for new images and a report out.
+    help="""Unsupervised image classification. It takes unlabeled images and a number of classes; it
+makes a class and a confidence for every image, a classifier for new images, and a report.
 
-Try it:
+Examples:
 
-* `icce-ray run quickstart` runs the whole chain on 1,797 small images.
+* `icce-ray run quickstart` runs all stages on 1,797 small images.
 
 * `icce-ray config imagenet` prints every setting with its meaning.
 
-* `icce-ray run imagenet data.path=s3://bucket/train run_dir=s3://bucket/runs/1` is the real thing;
-on a cluster: `ray job submit --working-dir . -- python jobs/pipeline.py imagenet ...`
+* `icce-ray run imagenet data.path=s3://bucket/train run_dir=s3://bucket/runs/1` is ImageNet; on a
+cluster: `ray job submit --working-dir . -- python jobs/pipeline.py imagenet ...`
 
-* `icce-ray sweep quickstart ensemble` tries other settings and ranks them without any label.
+* `icce-ray sweep quickstart ensemble` tries other settings and ranks them without labels.
 """,
 )
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings, as in the YAML: heads.count=16 seed=1"),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings that replace those of CONFIG: heads.count=16 seed=1"
+    ),
 ]
 
 
 @app.command()
 def run(
     name: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A golden config's name, or a YAML file.")
+        str, typer.Argument(metavar="CONFIG", help="Name of a golden config, or a YAML file.")
     ],
     overrides: Overrides = None,
     first: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Begin with this stage.")
+        str | None, typer.Option("--from", metavar="STAGE", help="First stage to run.")
     ] = None,
     last: Annotated[
-        str | None, typer.Option("--until", metavar="STAGE", help="End with this stage.")
+        str | None, typer.Option("--until", metavar="STAGE", help="Last stage to run.")
     ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace artifacts of other settings; with --from, redo those stages.",
+            help="Replace what was made with other settings; with --from, run those stages again.",
         ),
     ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the end only.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be done, and stop.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print only errors and the final result.")
+    ] = False,
 ) -> None:
-    """Run the chain: index, embed, search, select, heads, consensus, classify, evaluate, report.
+    """Run the stages: index, embed, search, select, heads, consensus, classify, evaluate, report.
 
-    Finished stages are skipped and half-done ones resumed, so the same command goes on after a
-    crash or Ctrl-C.
+    Finished stages are skipped, and a half-done one resumes: after a crash or Ctrl-C, run the same
+    command again.
     """
     from icce_ray import pipeline
     from icce_ray.sweeps import num_classes as classes
@@ -113,7 +119,7 @@ def _accuracy_line(metrics: dict[str, Any]) -> str:
 @app.command()
 def sweep(
     name: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A golden config's name, or a YAML file.")
+        str, typer.Argument(metavar="CONFIG", help="Name of a golden config, or a YAML file.")
     ],
     space: Annotated[
         str,
@@ -122,17 +128,21 @@ def sweep(
         ),
     ],
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Forget earlier results of this sweep.")
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be done, and stop.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the end only.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete earlier results of this sweep.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print only errors and the final result.")
+    ] = False,
 ) -> None:
-    """Try many settings and rank the results by a label-free score.
+    """Try many settings and rank the results by a score that needs no labels.
 
-    Takes what it can from the run's directory and makes the rest; what trials share is made once.
-    The same command goes on after a crash or Ctrl-C, and runs what is new after SPACE was extended.
-    Ends with a table, a report, and best.yaml, which `icce-ray run` takes.
+    What the run directory holds already is used, and what several trials share is made once. After
+    a crash or Ctrl-C, run the same command again: finished trials are kept. The same holds after
+    SPACE was extended. The sweep ends with a table, a report, and best.yaml for `icce-ray run`.
     """
     from icce_ray.sweeps import results as results_
     from icce_ray.sweeps import running as sweeps
@@ -147,17 +157,24 @@ def sweep(
 def predict(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A finished run.")],
     images: Annotated[
-        str, typer.Argument(metavar="NEW_IMAGES", help="Folder, Parquet, or WebDataset tars.")
+        str,
+        typer.Argument(
+            metavar="NEW_IMAGES", help="A folder of images, Parquet files, or WebDataset tars."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="out=FOLDER KEY=VALUE",
-            help="Where to (default: RUN_DIR/predictions); embed.* and data.* settings.",
+            help="Folder of the predictions (default: RUN_DIR/predictions), and embed.*, data.* or "
+            "ray.* settings.",
         ),
     ] = None,
 ) -> None:
-    """Classify new images with a run's classifier, into Parquet with cluster and confidence."""
+    """Classify new images with the classifier of a run.
+
+    Writes Parquet files with the cluster and the confidence of each image.
+    """
     from icce_ray.stages import predict as stage
 
     out, rest = _take_out(overrides or [])
@@ -166,20 +183,20 @@ def predict(
 
 def _take_out(overrides: list[str]) -> tuple[str | None, list[str]]:
     """The last out=..., and the other overrides."""
-    found = [text[4:] for text in overrides if text.startswith("out=")]
+    outs = [text[4:] for text in overrides if text.startswith("out=")]
     rest = [text for text in overrides if not text.startswith("out=")]
-    return (found[-1] if found else None) or None, rest
+    return (outs[-1] if outs else None) or None, rest
 
 
 @app.command()
 def status(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
 ) -> None:
-    """Show what a run has done, and how far it is."""
+    """Show which stages of a run are done, and how far the current one is."""
     from icce_ray.errors import ArtifactError
-    from icce_ray.pipeline import STAGES
     from icce_ray.rundir import storage
     from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.stages.table import STAGES
 
     storage.check(run_dir)
     directory = RunDirectory(run_dir)
@@ -191,13 +208,12 @@ def status(
     for title in ("stage", "state", "rows", "time", "finished"):
         table.add_column(title, justify="right" if title in ("rows", "time") else "left")
     for stage in STAGES:
-        done = directory.manifest(stage.folder)
-        if done:
+        look = directory.look(stage.folder)
+        if done := look.manifest:
             took = duration(done.seconds)
             table.add_row(stage.name, "done", f"{done.rows:,}", took, done.finished)
         else:
-            half = directory.partial(stage.folder) is not None
-            table.add_row(stage.name, "half done" if half else "to do", "", "", "")
+            table.add_row(stage.name, "half done" if look.partial else "to do", "", "", "")
     console.print(table)
     if directory.exists("status.json"):
         console.print(_status_line(directory.read_json("status.json")), markup=False)
@@ -207,12 +223,12 @@ def status(
 
 def _sweep_lines(directory: Any) -> list[str]:
     """One line for each sweep of a run."""
-    found = []
+    lines = []
     for name in directory.folders("sweeps"):
         if directory.exists("sweeps", name, "status.json"):
             state = directory.read_json("sweeps", name, "status.json")
-            found.append(f"sweep {name}: {_status_line(state)}")
-    return found
+            lines.append(f"sweep {name}: {_status_line(state)}")
+    return lines
 
 
 def _status_line(state: dict[str, Any]) -> str:
@@ -244,9 +260,11 @@ def _running_line(state: dict[str, Any]) -> str:
 
 @app.command()
 def report(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run with an evaluation.")],
+    run_dir: Annotated[
+        str, typer.Argument(metavar="RUN_DIR", help="A run whose evaluation is finished.")
+    ],
 ) -> None:
-    """Build the report page again, and print where it is."""
+    """Build the report of a run again, and print its path."""
     from icce_ray.stages import report as stage
 
     print(stage.build(run_dir))
@@ -255,11 +273,12 @@ def report(
 @app.command()
 def config(
     name: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="A golden config's name, or a file.")
+        str | None,
+        typer.Argument(metavar="CONFIG", help="Name of a golden config, or a YAML file."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print the resolved settings with their documentation; without a name, list the configs."""
+    """Print the settings of a config with their meaning; without CONFIG, list golden configs."""
     if name is None:
         for known, path in configs.golden_configs().items():
             print(f"{known:<15}{_first_comment(path.read_text())}")

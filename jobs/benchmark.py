@@ -8,6 +8,7 @@
     python jobs/benchmark.py imbalance   classes of unequal size, cut from a finished run's data
     python jobs/benchmark.py pace        accuracy over the time of training, beside TEMI's recipe
     python jobs/benchmark.py alone       the parts of the method on one device, without Ray
+    python jobs/benchmark.py startup     the time of commands that compute nothing
 
 Each prints a table and writes it as Markdown and JSON. `scale` and `split` work on this machine;
 inside a Ray job `scale` would see the memory of the driver alone. `alone`, and `pace` on
@@ -615,6 +616,20 @@ def alone(
     content = {"settings": sizes, "machine": machine(), "remarks": remarks}
     content["parts"] = [asdict(one) for one in measured]
     publish(out, f"{parts.parts_table(measured)}\n\n{notes}", content)
+
+
+@app.command()
+def startup(
+    run_dir: Annotated[str, typer.Argument(help="A finished run.")],
+    config: Annotated[list[str], typer.Argument(help="The config of that run, and overrides.")],
+    repeats: Annotated[int, typer.Option(help="Times that each command is run.", min=1)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time of commands that compute nothing, beside that of the imports which all of them need."""
+    from benchmarks import startup as starting
+
+    measured = starting.measure(run_dir, config, repeats)
+    print(json.dumps(measured) if as_json else starting.table(measured))
 
 
 def _tell(line: str) -> None:

@@ -17,10 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-QUERY_CHUNK = 2048
-BASE_CHUNK = 32_768  # with QUERY_CHUNK: 256 MB of similarities at a time
-IVF_SAMPLE_PER_LIST = 64  # rows per inverted list that its centroids are trained on
-
+from icce_ray.core.constants import BASE_CHUNK, QUERY_CHUNK, ivf_shape
 
 # --- exact search --------------------------------------------------------------------------------
 
@@ -113,23 +110,12 @@ def merge(
 # --- approximate search --------------------------------------------------------------------------
 
 
-def ivf_bytes(rows: int, features: int) -> float:
-    """Memory while an index of so many rows is built: itself, and what its lists are trained on."""
-    return 2.0 * rows * features + 4.0 * _ivf_shape(rows)[1] * features
-
-
-def _ivf_shape(rows: int) -> tuple[int, int]:
-    """Inverted lists, about 4 sqrt(N), and the rows that their centroids are trained on."""
-    lists = max(1, min(int(4 * np.sqrt(rows)), rows // IVF_SAMPLE_PER_LIST))
-    return lists, min(rows, lists * IVF_SAMPLE_PER_LIST)
-
-
 def build_ivf(matrix: np.ndarray, path: Path, seed: int) -> None:
     """Write a faiss inverted-file index of all rows, half precision."""
     import faiss
 
     rows, features = matrix.shape
-    lists, sample = _ivf_shape(rows)
+    lists, sample = ivf_shape(rows)
     quantizer = faiss.IndexFlatIP(features)
     half = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexIVFScalarQuantizer(

@@ -18,7 +18,15 @@ import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
 from icce_ray.config.schema import DataConfig
-from icce_ray.data.listing import PARQUET, Listing, find_files, finish, number, rows, suffix_of
+from icce_ray.data.listing import (
+    PARQUET,
+    Listing,
+    find_files,
+    finish,
+    index_table,
+    number,
+    suffix_of,
+)
 from icce_ray.data.reading import row_uri
 from icce_ray.errors import ArtifactError, DataError, one_line
 from icce_ray.rundir.schemas import to_matrix
@@ -191,7 +199,7 @@ def list_rows(data: DataConfig) -> Listing:
     elif uris.null_count:
         raise DataError(f"data.embeddings={data.embeddings}: {uris.null_count} rows have no uri")
     labels = read_column(given.files, data.label_column)
-    return finish(rows(uris, labels), "embeddings", data.limit)
+    return finish(index_table(uris, labels), "embeddings", data.limit)
 
 
 def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:

@@ -56,7 +56,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Found:
+class Files:
     """Files below a place, sorted by name."""
 
     base: str  # URI or absolute path of the place
@@ -82,9 +82,9 @@ class Found:
         after = pc.utf8_lower(pc.replace_substring_regex(last, r"(?s)^.*\.", ""))
         return pc.if_else(pc.match_substring(last, "."), after, "")
 
-    def only(self, suffixes: Sequence[str]) -> Found:
+    def only(self, suffixes: Sequence[str]) -> Files:
         """Those of the files that end so."""
-        return Found(self.base, self.names.filter(_any_of(self.suffixes(), suffixes)))
+        return Files(self.base, self.names.filter(_any_of(self.suffixes(), suffixes)))
 
 
 def _any_of(values: pa.Array, wanted: Sequence[str]) -> pa.Array:
@@ -101,12 +101,12 @@ def list_images(data: DataConfig, setting: str = "data.path") -> Listing:
             that occurs twice.
     """
     assert data.path is not None
-    found = find_files(data.path, setting)
-    kind = _kind(data, found, setting)
+    files = find_files(data.path, setting)
+    kind = _kind(data, files, setting)
     # a single file may have any name, where the user gave its format
-    chosen = found if data.format != "auto" and found.is_file else found.only(FORMATS[kind])
+    chosen = files if data.format != "auto" and files.is_file else files.only(FORMATS[kind])
     if not len(chosen.names):
-        raise _nothing(data, kind, found, setting)
+        raise _nothing(data, kind, files, setting)
     reader: Callable[..., pa.Table] = {
         "folder": _folder_rows,
         "parquet": _parquet_rows,
@@ -114,20 +114,20 @@ def list_images(data: DataConfig, setting: str = "data.path") -> Listing:
     }[kind]
     table = reader(data, chosen)
     if not table.num_rows:
-        raise _nothing(data, kind, found, setting)
+        raise _nothing(data, kind, files, setting)
     return finish(table, kind, data.limit)
 
 
 def finish(table: pa.Table, kind: str, limit: int | None) -> Listing:
     """Give ids, after dropping all but `limit` evenly spaced rows. Raises DataError: duplicates."""
-    found = table.num_rows
+    total = table.num_rows
     if kind != "folder":
         _refuse_duplicates(table["uri"])
-    if limit is not None and limit < found:
-        table = table.take(pa.array(evenly(found, limit)))
+    if limit is not None and limit < total:
+        table = table.take(pa.array(evenly(total, limit)))
     ids = pa.array(np.arange(table.num_rows, dtype=np.int64))
     columns = [ids, *(table[name] for name in INDEX_SCHEMA.names[1:])]
-    return Listing(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA), kind, found)
+    return Listing(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA), kind, total)
 
 
 def evenly(total: int, limit: int | None) -> np.ndarray:
@@ -147,7 +147,7 @@ def _refuse_duplicates(uris: pa.ChunkedArray) -> None:
     )
 
 
-def find_files(path: str, setting: str = "data.path") -> Found:
+def find_files(path: str, setting: str = "data.path") -> Files:
     """All files below a folder, or the file itself; hidden ones left out.
 
     setting: what the user gave the path as, for messages.
@@ -160,7 +160,7 @@ def find_files(path: str, setting: str = "data.path") -> Found:
         place = Storage(base)
         info = place.info()
         if info.type == pafs.FileType.File:
-            return Found(base, pa.array([""]))
+            return Files(base, pa.array([""]))
         if info.type == pafs.FileType.NotFound:
             raise DataError(f"{setting}={path}: there is no such file or folder")
         walk = _walk(place) if is_remote(base) else _walk_local(place.root)
@@ -172,7 +172,7 @@ def find_files(path: str, setting: str = "data.path") -> Found:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{setting}={path} cannot be listed: {one_line(error)}") from None
     names = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
-    return Found(base, names.take(pc.sort_indices(names)))
+    return Files(base, names.take(pc.sort_indices(names)))
 
 
 def _walk_local(root: str) -> Iterator[list[str]]:
@@ -233,11 +233,11 @@ def suffix_of(name: str) -> str:
     return base.rpartition(".")[2].lower() if "." in base else ""
 
 
-def _kind(data: DataConfig, found: Found, setting: str) -> str:
+def _kind(data: DataConfig, files: Files, setting: str) -> str:
     """The format: as given, or by the files' names."""
     if data.format != "auto":
         return data.format
-    suffixes = found.suffixes()
+    suffixes = files.suffixes()
     counts = {k: pc.sum(_any_of(suffixes, ends)).as_py() or 0 for k, ends in FORMATS.items()}
     present = [kind for kind, count in counts.items() if count]
     if len(present) > 1:
@@ -247,19 +247,19 @@ def _kind(data: DataConfig, found: Found, setting: str) -> str:
             "Say which to use: data.format=folder, parquet or webdataset."
         )
     if not present:
-        raise _nothing(data, "auto", found, setting)
+        raise _nothing(data, "auto", files, setting)
     return present[0]
 
 
-def _nothing(data: DataConfig, kind: str, found: Found, setting: str) -> DataError:
+def _nothing(data: DataConfig, kind: str, files: Files, setting: str) -> DataError:
     kinds = FORMATS if kind == "auto" else {kind: FORMATS[kind]}
     looked = "; ".join(f"{name}: {_dotted(ends)}" for name, ends in kinds.items())
-    seen = sorted(set(pc.unique(found.suffixes()).to_pylist()) - {""})
+    seen = sorted(set(pc.unique(files.suffixes()).to_pylist()) - {""})
     text = f"{setting}={data.path} holds no images. Looked for {looked}"
     if kind == "webdataset" and "tar" in seen:
         text += " with members KEY.jpg, KEY.png, ..., KEY being all before the first dot"
     if seen:
-        text += f". Found {len(found.names):,} files ending in {_dotted(seen[:8])}"
+        text += f". Found {len(files.names):,} files ending in {_dotted(seen[:8])}"
     if "gz" in seen or "tgz" in seen:
         text += " (compressed tars have to be unpacked: images are read out of tars by position)"
     return DataError(text + ".")
@@ -276,7 +276,7 @@ def _each(work: Callable[[str], T], uris: Sequence[str]) -> list[T]:
         return list(pool.map(work, uris))
 
 
-def rows(
+def index_table(
     uris: pa.Array | pa.ChunkedArray,
     labels: Any = None,
     offsets: Any = None,
@@ -295,18 +295,18 @@ def rows(
     return pa.table(dict(zip(names, columns, strict=True)))
 
 
-def _folder_rows(data: DataConfig, found: Found) -> pa.Table:
+def _folder_rows(data: DataConfig, files: Files) -> pa.Table:
     """Image files. Labels: the first folder below the root, where all lie in one and two differ."""
     labels = None
-    if pc.all(pc.match_substring(found.names, "/")).as_py():
-        first = pc.replace_substring_regex(found.names, r"(?s)/.*$", "")
+    if pc.all(pc.match_substring(files.names, "/")).as_py():
+        first = pc.replace_substring_regex(files.names, r"(?s)/.*$", "")
         labels = first if pc.count_distinct(first).as_py() > 1 else None
-    return rows(found.uris(), labels)
+    return index_table(files.uris(), labels)
 
 
-def _parquet_rows(data: DataConfig, found: Found) -> pa.Table:
+def _parquet_rows(data: DataConfig, files: Files) -> pa.Table:
     """Rows of Parquet files; their footers say how many; only labels are read."""
-    uris = found.uris().to_pylist()
+    uris = files.uris().to_pylist()
     return pa.concat_tables(_each(lambda uri: _parquet_file(data, uri), uris))
 
 
@@ -315,7 +315,9 @@ def _parquet_file(data: DataConfig, uri: str) -> pa.Table:
         parquet = pq.ParquetFile(stream)
         _check_image_column(data.image_column, parquet.schema_arrow, uri)
         labels = _label_column(parquet, data.label_column)
-        return rows(number(row_uri(uri, data.image_column), parquet.metadata.num_rows), labels)
+        return index_table(
+            number(row_uri(uri, data.image_column), parquet.metadata.num_rows), labels
+        )
 
     try:
         return Storage(uri).load(read)
@@ -354,9 +356,9 @@ def _label_column(parquet: pq.ParquetFile, column: str) -> Any:
     return parquet.read(columns=[column])[column].cast(pa.string()).combine_chunks()
 
 
-def _tar_rows(data: DataConfig, found: Found) -> pa.Table:
+def _tar_rows(data: DataConfig, files: Files) -> pa.Table:
     """Members of uncompressed tars, by a scan of their headers."""
-    return pa.concat_tables(_each(_tar_file, found.uris().to_pylist()))
+    return pa.concat_tables(_each(_tar_file, files.uris().to_pylist()))
 
 
 def _tar_file(uri: str) -> pa.Table:
@@ -378,7 +380,7 @@ def _scan_tar(filesystem: pafs.FileSystem, path: str, uri: str) -> pa.Table:
         elif suffix == "cls":
             labels[key] = read().decode("utf-8", "replace").strip()
     names = [f"{uri}#{name}" for name, _, _ in images]
-    return rows(
+    return index_table(
         pa.array(names, pa.string()),
         pa.array([labels.get(key) for key in keys], pa.string()),
         pa.array([offset for _, offset, _ in images], pa.int64()),

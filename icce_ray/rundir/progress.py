@@ -29,14 +29,8 @@ from icce_ray.rundir.lock import this_process
 from icce_ray.rundir.storage import hastily, listening
 
 LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
-
-
 STATUS_EVERY = 3.0  # seconds between writes of status.json
-
-
 REMOTE_EVERY = 30.0  # the same on object stores, where each write costs
-
-
 LOG_EVERY = 60.0  # seconds between writes of the log on object stores
 
 
@@ -57,24 +51,31 @@ def _encode(text: str) -> bytes:
 
 
 class Bar:
-    """One long step: how far, how fast, how long still."""
+    """One long step: how far it is, and how long it will still take."""
 
     def __init__(self, reporter: Reporter, title: str, total: int, unit: str, done: int) -> None:
-        self.reporter, self.title, self.total, self.unit = reporter, title, total, unit
-        self.done, self._start_at = done, done
-        self._started = self._line = time.monotonic()
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._reporter, self._start_at = reporter, done
+        self._first: tuple[float, int] | None = None  # time and count at the first unit done here
+        self.line_at = time.monotonic()  # of the last progress line
 
     def update(self, done: int, note: str = "") -> None:
         """Set how many are done (not an increment); `note` is shown beside it."""
         self.done = done
-        self.reporter._moved(self, note)
+        if self._first is None and done > self._start_at:
+            self._first = (time.monotonic(), done)
+        self._reporter.moved(self, note)
 
     def remaining(self) -> float | None:
-        """Seconds still to go at the mean rate of this session, or None at the start."""
-        made = self.done - self._start_at
-        if made <= 0:
+        """Seconds still to go, or None before there is a measurement.
+
+        The rate is that since the first unit done in this session: what came before it was
+        start-up (importing, compiling, filling buffers), which will not come again.
+        """
+        if self._first is None or self.done <= self._first[1]:
             return None
-        return (self.total - self.done) * (time.monotonic() - self._started) / made
+        started, count = self._first
+        return (self.total - self.done) * (time.monotonic() - started) / (self.done - count)
 
 
 class Reporter:
@@ -105,7 +106,7 @@ class Reporter:
             self.log(text)
 
     def event(self, text: str) -> None:
-        """Something the user should find again in the report: a lost worker, a resumed stage."""
+        """A line that the report shows again: a lost worker, a resumed stage."""
         self.events.append(text)
         self.say(f"! {text}")
 
@@ -148,7 +149,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Meanwhile tell the user of storage failures that are waited out."""
+        """Meanwhile report storage failures that are waited out to the user."""
         with listening(self._storage):
             yield
 
@@ -195,12 +196,13 @@ class Reporter:
         else:
             yield bar
 
-    def _moved(self, bar: Bar, note: str) -> None:
+    def moved(self, bar: Bar, note: str) -> None:
+        """Show where a bar is: in the terminal at once, elsewhere from time to time."""
         now = time.monotonic()
         if self._progress is not None:
             self._progress.update(self._task, completed=bar.done, note=note)
-        if now - bar._line >= LINE_EVERY:
-            bar._line = now
+        if now - bar.line_at >= LINE_EVERY:
+            bar.line_at = now
             self._line(bar, note)
         every = STATUS_EVERY if self.run.is_local else REMOTE_EVERY
         if now - self._status_at >= every:

@@ -1,4 +1,7 @@
-"""TODO"""
+"""Columns of the Parquet files, and the way between them and numpy arrays.
+
+Shapes: N images, D features, M neighbors.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,11 @@ INDEX_SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),  # dense, 0..N-1, in listing order
         ("uri", pa.string()),  # where the image is; for a row or a member: FILE#ROW, TAR#MEMBER
-        ("label", pa.string()),  # ground truth, or null; read by evaluate and report alone
+        ("label", pa.string()),  # ground truth, or null; read only by evaluate and report
         ("offset", pa.int64()),  # byte offset inside a tar, else null
         ("size", pa.int64()),  # bytes inside a tar, else null
     ]
 )
-
 
 QUARANTINE_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())]
@@ -26,11 +28,9 @@ QUARANTINE_SCHEMA = pa.schema(
 # The first `count` of an image's list of neighbors are kept.
 SELECTION_SCHEMA = pa.schema([("image_id", pa.int64()), ("count", pa.int32())])
 
-
 CONSENSUS_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("cluster", pa.int32()), ("confidence", pa.float32())]
 )
-
 
 PREDICTIONS_SCHEMA = pa.schema(
     [

@@ -26,20 +26,21 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from icce_ray.config.schema import BackboneConfig, ClassifierConfig, Config, settings
+from icce_ray.config.schema import BackboneConfig, ClassifierConfig, Config
 from icce_ray.core import backbone as backbones
 from icce_ray.core.classifier import finetune as finetune_
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import probe as probe_
 from icce_ray.core.classifier import training as training_
 from icce_ray.core.collective import Collective
+from icce_ray.core.constants import SHUFFLE_BATCHES
 from icce_ray.distributed import inference as streaming
 from icce_ray.distributed import train as training
-from icce_ray.distributed.cluster import Cluster, Request, Wait, fetch
+from icce_ray.distributed.cluster import Request, Wait, fetch
 from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import CONSENSUS_SCHEMA
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 from icce_ray.stages.embed import Embedder
 from icce_ray.stages.predict import Predictor
 
@@ -59,17 +60,6 @@ POLL = 0.5  # seconds between looks at a Ray task
 
 
 BLOCK_ROWS = 256  # images per decoding task
-
-
-SHUFFLE_BATCHES = 8  # batches in a worker's shuffle buffer; the rows are permuted once before
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    return {
-        "classifier": settings(config.classifier),
-        "num_classes": config.num_classes,
-        "seed": config.seed,
-    }
 
 
 def _task(config: Config) -> dict[str, Any]:
@@ -552,7 +542,8 @@ def _check_answers(clusters: np.ndarray, table: pa.Table) -> None:
         )
 
 
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """Train the classifier on the consensus. Raises DataError, StageError."""
     config, run = context.config, context.run
     task = _task(config)
     finetune = config.classifier.kind == "finetune"
@@ -571,28 +562,3 @@ def _run(context: Context) -> Outcome:
             **results,
         },
     )
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    count, features, chosen = size.images or 0, size.features or 1024, config.classifier
-    answers = count * 16
-    head = features * chosen.hidden if chosen.kind == "mlp" else features * config.num_classes
-    if chosen.kind != "finetune":
-        batch = chosen.batch_size * (features + config.num_classes) * 4 * 4
-        where = "train workers" if chosen.num_workers else "one Ray task"
-        return Need(memory=count * features * 2 + batch + 16 * head, disk=answers, where=where)
-    # The backbone's size is not known before it is made: a ViT-L, with gradient and two moments.
-    weights = 4 * 4 * 304e6
-    buffer = SHUFFLE_BATCHES * chosen.batch_size * 3 * (config.backbone[0].image_size or 224) ** 2
-    disk = answers + 2 * 3 * 4 * 304e6
-    return Need(memory=weights + buffer, disk=disk, where="train workers")
-
-
-STAGE = Stage(
-    name="classify",
-    folder=FOLDER,
-    needs=("index", "embed", "consensus"),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

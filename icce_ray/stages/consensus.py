@@ -12,32 +12,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.config.schema import KEEP_LEAST, KEEP_SHARE, Config, settings
+from icce_ray.config.schema import Config
+from icce_ray.core.constants import CONFIDENCE_NEIGHBORS
 from icce_ray.core.ensemble import agreement as agreement_
-from icce_ray.core.ensemble import graph as graph_
 from icce_ray.core.ensemble import selection
-from icce_ray.core.ensemble.confidence import NEIGHBORS, supported
-from icce_ray.core.evaluation.labelfree import EVIDENCE
+from icce_ray.core.ensemble.confidence import supported
 from icce_ray.core.neighbors import reference_k
-from icce_ray.distributed.cluster import Cluster, Request, Wait, result
+from icce_ray.distributed.cluster import Request, Wait, result
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import CONSENSUS_SCHEMA
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "consensus"
 LAST_LOSSES = 0.05  # share of the recorded losses whose mean is a head's final loss
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    keep = config.consensus.keep or [KEEP_SHARE, KEEP_LEAST]
-    return {
-        "consensus": {**settings(config.consensus), "keep": keep},
-        "evidence": EVIDENCE,
-        "confidence": NEIGHBORS,
-        "num_classes": config.num_classes,
-        "seed": config.seed,
-    }
 
 
 def final_losses(run: RunDirectory) -> np.ndarray:
@@ -75,10 +63,11 @@ def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, d
 
 def _nearest(ids: np.ndarray, config: Config) -> np.ndarray:
     """The neighbors that confidence goes by, int [N, M]."""
-    return ids[:, : reference_k(NEIGHBORS, len(ids), config.num_classes, ids.shape[1])]
+    return ids[:, : reference_k(CONFIDENCE_NEIGHBORS, len(ids), config.num_classes, ids.shape[1])]
 
 
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """Merge the heads' clusterings into one, with a confidence for each image."""
     config, run = context.config, context.run
     labels, confidence, info = _solve(run, config) if context.in_process else _task(context)
     table = pa.table([run.matrix("heads", "image_id"), labels, confidence], CONSENSUS_SCHEMA)
@@ -107,28 +96,3 @@ def _summary(info: dict[str, Any], confidence: float) -> str:
     if info["empty_clusters"]:
         text += f"; {info['empty_clusters']} of {info['num_clusters']} clusters are empty"
     return text
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    """From measurements: the label matrix twice, and the graph or table of the method."""
-    images, heads = size.images or 0, config.heads.count
-    labels = 2 * images * heads * (2 if config.head_clusters < 2**15 else 4)
-    fitted = min(images, config.consensus.max_rows)
-    graph = {
-        "cspa": 26.0 * min(images, graph_.CSPA_ROWS) ** 2,
-        "hgpa": 300.0 * fitted * max(graph_.CLIQUE_DEGREE // 2, heads),
-        "hbgf": 280.0 * fitted * heads,
-        "dawid-skene": 60.0 * fitted * heads,
-    }
-    memory = 2e8 + labels + graph.get(config.consensus.method, 0.0)
-    return Need(memory=memory, disk=16.0 * images, where="one task")
-
-
-STAGE = Stage(
-    name="consensus",
-    folder=FOLDER,
-    needs=("search", "heads"),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

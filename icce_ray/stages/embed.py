@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.config.schema import BackboneConfig, Config, settings
+from icce_ray.config.schema import BackboneConfig, Config
 from icce_ray.data import embeddings as vectors
 from icce_ray.data import listing
 from icce_ray.distributed import inference as streaming
-from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.inference import Columns, Job, Loaded
 from icce_ray.distributed.shards import Quarantine, Shards
 from icce_ray.errors import DataError, StageError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import embeddings_schema, tensor_column, to_matrix
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 if TYPE_CHECKING:
     import torch
@@ -34,14 +33,6 @@ QUARANTINE = "quarantine.parquet"
 BACKBONES = "backbones.json"  # what the shards were made with
 GIVEN = "embeddings that were given"
 UNIT = 1e-2  # largest deviation of a row's length from 1
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    if config.data.embeddings:  # which is in the settings of `index`
-        return {"source": GIVEN}
-    embed = settings(config.embed)
-    del embed["max_bad_fraction"]  # decides whether there is a result, not which
-    return {"backbone": settings(config.backbone), "embed": embed}
 
 
 def preflight(config: Config) -> None:
@@ -62,16 +53,6 @@ def features(config: Config) -> int | None:
 
     widths = [core.width(one) for one in config.backbone]
     return None if None in widths else sum(width or 0 for width in widths)
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    rows, width = size.images or 0, size.features or 1024
-    if config.data.embeddings:
-        memory = 8.0 * min(rows, config.embed.shard_size) * width
-        return Need(memory=memory, disk=2.0 * rows * width, where="driver")
-    flight = min(rows, 4 * config.embed.shard_size)
-    where = "Ray Data: CPU tasks decode, actors embed"
-    return Need(memory=1e9 + 4.0 * flight * width, disk=2.0 * rows * width, where=where)
 
 
 # --- in the actors -------------------------------------------------------------------------------
@@ -114,7 +95,12 @@ class Embedder:
 # --- in the driver -------------------------------------------------------------------------------
 
 
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """Embed every image, or take the embeddings that were given.
+
+    Raises:
+        DataError, StageError: too many images that cannot be used; workers lost for good.
+    """
     if context.config.data.embeddings:
         return _take_given(context)
     index = context.run.read_table("index", columns=list(streaming.ADDRESS))
@@ -311,13 +297,3 @@ class BadRows:
                 f"data.embeddings={uri}: {self.count:,} rows are zero or hold values that are not "
                 f"finite; the first are rows {rows} (from 0). Remove them, with their labels."
             )
-
-
-STAGE = Stage(
-    name="embed",
-    folder=FOLDER,
-    needs=("index",),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

@@ -22,13 +22,12 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
-from icce_ray.config.schema import settings as slice_of
 from icce_ray.core.evaluation import kmeans as kmeans_
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.distributed.cluster import Cluster, Request, Wait, result
+from icce_ray.distributed.cluster import Request, Wait, result
 from icce_ray.errors import ArtifactError, DataError
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "evaluation"
 CONTINGENCY_SCHEMA = pa.schema(
@@ -56,25 +55,8 @@ class Truth:
 
     @property
     def known(self) -> np.ndarray:
+        """Which rows have a label, bool [N]."""
         return self.codes >= 0
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """The slice of the config that the scores depend on."""
-    return {
-        "evaluate": slice_of(config.evaluate),
-        "labels": config.data.labels,
-        "seed": config.seed,
-        "num_classes": config.num_classes,
-    }
-
-
-def estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    """Memory is that of the k-means task: one float32 copy of what it holds at once."""
-    rows, width = size.images or 0, size.features or 0
-    large = kmeans_.kmeans_is_large(rows, width, config.num_classes)
-    held = min(rows, max(100_000, 256 * config.num_classes)) if large else rows
-    return Need(memory=4.0 * held * width * 2, disk=2e6, where="one task (k-means)")
 
 
 def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | None:
@@ -325,13 +307,3 @@ def _headline(result: dict[str, Any]) -> dict[str, Any]:
         if part in result:
             flat[f"{part}_acc"] = result[part]["acc"]
     return flat
-
-
-STAGE = Stage(
-    name="evaluate",
-    folder=FOLDER,
-    needs=("index", "embed", "search", "select", "heads", "consensus", "classify"),
-    settings=settings,
-    run=run,
-    estimate=estimate,
-)

@@ -7,9 +7,7 @@ batch, and gradients are averaged.
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +16,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from icce_ray.config.schema import Config, HeadsConfig, settings
+from icce_ray.config.schema import Config, HeadsConfig
+from icce_ray.core.constants import default_steps
 from icce_ray.core.evaluation.labelfree import NEAREST
 from icce_ray.core.heads.trainer import (
     Data,
     HeadTrainer,
-    default_batch,
-    default_steps,
     merge_states,
 )
 from icce_ray.core.projection import fit_projection
@@ -33,7 +30,7 @@ from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import tensor_column
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "heads"
 JUDGE = "judge"  # of a sweep: the search whose neighbors all of its trials are judged by
@@ -41,18 +38,6 @@ HISTORY_POINTS = 200  # loss values kept per head
 PROBES = 10  # scores of an unfinished training, where a sweep asks for them
 PROBE_ROWS = 20_000  # rows whose neighbors they look at, at most
 ROWS_PER_FILE = 1_000_000
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """With what stands for the settings not given, so that other defaults make other heads."""
-    heads, clusters = config.heads, config.head_clusters
-    resolved = {
-        "clusters": clusters,
-        "steps": heads.steps or default_steps(clusters),
-        "batch_size": heads.batch_size or default_batch(clusters),
-        "balance": settings(heads.balances),
-    }
-    return {"heads": {**settings(heads), **resolved}, "seed": config.seed}
 
 
 # --- in the workers ------------------------------------------------------------------------------
@@ -153,7 +138,8 @@ class _History:
 # --- in the driver -------------------------------------------------------------------------------
 
 
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """Train the heads and assign every image by each. Raises StageError: workers lost for good."""
     config, run, cluster = context.config, context.run, context.cluster
     rows = run.matrix("embeddings", "image_id").shape[0]
     steps = config.heads.steps or default_steps(config.head_clusters)
@@ -235,29 +221,3 @@ def _write_assignments(run: RunDirectory, assignments: np.ndarray, rows: int) ->
             }
         )
         run.write_table(table, FOLDER, f"part-{part:05d}.parquet")
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    images, features = size.images or 0, size.features or 1024
-    inputs = min(features, config.heads.pca or features)
-    widths = [inputs, *config.heads.hidden, config.head_clusters]
-    weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.heads.count
-    pairs = config.heads.batch_size or default_batch(config.head_clusters)
-    own = math.ceil(config.heads.count / max(1, config.heads.num_workers or 1))
-    batch = 2 * pairs * own
-    activations = batch * (sum(widths[1:]) + 4 * config.head_clusters) * 4 * 2
-    matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4)
-    assigned = images * config.heads.count * 2
-    # student, teacher, gradient and AdamW's two moments: five copies of the weights, float32
-    memory = matrix + 5 * 4 * weights + activations + assigned
-    return Need(memory=memory, disk=assigned + 4 * 4 * weights, where="train workers")
-
-
-STAGE = Stage(
-    name="heads",
-    folder=FOLDER,
-    needs=("embed", "search", "select"),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

@@ -5,23 +5,14 @@ Shapes: N images.
 
 from __future__ import annotations
 
-from typing import Any
-
-from icce_ray.config.schema import Config, settings
+from icce_ray.config.schema import Config
 from icce_ray.data import datasets, embeddings, labels, listing
-from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "index"
 ROWS_PER_FILE = 1_000_000
 BYTES_PER_ROW = 450  # in memory while listing, as measured
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    data: dict[str, Any] = settings(config.data)
-    del data["labels"]
-    return {"data": data}
 
 
 # --- before the run ------------------------------------------------------------------------------
@@ -57,7 +48,13 @@ def _check_classes(config: Config, images: int) -> None:
 # --- the stage -----------------------------------------------------------------------------------
 
 
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """List the images, or the rows of given embeddings.
+
+    Raises:
+        ConfigError: more clusters than images.
+        DataError: images or embeddings that cannot be used.
+    """
     config, run = context.config, context.run
     data = config.data
     if data.dataset and datasets.materialize(data.dataset, str(data.path)):
@@ -71,18 +68,3 @@ def _run(context: Context) -> Outcome:
     kind = f"{rows:,} of {listed.found:,} images ({listed.kind})"
     context.reporter.say(f"{kind}, {labeled:,} with a label" if labeled else kind)
     return Outcome(rows, {"kind": listed.kind, "found": listed.found, "labeled": labeled})
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    images = size.images or 0
-    return Need(memory=images * BYTES_PER_ROW, disk=images * 40.0, where="driver")
-
-
-STAGE = Stage(
-    name="index",
-    folder=FOLDER,
-    needs=(),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

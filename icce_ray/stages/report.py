@@ -7,31 +7,17 @@ report.max_megabytes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
-from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError
 from icce_ray.report.pages import FOLDER, PAGE
 from icce_ray.report.run_page import render
 from icce_ray.rundir import storage
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.stages import evaluate
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """The slice of the config that the page depends on."""
-    return {**evaluate.settings(config), "report": configs.settings(config.report)}
-
-
-def estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    """Columns of a few bytes per image; the page twice in memory (its pieces and its text)."""
-    page = config.report.max_megabytes * 1e6
-    return Need(memory=120.0 * (size.images or 0) + 3 * page, disk=page)
+from icce_ray.stages.base import Context, Outcome
 
 
 def run(context: Context) -> Outcome:
@@ -65,13 +51,3 @@ def _write(config: Config, files: RunDirectory) -> tuple[bytes, int]:
     page, shown = render(config, files, None if known is None else known.codes)
     files.write_bytes(page, FOLDER, PAGE)
     return page, shown
-
-
-STAGE = Stage(
-    name="report",
-    folder=FOLDER,
-    needs=("index", "embed", "search", "select", "heads", "consensus", "classify", "evaluate"),
-    settings=settings,
-    run=run,
-    estimate=estimate,
-)

@@ -9,7 +9,6 @@ Shapes: N images, D features, P components, M neighbors, Q query rows of one tas
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,38 +16,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.config.schema import Config, NeighborsConfig
+from icce_ray.config.schema import NeighborsConfig
 from icce_ray.core import neighbors as core
-from icce_ray.distributed.cluster import Cluster, Request, Wait, completed
+from icce_ray.distributed.cluster import Request, Wait, completed
 from icce_ray.errors import DataError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.progress import duration
 from icce_ray.rundir.schemas import neighbors_schema, tensor_column
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
+from icce_ray.stages.table import QUERY_ROWS, exact_seconds, is_approximate
 
 FOLDER = "neighbors"
-SETTINGS = ("pca", "search", "nprobe", "max_neighbors")  # of the group neighbors; rest: select
 CHOICE = "search.json"  # in FOLDER: whether the search is approximate, settled once
-QUERY_ROWS = 65_536  # of one Ray task, and of the file that it writes
-EXACT_SECONDS = 3600.0  # search=auto: exact search where it is expected to take less
-CPU_FLOPS = 5e10  # float32 per core and second, as measured
-GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
 ADVICE = "Lower neighbors.num_gpus"
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    return {"neighbors": {name: getattr(config.neighbors, name) for name in SETTINGS}}
-
-
-def exact_seconds(rows: int, features: int, cpus: int, gpus: int) -> float:
-    """Expected seconds of exact search: 2 N^2 D operations."""
-    rate = gpus * GPU_FLOPS if gpus else max(1, cpus) * CPU_FLOPS
-    return 2.0 * rows**2 * features / rate
-
-
-def _approximate(config: NeighborsConfig, exact: float) -> bool:
-    """Whether to search approximately, where exact search would take that many seconds."""
-    return config.search == "ivf" or (config.search == "auto" and exact > EXACT_SECONDS)
 
 
 # --- in the tasks --------------------------------------------------------------------------------
@@ -147,7 +127,8 @@ def _shard(start: int, stop: int) -> str:
 # --- in the driver -------------------------------------------------------------------------------
 
 
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """Find each image's nearest neighbors. Raises DataError: fewer than 2 images."""
     rows, features = context.run.matrix("embeddings", "embedding").shape
     if rows < 2:
         raise DataError(f"neighbors need at least 2 images; {rows} could be used")
@@ -185,7 +166,7 @@ def _settle(context: Context, exact: float) -> bool:
     config, run = context.config.neighbors, context.run
     if run.exists(FOLDER, CHOICE):
         return bool(run.read_json(FOLDER, CHOICE)["ivf"])
-    ivf = _approximate(config, exact)
+    ivf = is_approximate(config, exact)
     if config.search == "auto" and ivf:
         context.reporter.say(
             f"exact search would take about {duration(exact)} here: using approximate search "
@@ -193,31 +174,3 @@ def _settle(context: Context, exact: float) -> bool:
         )
     run.write_json({"ivf": ivf}, FOLDER, CHOICE)
     return ivf
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    images, given = size.images or 0, size.features or 1024
-    features = min(given, config.neighbors.pca or given)
-    components = 2.0 * images * features if features < given else 0.0
-    lists = images * min(config.neighbors.max_neighbors, max(images, 1)) * 6
-    one = lists * min(1.0, QUERY_ROWS / max(images, 1))  # what one task finds
-    chunk = (core.QUERY_CHUNK + features) * core.BASE_CHUNK * 4
-    # Nothing is started to find out what there is; a cluster is taken to search exactly.
-    cores = os.cpu_count() or 1
-    seconds = exact_seconds(images, features, cores, 0) if cluster.is_local else 0.0
-    ivf = _approximate(config.neighbors, seconds)
-    index = core.ivf_bytes(images, features) if ivf else 0.0
-    file = 2.0 * images * features if ivf else 0.0
-    # The lists twice: Parquet, and the arrays that later stages map.
-    disk = 2 * lists + components + file
-    return Need(memory=max(2 * one, index) + chunk, disk=disk, where="Ray tasks")
-
-
-STAGE = Stage(
-    name="search",
-    folder=FOLDER,
-    needs=("embed",),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

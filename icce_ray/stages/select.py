@@ -6,29 +6,19 @@ they are: image i keeps the first `count[i]` ids of its list.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.config.schema import Config
 from icce_ray.core import neighbors as core
-from icce_ray.distributed.cluster import Cluster
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import SELECTION_SCHEMA
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "selection"
-SETTINGS = ("rule", "k", "threshold", "min_neighbors")  # of the group neighbors
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """With num_classes, which cuts k."""
-    chosen = {name: getattr(config.neighbors, name) for name in SETTINGS}
-    return {"neighbors": chosen, "num_classes": config.num_classes}
-
-
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """Choose how many of its neighbors each image keeps."""
     run, config = context.run, context.config.neighbors
     ids, similarity = (run.matrix("neighbors", name) for name in ("ids", "similarity"))
     rows, most = ids.shape
@@ -57,20 +47,3 @@ def _write(run: RunDirectory, counts: np.ndarray) -> None:
     image_ids = pa.array(run.matrix("embeddings", "image_id"))
     table = pa.Table.from_arrays([image_ids, pa.array(counts)], schema=SELECTION_SCHEMA)
     run.write_table(table, FOLDER, "part-00000.parquet")
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    """The similarities as a mapped array and as what is compared; the counts."""
-    images = size.images or 0
-    lists = images * min(config.neighbors.max_neighbors, max(images, 1))
-    return Need(memory=3.0 * lists + 16.0 * images, disk=16.0 * images)
-
-
-STAGE = Stage(
-    name="select",
-    folder=FOLDER,
-    needs=("embed", "search"),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

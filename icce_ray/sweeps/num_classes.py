@@ -21,12 +21,9 @@ from icce_ray.config import loading
 from icce_ray.config.schema import Config
 from icce_ray.errors import ConfigError
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.sweeps import running as sweep
 from icce_ray.sweeps import space
 
 SPACE = "classes"  # the golden space, and the sweep's name
-
-
 MOST_TRIED = 16  # numbers of a range, spread evenly by ratio
 
 
@@ -51,6 +48,8 @@ def resolve(
     numbers = numbers_to_try(tree.get("num_classes"))
     if numbers is None:
         return configs.validate(tree)
+    from icce_ray.sweeps import running as sweep  # imports torch: only where there is a sweep
+
     base = configs.validate({**tree, "num_classes": numbers[0]})
     chosen = space.golden_spaces()[SPACE]
     content = {**loading.parse_yaml(chosen.read_bytes(), SPACE), "space": {"num_classes": numbers}}
@@ -70,7 +69,9 @@ def numbers_to_try(value: Any) -> list[int] | None:
         ConfigError: for a range that is none.
     """
     if value == "auto":
-        return list(space.load(SPACE, list(sweep.SCORES))[0].space["num_classes"])
+        from icce_ray.core.evaluation.labelfree import SCORES
+
+        return list(space.load(SPACE, list(SCORES))[0].space["num_classes"])
     ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", value) if isinstance(value, str) else None
     if ends is None:
         return None

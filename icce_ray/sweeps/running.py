@@ -13,8 +13,8 @@ from typing import Any
 from icce_ray import config as configs
 from icce_ray import pipeline
 from icce_ray.config.schema import Config
+from icce_ray.core.constants import default_steps
 from icce_ray.core.evaluation.labelfree import ACROSS_CLUSTERS, SCORES, score
-from icce_ray.core.heads.trainer import default_steps
 from icce_ray.distributed import train as training
 from icce_ray.distributed import tune as tuning
 from icce_ray.distributed.cluster import Cluster
@@ -303,7 +303,7 @@ def _place_heads(sweep: Sweep, trials: Sequence[Trial]) -> tuple[Placement, int]
     if gpus:
         return Placement(1, gpus, wanted), 1
     size = Size(_rows(trials[0]), None)
-    memory = max(heads.STAGE.estimate(t.config, size, cluster).memory for t in trials)
+    memory = max(STAGES["heads"].estimate(t.config, size, cluster).memory for t in trials)
     fit = max(1, int(have.memory // memory)) if have.memory and memory else wanted
     parts = max(1, min(wanted, max(1, have.cpus), fit))
     return Placement(cluster.cpus_each(parts, 0) if parts > 1 else _largest(have.each), 0, parts), 1

@@ -20,9 +20,10 @@ from benchmarks.tables import markdown
 from icce_ray import config as configs
 from icce_ray.core import neighbors
 from icce_ray.core.classifier import probe as probe_
+from icce_ray.core.constants import default_steps
 from icce_ray.core.ensemble import base, confidence, selection
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.core.heads.trainer import Data, HeadTrainer, default_steps
+from icce_ray.core.heads.trainer import Data, HeadTrainer
 from icce_ray.core.projection import fit_projection, project
 
 WARM_UP = 5  # steps before the clock starts

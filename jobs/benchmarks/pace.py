@@ -18,8 +18,9 @@ import torch
 
 from benchmarks import alone
 from benchmarks.tables import markdown
+from icce_ray.core.constants import default_steps
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.core.heads.trainer import HeadTrainer, default_steps
+from icce_ray.core.heads.trainer import HeadTrainer
 from icce_ray.errors import ConfigError
 
 POINTS = 40  # of a curve

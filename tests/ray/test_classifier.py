@@ -23,6 +23,7 @@ from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.progress import Reporter
 from icce_ray.stages import classify as classifier
 from icce_ray.stages.base import Context, Outcome
+from icce_ray.stages.table import stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -100,7 +101,7 @@ def loaded(run: RunDirectory) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_a_probe_in_one_task(tmp_path: Path, kind: str) -> None:
     context = make_run(tmp_path, 92, [*BACKBONE, f"classifier.kind={kind}"])
-    outcome = classifier.STAGE.run(context)
+    outcome = classifier.run(context)
     run = finish(context, outcome)
     assert outcome.rows == 90
     assert outcome.results["kind"] == kind and outcome.results["agreement"] == 1.0
@@ -121,7 +122,7 @@ def test_imported_embeddings_name_no_backbone(tmp_path: Path) -> None:
     context = make_run(tmp_path, 32)
     tree = {"num_classes": 3, "run_dir": context.run.uri, "data": {"embeddings": "e.npy"}}
     context.config = config.load(tree)
-    classifier.STAGE.run(context)
+    classifier.run(context)
     assert loaded(context.run)[1]["backbone"] == []
 
 
@@ -141,13 +142,13 @@ def test_an_error_in_the_task_keeps_its_kind(tmp_path: Path) -> None:
     context.run.delete("consensus")
     _finish(context.run, "consensus", table.set_column(2, "confidence", none))
     with pytest.raises(DataError, match="confidence_weights=false"):
-        classifier.STAGE.run(context)
+        classifier.run(context)
 
 
 def test_a_task_that_can_never_start_ends_with_the_reason(tmp_path: Path) -> None:
     context = make_run(tmp_path, 32, ["classifier.num_gpus=3", "ray.worker_wait=1"])
     with pytest.raises(StageError, match=r"could run for 1 s.*3 GPUs.*classifier\.num_gpus"):
-        classifier.STAGE.run(context)
+        classifier.run(context)
 
 
 # --- fine-tuning ---------------------------------------------------------------------------------
@@ -191,10 +192,10 @@ def test_finetune_in_process(tmp_path: Path) -> None:
     content = lost.read_bytes()
     lost.unlink()
     with pytest.raises(StageError, match=r"1 images.*0007\.png.*classifier is kept"):
-        classifier.STAGE.run(context)
+        classifier.run(context)
     weights = context.run.read_bytes("classifier", "classifier.safetensors")
     lost.write_bytes(content)
-    outcome = classifier.STAGE.run(context)
+    outcome = classifier.run(context)
     run = finish(context, outcome)
     assert run.read_bytes("classifier", "classifier.safetensors") == weights
     assert outcome.rows == 60 and outcome.results["kind"] == "finetune"
@@ -240,8 +241,8 @@ def test_packed_images_are_shuffled_in_stretches() -> None:
 
 def test_settings_that_only_say_where_do_not_count() -> None:
     tree = {"num_classes": 3, "data": {"path": "x"}}
-    base = classifier.STAGE.settings(config.load(tree))
-    moved = classifier.STAGE.settings(config.load(tree, ["classifier.num_workers=4"]))
-    other = classifier.STAGE.settings(config.load(tree, ["classifier.lr=0.5"]))
+    base = stage("classify").settings(config.load(tree))
+    moved = stage("classify").settings(config.load(tree, ["classifier.num_workers=4"]))
+    other = stage("classify").settings(config.load(tree, ["classifier.lr=0.5"]))
     assert base == moved != other
     assert json.loads(json.dumps(base)) == base

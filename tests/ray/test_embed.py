@@ -26,6 +26,7 @@ from icce_ray.rundir.progress import Reporter
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
 from icce_ray.stages import embed, index, predict
 from icce_ray.stages.base import Context
+from icce_ray.stages.table import stage
 
 BACKBONE = {"name": "test_resnet", "pretrained": False, "image_size": 32}
 
@@ -54,10 +55,10 @@ def start(config: Config, resumed: bool = False) -> tuple[Context, Any]:
     run = RunDirectory(config.run_dir)
     context = Context(config, run, Reporter(run, quiet=True), Cluster(config.ray))
     if not resumed:
-        outcome = index.STAGE.run(context)
+        outcome = index.run(context)
         run.finish("index", Manifest("index", "x", {}, {}, outcome.rows, 0.0, outcome.results))
     context.resumed = run.begin("embeddings", {"fingerprint": "x"})
-    return context, embed.STAGE.run(context)
+    return context, embed.run(context)
 
 
 def finish(context: Context, outcome: Any) -> np.ndarray:
@@ -165,11 +166,11 @@ def test_shards_accept_any_order_and_repetitions(tmp_path: Path) -> None:
 
 
 def test_settings_that_change_nothing_are_left_out(tmp_path: Path) -> None:
-    a = embed.STAGE.settings(make(tmp_path))
-    assert a == embed.STAGE.settings(make(tmp_path, "embed.shard_size=3", "embed.batch_size=1"))
-    assert a == embed.STAGE.settings(make(tmp_path, "embed.max_bad_fraction=0.5"))
-    assert a != embed.STAGE.settings(make(tmp_path, "embed.precision=bfloat16"))
-    assert a != embed.STAGE.settings(make(tmp_path, "backbone.image_size=64"))
+    a = stage("embed").settings(make(tmp_path))
+    assert a == stage("embed").settings(make(tmp_path, "embed.shard_size=3", "embed.batch_size=1"))
+    assert a == stage("embed").settings(make(tmp_path, "embed.max_bad_fraction=0.5"))
+    assert a != stage("embed").settings(make(tmp_path, "embed.precision=bfloat16"))
+    assert a != stage("embed").settings(make(tmp_path, "backbone.image_size=64"))
 
 
 def test_preflight(tmp_path: Path) -> None:

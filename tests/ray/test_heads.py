@@ -75,7 +75,7 @@ def with_neighbors(folder: Path, overrides: Sequence[str] = (), rows: int = ROWS
 
 
 def trained(context: Context) -> tuple[np.ndarray, Outcome]:
-    outcome = heads.STAGE.run(context)
+    outcome = heads.run(context)
     finish(context, "heads", outcome)
     return np.array(context.run.matrix("heads", "assignments")), outcome
 
@@ -134,7 +134,7 @@ def test_done_shards_are_not_searched_again(
 
 def test_one_image_has_no_neighbors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least 2 images"):
-        search.STAGE.run(make_run(tmp_path, rows=1))
+        search.run(make_run(tmp_path, rows=1))
 
 
 # --- heads ---------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_a_stopped_training_goes_on_from_its_checkpoint_exactly(tmp_path: Path, 
     context = with_neighbors(tmp_path / "broken", ["ray.max_failures=0"])
     dies_at(40)
     with pytest.raises(StageError, match=r"(?s)training in heads failed.*Run the same command"):
-        heads.STAGE.run(context)
+        heads.run(context)
     assert training.Checkpoints(context.run, "heads").latest() == 25
     dies_at(None)
     steps = []
@@ -219,7 +219,7 @@ def test_work_that_was_trained_but_not_written_is_not_trained_again(
     write = heads._write
     monkeypatch.setattr(heads, "_write", lambda *a: (_ for _ in ()).throw(StageError("full")))
     with pytest.raises(StageError, match="full"):
-        heads.STAGE.run(context)
+        heads.run(context)
     monkeypatch.setattr(heads, "_write", write)
     dies_at(0)
     assignments, _ = trained(context)
@@ -229,7 +229,7 @@ def test_work_that_was_trained_but_not_written_is_not_trained_again(
 def test_an_error_of_ours_keeps_its_kind_and_text(tmp_path: Path) -> None:
     context = with_neighbors(tmp_path, ["heads.lr=1e30", "ray.max_failures=0"])
     with pytest.raises(StageError, match=r"loss of head \d is not finite at step \d"):
-        heads.STAGE.run(context)
+        heads.run(context)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ CHAIN = """
 import ctypes; ctypes.CDLL(None).prctl(1, 9)  # ends where pytest is killed
 import json, sys
 from icce_ray import config, pipeline
-from icce_ray.cluster import Cluster
+from icce_ray.distributed.cluster import Cluster
 overrides = json.loads(sys.argv[1])
 shared = Cluster(config.RayConfig(num_cpus=2))
 shared.start()
@@ -169,8 +169,8 @@ FULL = """
 import ctypes; ctypes.CDLL(None).prctl(1, 9)  # ends where pytest is killed
 import pathlib, resource, subprocess, sys
 from icce_ray import config, pipeline
-from icce_ray.artifacts import RunDirectory
-from icce_ray.cluster import Cluster
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import StageError
 
 folder, kind = pathlib.Path(sys.argv[1]), sys.argv[2]

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from icce_ray import cli
+from icce_ray import cli, pipeline
+from icce_ray.config.loading import load
 from icce_ray.errors import ArtifactError, ConfigError, DataError
 from icce_ray.rundir.directory import Manifest, RunDirectory
 
@@ -156,3 +157,47 @@ def test_a_killed_run_does_not_count_as_running() -> None:
     line = cli._status_line(state)
     assert "has ended" in line and "same command" in line
     assert "has ended" not in cli._status_line({**state, "host": "another"})
+
+
+HEAVY = {"torch", "ray", "timm", "sklearn", "scipy", "torchvision", "faiss"}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A configuration file whose run has finished."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(30, 8)))
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        f"num_classes: 3\ndata: {{embeddings: {tmp_path}/x.npy}}\nrun_dir: {tmp_path}/run\n"
+    )
+    settings, run = load(str(file)), RunDirectory(str(tmp_path / "run"))
+    done: dict[str, str] = {}
+    for step in pipeline.make_steps(settings, run):
+        stage = step.stage
+        values = (step.fingerprint, stage.settings(settings), {n: done[n] for n in stage.needs})
+        manifest = Manifest(stage.name, *values, 30, 1.0, {"features": 8})
+        run.finish(stage.folder, manifest)
+        done[stage.name] = manifest.id
+    run.write_json({"state": "done", "time": 0}, "status.json")
+    return file
+
+
+@pytest.mark.parametrize("command", ["--help", "status", "run --help", "run --plan", "run"])
+def test_commands_that_compute_nothing_import_nothing_heavy(finished: Path, command: str) -> None:
+    run_dir, (name, *options) = finished.parent / "run", command.split()
+    arguments = {"status": ["status", str(run_dir)], "run": ["run", str(finished), *options]}
+    code = (
+        "import sys\nfrom icce_ray import cli\n"
+        "try: cli.main(sys.argv[1:])\nexcept SystemExit as end: assert not end.code, end\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        f"print('heavy:', sorted(loaded & {HEAVY!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments.get(name, [name])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ import pytest
 from icce_ray import pipeline
 from icce_ray.config.loading import load
 from icce_ray.config.schema import Config
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
-from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.directory import Manifest, RunDirectory, Snapshot
 from icce_ray.rundir.lock import exclusive
 from icce_ray.rundir.progress import Reporter
+from icce_ray.rundir.storage import Storage
+from icce_ray.stages.base import Context, Size
+from icce_ray.stages.table import stage
 
 
 @pytest.fixture
@@ -31,6 +37,12 @@ def config(folder: Path, *overrides: str) -> Config:
     return load(tree, [f"run_dir={folder / 'run'}", *overrides])
 
 
+def ids(run: RunDirectory, names: Sequence[str]) -> dict[str, str]:
+    """Ids of finished stages, by name; those that are not finished are left out."""
+    done = {name: run.manifest(stage(name).folder) for name in names}
+    return {name: manifest.id for name, manifest in done.items() if manifest}
+
+
 def pretend(settings: Config, *names: str) -> RunDirectory:
     """Write manifests as if these stages had run with these settings."""
     run = RunDirectory(settings.run_dir)
@@ -42,7 +54,7 @@ def pretend(settings: Config, *names: str) -> RunDirectory:
                     stage=step.stage.name,
                     fingerprint=step.fingerprint,
                     settings=step.stage.settings(settings),
-                    inputs={need: pipeline._id(run, need) for need in step.stage.needs},
+                    inputs=ids(run, step.stage.needs),
                     rows=30,
                     seconds=1.0,
                 ),
@@ -128,7 +140,7 @@ def test_half_done_work_is_resumed_for_the_same_settings_only(folder: Path) -> N
     settings = config(folder)
     run = pretend(settings, "index", "embed", "search", "select")
     step = pipeline.make_steps(settings, run)[4]
-    inputs = {need: pipeline._id(run, need) for need in step.stage.needs}
+    inputs = ids(run, step.stage.needs)
     mark = {
         "fingerprint": step.fingerprint,
         "settings": step.stage.settings(settings),
@@ -263,3 +275,89 @@ def test_sigterm_stops_a_run_and_its_handler_goes(folder: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
     assert run.read_json("status.json")["state"] == "stopped"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# --- what a look costs, and what it sees ---------------------------------------------------------
+
+
+def test_a_finished_run_costs_one_listing_and_one_read_per_stage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(folder)
+    run = pretend(settings, *pipeline.NAMES)
+    requests: list[str] = []
+    attempt = Storage.attempt
+
+    def counted(self: Storage, work: Any, *parts: str) -> Any:
+        requests.append("/".join(parts))
+        return attempt(self, work, *parts)
+
+    monkeypatch.setattr(Storage, "attempt", counted)
+    snapshot = Snapshot()
+    pipeline.make_steps(settings, run, snapshot=snapshot)
+    assert len(requests) == 2 * len(pipeline.STAGES) == len(set(requests))
+    pipeline.make_steps(settings, run, snapshot=snapshot)
+    assert len(requests) == 2 * len(pipeline.STAGES)
+    snapshot.forget(run, "heads")
+    steps = pipeline.make_steps(settings, run, snapshot=snapshot)
+    assert requests[2 * len(pipeline.STAGES) :] == ["heads", "heads/manifest.json"]
+    assert not any(step.todo for step in steps)
+
+
+def begin(run: RunDirectory, settings: Config, name: str) -> None:
+    """Leave a stage half done."""
+    step = next(s for s in pipeline.make_steps(settings, run) if s.stage.name == name)
+    values = {"settings": step.stage.settings(settings), "inputs": dict(step.inputs)}
+    run.begin(step.stage.folder, {"fingerprint": step.fingerprint, **values})
+    run.write_bytes(b"x", step.stage.folder, "shard")
+
+
+def test_half_done_work_of_other_inputs_is_not_promised_to_resume(folder: Path) -> None:
+    settings = config(folder)
+    run = pretend(settings, "index", "embed", "search", "select")
+    begin(run, settings, "heads")
+    assert states(settings, run)["heads"] == "resume"
+    pretend(settings, "select")  # the same settings, another artifact
+    step = next(s for s in pipeline.make_steps(settings, run) if s.stage.name == "heads")
+    assert (step.state, step.reason) == ("again", "half done with other inputs")
+
+
+@pytest.mark.parametrize("override", ["report.images_per_cluster=3", "report.max_megabytes=2"])
+def test_the_report_is_rebuilt_without_being_asked(folder: Path, override: str) -> None:
+    run = pretend(config(folder), *pipeline.NAMES)
+    other = config(folder, override)
+    found = states(other, run)
+    assert found.pop("report") == "again" and set(found.values()) == {"done"}
+    pipeline._check(pipeline.make_steps(other, run), run, pipeline.NAMES, overwrite=False)
+
+
+def test_the_arrays_beside_a_run_are_part_of_the_disk_it_needs() -> None:
+    """At ImageNet's size 5.2 GB were planned and 7.7 GB written."""
+    tree = {"num_classes": 1000, "data": {"path": "x"}, "neighbors": {"search": "ivf"}}
+    settings, size, local = load(tree), Size(1_281_167, 1024), Cluster()
+    needs = {s.name: s.estimate(settings, size, local) for s in pipeline.STAGES}
+    matrix = 2.0 * 1_281_167 * 1024  # embeddings.npy
+    assert needs["search"].cache > matrix
+    lists = 6.0 * 1_281_167 * settings.neighbors.max_neighbors
+    assert needs["select"].cache >= lists and needs["search"].disk >= lists
+    assert needs["consensus"].cache >= 2.0 * 1_281_167 * settings.heads.count
+
+
+def test_a_disk_too_small_for_the_arrays_is_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, size = config(folder), Size(30, 8)
+    run = RunDirectory(settings.run_dir)
+    context = Context(settings, run, Reporter(run, quiet=True), Cluster())
+    steps = pipeline.make_steps(settings, run)
+    needs = [step.stage.estimate(settings, size, context.cluster) for step in steps]
+    files = int(1.1 * sum(need.disk for need in needs)) + 1
+    monkeypatch.setattr(RunDirectory, "free_bytes", lambda self: files)
+    with pytest.raises(StageError, match="no disk space left for this run"):
+        pipeline._check_disk(context, steps, size)
+
+
+def test_every_stage_has_a_file_and_its_folder() -> None:
+    for one in pipeline.STAGES:
+        module = importlib.import_module(f"icce_ray.stages.{one.name}")
+        assert callable(module.run) and one.folder == module.FOLDER

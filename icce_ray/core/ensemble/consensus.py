@@ -24,10 +24,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from icce_ray.core.constants import CSPA_ROWS
 from icce_ray.core.ensemble.agreement import align, check_matrix
 from icce_ray.core.ensemble.base import Consensus, Draft, Ensemble, canonical_order, fill_empty
 from icce_ray.core.ensemble.dawid_skene import dawid_skene
-from icce_ray.core.ensemble.graph import CSPA_ROWS, cspa, hbgf, hgpa, mcla
+from icce_ray.core.ensemble.graph import cspa, hbgf, hgpa, mcla
 from icce_ray.core.ensemble.voting import voting
 from icce_ray.errors import ConfigError, DataError
 

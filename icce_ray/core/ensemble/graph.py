@@ -17,9 +17,6 @@ from icce_ray.core.ensemble.base import (
     one_hot_codes,
 )
 
-CSPA_ROWS = 10_000  # CSPA's graph has up to N^2 edges; at this N they take a few GB
-
-
 MIN_JACCARD = 0.05  # weaker edges of MCLA's graph are left out: most of them, and only noise
 
 

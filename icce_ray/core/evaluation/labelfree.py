@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from icce_ray.core.constants import EVIDENCE
 from icce_ray.core.ensemble.agreement import pairwise_nmi
 from icce_ray.errors import ConfigError, DataError
 
@@ -34,9 +35,6 @@ NEIGHBOR_ROWS = 50_000  # rows whose neighbors are looked at
 
 
 NEAREST = 10  # neighbors of each
-
-
-EVIDENCE = 1.9  # neighbors of each that count as independent witnesses; see _neighbor_evidence
 
 
 PROBE_ROWS = 20_000  # rows for the linear probe; more where clusters are many

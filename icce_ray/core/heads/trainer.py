@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from icce_ray.config.schema import HeadsConfig
 from icce_ray.core.collective import Alone, Collective
+from icce_ray.core.constants import default_batch
 from icce_ray.core.heads import diversity, losses
 from icce_ray.core.heads.model import Heads, head_seed, kmeans_start
 from icce_ray.core.heads.optimizer import AdamW
@@ -37,23 +38,6 @@ ASSIGN_ROWS = 8192  # rows per forward pass when all images are assigned
 
 
 START_ROWS = 20_000  # rows that the k-means of a head's start is made on, or 50 per cluster
-
-
-def default_steps(clusters: int) -> int:
-    """Steps where the settings name none: 12,619 for 1,000 clusters.
-
-    For 10 clusters, as many as raised `scores.neighbor_evidence` on all data measured. How they
-    grow with the clusters is a guess.
-    """
-    return round(2000 * max(1.0, clusters / 10) ** 0.4)
-
-
-def default_batch(clusters: int) -> int:
-    """Pairs per step where the settings name none: 8 per cluster, within bounds.
-
-    The losses hold several arrays [H, 2B, K]: with 50 heads and 1,000 clusters, 1.6 GB each.
-    """
-    return min(4096, max(1024, 8 * clusters))
 
 
 def own_heads(count: int, rank: int, world: int) -> list[int]:

@@ -124,12 +124,12 @@ def test_lines_come_now_and_then_where_there_is_no_terminal(run, capsys, clock):
         bar.update(100)
         assert capsys.readouterr().err == ""
         clock(10)
-        bar.update(500, "loss 0.5")
-        assert capsys.readouterr().err == ("training: 500 of 1,000 steps, 20 s left (loss 0.5)\n")
+        bar.update(501, "loss 0.5")
+        assert capsys.readouterr().err == ("training: 501 of 1,000 steps, 20 s left (loss 0.5)\n")
         clock(1)
         bar.update(600)
         assert capsys.readouterr().err == ""
-    assert "500 of 1,000" in run.read_bytes("log").decode()
+    assert "501 of 1,000" in run.read_bytes("log").decode()
 
 
 def test_status_of_a_bar_comes_no_more_than_every_few_seconds(run, clock, monkeypatch):
@@ -146,23 +146,35 @@ def test_status_of_a_bar_comes_no_more_than_every_few_seconds(run, clock, monkey
     monkeypatch.undo()
 
 
-def test_remaining_counts_what_this_session_did(run, clock):
+def test_remaining_counts_what_this_session_did_after_its_start_up(run, clock):
     reporter = Reporter(run, quiet=True)
     with reporter.bar("embed", 100, done=60) as bar:
         assert bar.remaining() is None
-        clock(10)
+        clock(300)  # start-up
         bar.update(60)
         assert bar.remaining() is None
+        bar.update(70)
+        assert bar.remaining() is None  # one measurement is none: when did it begin?
+        clock(10)
         bar.update(80)
-        assert bar.remaining() == pytest.approx(10)
+        assert bar.remaining() == pytest.approx(20)
         status = run.read_json("status.json")
-        assert (status["done"], status["total"], status["step"]) == (60, 100, "embed")
+        assert (status["done"], status["total"], status["step"]) == (80, 100, "embed")
+        assert status["remaining_seconds"] == pytest.approx(20)
         clock(progress.STATUS_EVERY)
         bar.update(90)
         status = run.read_json("status.json")
-        assert status["done"] == 90 and status["remaining_seconds"] == pytest.approx(13 / 3)
+        assert status["done"] == 90 and status["remaining_seconds"] == pytest.approx(13 / 2)
         bar.update(95)  # too soon
         assert run.read_json("status.json")["done"] == 90
+
+
+def test_the_first_step_says_no_time(run, capsys, clock):
+    reporter = Reporter(run)
+    with reporter.bar("training", 400, "steps") as bar:
+        clock(19)
+        bar.update(1)
+        assert capsys.readouterr().err == "training: 1 of 400 steps\n"  # once: 2 h 07 min left
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(run):

@@ -9,10 +9,12 @@ import pytest
 
 from icce_ray import config as configs
 from icce_ray.config import schema
+from icce_ray.core import constants
 from icce_ray.core.ensemble.agreement import align
 from icce_ray.core.evaluation.labelfree import heads_alone
 from icce_ray.errors import ArtifactError, ConfigError
-from icce_ray.stages import consensus, heads
+from icce_ray.stages import consensus, table
+from icce_ray.stages.table import stage
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def solve(make_run, make_context):
         made = make_run(240, 3, names=None, images=False, overrides=overrides, **options)
         context = make_context(made)
         context.in_process = True
-        outcome = consensus.STAGE.run(context)
+        outcome = consensus.run(context)
         table = made.run.read_table("consensus", "part-00000.parquet")
         json.dumps(outcome.results)
         return table["cluster"].to_numpy(), outcome.results, context
@@ -129,28 +131,31 @@ def test_settings_that_cannot_work_are_refused(overrides, words):
 
 def test_heads_of_equal_clusters_are_shared_between_numbers_of_classes():
     def of(*overrides):
-        return heads.STAGE.settings(configs.load(TREE, overrides))
+        return stage("heads").settings(configs.load(TREE, overrides))
 
     assert of("heads.clusters=40") == of("heads.clusters=40", "num_classes=20")
     assert of() == of("heads.clusters=10") != of("num_classes=20")
     assert of("consensus.keep=0.5") == of()
-    ensemble = consensus.STAGE.settings
+    ensemble = stage("consensus").settings
     assert ensemble(configs.load(TREE, ["consensus.keep=0.5"])) != ensemble(configs.load(TREE))
 
 
 def test_other_defaults_make_other_artifacts(monkeypatch):
     """What stands for a setting that is not given belongs to the fingerprint as if it were."""
     config = configs.load(TREE)
-    trained, merged = heads.STAGE.settings(config), consensus.STAGE.settings(config)
+    trained, merged = (
+        stage("heads").settings(config),
+        stage("consensus").settings(config),
+    )
     assert trained["heads"]["balance"] == list(schema.BALANCES)
     for module, name, value in (
-        (heads, "default_steps", lambda clusters: 7),
-        (heads, "default_batch", lambda clusters: 7),
+        (constants, "default_steps", lambda clusters: 7),
+        (constants, "default_batch", lambda clusters: 7),
         (schema, "BALANCES", (1.0,)),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, value)
-            assert heads.STAGE.settings(config) != trained, name
-    monkeypatch.setattr(consensus, "KEEP_LEAST", 3)
-    assert consensus.STAGE.settings(config) != merged
+            assert stage("heads").settings(config) != trained, name
+    monkeypatch.setattr(table, "KEEP_LEAST", 3)
+    assert stage("consensus").settings(config) != merged
     assert json.loads(json.dumps(trained)) == trained

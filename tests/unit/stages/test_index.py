@@ -25,6 +25,7 @@ from icce_ray.rundir.progress import Reporter
 from icce_ray.rundir.schemas import INDEX_SCHEMA
 from icce_ray.stages import index
 from icce_ray.stages.base import Context
+from icce_ray.stages.table import stage
 
 
 def touch(root: Path, *names: str) -> None:
@@ -45,7 +46,7 @@ def make(tmp_path: Path, classes: int = 2, **data: Any) -> Config:
 
 def run_stage(config: Config) -> RunDirectory:
     run = RunDirectory(config.run_dir)
-    outcome = index.STAGE.run(Context(config, run, Reporter(run, quiet=True), Cluster()))
+    outcome = index.run(Context(config, run, Reporter(run, quiet=True), Cluster()))
     manifest = Manifest("index", "x", {}, {}, outcome.rows, 0.0, outcome.results)
     run.finish("index", manifest)
     return run
@@ -227,8 +228,8 @@ def test_more_classes_than_images(tmp_path: Path) -> None:
 def test_labels_do_not_change_the_stage(tmp_path: Path) -> None:
     a = make(tmp_path, path="x", labels="none")
     b = make(tmp_path, path="x", labels="file.txt")
-    assert index.STAGE.settings(a) == index.STAGE.settings(b)
-    assert index.STAGE.settings(a) != index.STAGE.settings(make(tmp_path, path="x", limit=3))
+    assert stage("index").settings(a) == stage("index").settings(b)
+    assert stage("index").settings(a) != stage("index").settings(make(tmp_path, path="x", limit=3))
 
 
 # --- embeddings ----------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from icce_ray import config as configs
 from icce_ray.core import neighbors as core
 from icce_ray.rundir import schemas
 from icce_ray.rundir.directory import Manifest, RunDirectory
-from icce_ray.stages import search
+from icce_ray.stages import search, table
 
-HOUR = search.EXACT_SECONDS
+HOUR = table.EXACT_SECONDS
 ROWS, FEATURES = 200, 8
 
 

@@ -192,7 +192,8 @@ def finish(run: RunDirectory, stage: str, config: configs.Config, **results: Any
     """A manifest as the pipeline would write it."""
     steps = {step.stage.name: step for step in pipeline.make_steps(config, run)}
     step = steps[stage]
-    inputs = {need: pipeline._id(run, need) or "" for need in step.stage.needs}
+    done = {need: run.manifest(stage(need).folder) for need in step.stage.needs}
+    inputs = {need: one.id if one else "" for need, one in done.items()}
     settings = step.stage.settings(config)
     manifest = Manifest(stage, step.fingerprint, settings, inputs, ROWS, 1.0, results)
     run.finish(step.stage.folder, manifest)

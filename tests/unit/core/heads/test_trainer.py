@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from icce_ray.config.schema import HeadsConfig
+from icce_ray.core import constants
 from icce_ray.core.heads import trainer as core
 from icce_ray.core.heads.trainer import Data, HeadTrainer
 from icce_ray.errors import StageError
@@ -631,5 +632,5 @@ def test_heads_are_shared_out_once_and_evenly(count, world):
 
 
 def test_defaults_grow_with_the_number_of_classes():
-    assert [core.default_steps(k) for k in (2, 10, 1000)] == [2000, 2000, 12619]
-    assert [core.default_batch(k) for k in (2, 100, 900)] == [1024, 1024, 4096]
+    assert [constants.default_steps(k) for k in (2, 10, 1000)] == [2000, 2000, 12619]
+    assert [constants.default_batch(k) for k in (2, 100, 900)] == [1024, 1024, 4096]
