@@ -18,6 +18,7 @@ Shapes: N rows, D features, H heads, K clusters, M neighbors, B pairs per step, 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Reading settings: YAML files, KEY=VALUE overrides, and messages about what is wrong in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from icce_ray.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: no setting is one, and a folder may well be named 2024-01-01."""
+    """YAML without dates: no setting is a date, but a folder may be named 2024-01-01."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -121,7 +121,7 @@ def _fetch(uri: str) -> bytes:
 
 
 def parse_yaml(text: bytes, name: str) -> dict[str, Any]:
-    """A mapping from YAML. name: of the file, for messages. Raises ConfigError."""
+    """A YAML mapping as a plain tree. Raises ConfigError, which names the file by `name`."""
     try:
         tree = yaml.load(text.decode(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -140,7 +140,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts[:-1]):
         group = group_of(node, parts, depth)
         if group is not node and part.isdecimal():
-            node = group  # `part` said which one of a list
+            node = group  # `part` was an index of a list
             continue
         if group.get(part) is None:
             group[part] = {}
@@ -149,14 +149,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def group_of(node: Any, parts: Sequence[str], depth: int) -> Any:
-    """The mapping that parts[depth] is looked up in; of a list, the element it speaks of."""
+    """The mapping in which to look up parts[depth]; of a list, the element that parts[depth]
+    names."""
     part, above = parts[depth], ".".join(parts[:depth])
     if isinstance(node, list):
         if part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
         elif part.isdecimal() or len(node) != 1:
             raise ConfigError(
-                f"{'.'.join(parts)}: {above} is a list of {len(node)}; say which one, "
+                f"{'.'.join(parts)}: {above} is a list of {len(node)}; name one of them, "
                 f"from {above}.0 to {above}.{len(node) - 1}"
             )
         else:
@@ -167,7 +168,7 @@ def group_of(node: Any, parts: Sequence[str], depth: int) -> Any:
 
 
 def _value(parts: Sequence[str], text: str) -> Any:
-    """What YAML reads, but text as it stands where the setting is text (run_dir=2024)."""
+    """The value as YAML reads it, but the text unchanged for a text setting (run_dir=2024)."""
     if text in ("", "None"):
         return None
     try:
@@ -199,7 +200,7 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
 
 
 def suggest(location: Sequence[Any]) -> str:
-    """Near names for an unknown key: within its own group first, then anywhere in the tree."""
+    """Similar names for an unknown key: in its own group first, then anywhere in the tree."""
     wanted = ".".join(str(part) for part in location if not isinstance(part, int))
     every = [key for key, *_ in describe()]
     near = difflib.get_close_matches(wanted, every, n=1, cutoff=0.75)
@@ -239,8 +240,8 @@ def _dump(tree: Any, prefix: str, depth: int, docs: Mapping[str, str], lines: li
 
 
 def scalar(value: Any) -> str:
-    """A value in one line of YAML."""
-    # Line breaks stay on one line between double quotes alone.
+    """A plain value as YAML, on one line."""
+    # Only double quotes keep a text with line breaks on one line.
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=1_000_000)
     return text.split("\n")[0]

@@ -1,4 +1,4 @@
-"""Scores of a run: against ground truth where there is any, and label-free ones always.
+"""Scores of a run: label-free ones always, and against ground truth where there is any.
 
 Reads embeddings, neighbors, head assignments, consensus and classifier predictions, all in the row
 order of the embeddings (a quarantined image has no row). Writes, in evaluation/:
@@ -8,7 +8,7 @@ order of the embeddings (a quarantined image has no row). Writes, in evaluation/
   contingency.parquet  class, cluster, count: the non-zero cells   (with labels)
   classes.json         names of the classes, by code               (with labels)
 
-Ground truth is read here and by `report`; by sweeps and `predict` through this file, when their
+Ground truth is read here, and by `report`, sweeps and `predict` through this file, after their
 clusters are made.
 Shapes: N rows, C classes, K clusters, H heads.
 """
@@ -55,6 +55,7 @@ class Truth:
 
     @property
     def known(self) -> np.ndarray:
+        """Which rows have a label, bool [N]."""
         return self.codes >= 0
 
 
@@ -123,10 +124,13 @@ def run(context: Context) -> Outcome:
     probe = _probe(files, rows)
     result: dict[str, Any] = {"rows": rows, "num_classes": config.num_classes}
     result["label_free"] = _label_free(context, clusters, confidence, probe)
+    contingency = None
     if known is not None:
         result |= _against(context, known, clusters, confidence, probe)
-        _write_contingency(files, known, clusters)
-    _write_clusters(files, known, clusters, confidence, config.num_classes)
+        contingency = metrics.contingency(known.codes[known.known], clusters[known.known])
+        _write_contingency(files, contingency, known.names)
+    table = cluster_table(clusters, confidence, config.num_classes, contingency)
+    files.write_table(table, FOLDER, "clusters.parquet")
     files.write_json(result, FOLDER, "metrics.json")
     context.reporter.say(summary(result))
     return Outcome(rows=rows, results=_headline(result))
@@ -253,34 +257,34 @@ def _kmeans_task(
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _write_contingency(files: RunDirectory, known: Truth, clusters: np.ndarray) -> None:
-    table = metrics.contingency(known.codes[known.known], clusters[known.known])
-    classes, columns = np.nonzero(table)
-    content = {"class": classes, "cluster": columns, "count": table[classes, columns]}
-    files.write_table(pa.table(content).cast(CONTINGENCY_SCHEMA), FOLDER, "contingency.parquet")
-    files.write_json({"names": known.names}, FOLDER, "classes.json")
+def _write_contingency(files: RunDirectory, contingency: np.ndarray, names: list[str]) -> None:
+    """contingency: images per class and cluster, int64 [C, K]. Most cells of many classes are 0."""
+    classes, clusters = np.nonzero(contingency)
+    cells = {"class": classes, "cluster": clusters, "count": contingency[classes, clusters]}
+    files.write_table(pa.table(cells).cast(CONTINGENCY_SCHEMA), FOLDER, "contingency.parquet")
+    files.write_json({"names": names}, FOLDER, "classes.json")
 
 
-def _write_clusters(
-    files: RunDirectory,
-    known: Truth | None,
-    clusters: np.ndarray,
-    confidence: np.ndarray,
-    num_clusters: int,
-) -> None:
+def cluster_table(
+    clusters: np.ndarray, confidence: np.ndarray, num_clusters: int, contingency: np.ndarray | None
+) -> pa.Table:
+    """A row per cluster: CLUSTERS_SCHEMA.
+
+    clusters: int [N]. confidence: float [N]. contingency: labeled images per class and cluster,
+    int64 [C, at most K], or None without labels.
+    """
     sizes = np.bincount(clusters, minlength=num_clusters)
     count = len(sizes)
     total = np.bincount(clusters, weights=confidence, minlength=count)
     labeled = np.zeros(count, np.int64)
     matched, majority = np.full(count, -1), np.full(count, -1)
     purity = np.zeros(count)
-    if known is not None:
-        table = metrics.contingency(known.codes[known.known], clusters[known.known])
-        seen = table.shape[1]
-        labeled[:seen] = table.sum(axis=0)
-        matched[:seen] = metrics.match(table).cluster_class
-        majority[:seen] = np.where(labeled[:seen] > 0, table.argmax(axis=0), -1)
-        purity[:seen] = table.max(axis=0) / np.maximum(1, labeled[:seen])
+    if contingency is not None:
+        seen = contingency.shape[1]  # the last clusters may have no labeled image
+        labeled[:seen] = contingency.sum(axis=0)
+        matched[:seen] = metrics.match(contingency).cluster_class
+        majority[:seen] = np.where(labeled[:seen] > 0, contingency.argmax(axis=0), -1)
+        purity[:seen] = contingency.max(axis=0) / np.maximum(1, labeled[:seen])
     content = [
         pa.array(np.arange(count)),
         pa.array(sizes),
@@ -290,12 +294,11 @@ def _write_clusters(
         pa.array(majority, mask=majority < 0),
         pa.array(purity, mask=labeled == 0),
     ]
-    table = pa.Table.from_arrays(content, names=CLUSTERS_SCHEMA.names)
-    files.write_table(table.cast(CLUSTERS_SCHEMA), FOLDER, "clusters.parquet")
+    return pa.Table.from_arrays(content, names=CLUSTERS_SCHEMA.names).cast(CLUSTERS_SCHEMA)
 
 
 def _headline(result: dict[str, Any]) -> dict[str, Any]:
-    """The scores a table of runs shows, flat, for the manifest."""
+    """The main scores, flat, for the manifest."""
     free = result["label_free"]
     names = ("head_agreement", "neighbor_consistency", "probe_agreement", "confidence")
     flat = {name: free[name] for name in names}

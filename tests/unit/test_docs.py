@@ -14,6 +14,7 @@ import pytest
 import typer.main
 import yaml
 
+import icce_ray
 from icce_ray import config as configs
 from icce_ray.cli import app
 from icce_ray.core.evaluation.labelfree import SCORES
@@ -134,6 +135,8 @@ def test_python_examples_name_what_exists(readme: str) -> None:
                 for alias in node.names:
                     if not hasattr(module, alias.name):
                         importlib.import_module(f"{node.module}.{alias.name}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "icce_ray":
+                assert hasattr(icce_ray, node.attr), f"icce_ray.{node.attr}"
 
 
 def test_output_tree_is_that_of_the_stages(readme: str) -> None:
@@ -205,6 +208,37 @@ def test_public_data_sets_can_be_written_where_the_config_says(name: str) -> Non
     data = configs.load(name).data
     assert data.dataset == name and data.path
     datasets.check(data.dataset, data.path)
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+# Words that the docs and the messages once used in a sense of their own, and what to say instead.
+FORBIDDEN = {
+    r"go(?:es)? on (?:from|after|with)|gone on with": "resume",
+    r"take (?:it )?in turn|takes? in turn": "cycle through",
+    r"\btold\b": "report, notify",
+    r"\bso many of\b|of so many\b": "that many",
+    r"\bprint_\b": "fingerprint",
+}
+
+
+def texts(repository: Path) -> Iterator[Path]:
+    """Pages, golden configs, templates, and the code with its messages and comments."""
+    yield from repository.glob("*.md")
+    for folder in ("jobs", "icce_ray"):
+        for kind in ("*.md", "*.yaml", "*.j2", "*.py"):
+            yield from (repository / folder).rglob(kind)
+
+
+def test_old_words_do_not_come_back(repository: Path) -> None:
+    used = []
+    for path in texts(repository):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            place = f"{path.relative_to(repository).as_posix()}:{number}"
+            for pattern, instead in FORBIDDEN.items():
+                found = re.search(pattern, line, re.I)
+                used += [f"{place}: {found[0]!r}, say: {instead}"] if found else []
+    assert not used, "\n".join(used)
 
 
 # --- CI ------------------------------------------------------------------------------------------

@@ -50,19 +50,18 @@ TRAINED = 0.7  # share of them that the probe is trained on
 
 
 SCORES: Mapping[str, str] = {
-    "head_agreement": "how much the heads agree with each other: mean NMI over pairs, above chance",
-    "consensus_agreement": "how much of the heads the consensus keeps: mean NMI with it, "
-    "above chance",
+    "head_agreement": "mean NMI between pairs of heads, corrected for chance",
+    "consensus_agreement": "mean NMI between the heads and the consensus, corrected for chance",
     "neighbor_consistency": f"share of the {NEAREST} nearest neighbors in the same cluster, "
-    "above chance",
-    "neighbor_modularity": f"the same share of the {NEAREST} nearest neighbors, less "
-    "that by chance: also compares numbers of clusters",
-    "neighbor_information": "what an image's cluster tells of its neighbors': their mutual "
-    "information, above chance, as a share of the most that so many clusters could tell",
-    "neighbor_evidence": f"{EVIDENCE} times that information, less what naming the cluster takes: "
-    "also compares clusters of equal and of unequal sizes",
-    "generalization": "how well a linear probe trained on some images' clusters predicts those of "
-    "others, above chance",
+    "corrected for chance",
+    "neighbor_modularity": f"share of the {NEAREST} nearest neighbors in the same cluster, minus "
+    "the share expected by chance; also compares different numbers of clusters",
+    "neighbor_information": "mutual information between an image's cluster and its neighbors' "
+    "clusters, corrected for chance, divided by log K",
+    "neighbor_evidence": f"{EVIDENCE} times neighbor_information, minus the entropy of the cluster "
+    "sizes; also compares clusters of equal and of unequal sizes",
+    "generalization": "agreement (Cohen's kappa) between the clusters of held-out images and the "
+    "predictions of a linear probe",
 }
 
 
