@@ -111,13 +111,8 @@ class EmbedConfig(Node):
     """Images per forward pass of one actor."""
     shard_size: Annotated[Positive, RUNTIME] = 8192
     """Rows per Parquet shard: what a crash can cost at most per shard in flight."""
-    min_actors: Annotated[Positive, RUNTIME] = 1
-    """Embedding actors to start with."""
     max_actors: Annotated[Positive | None, RUNTIME] = None
     """Embedding actors at most. Default: one per GPU the cluster has, or one."""
-    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
-    """GPUs per actor. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
-    on demand."""
     max_bad_fraction: Fraction = 0.01
     """Stop when more than this share of the images cannot be decoded. Fewer are quarantined."""
     max_pixels: Positive = 178_956_970
@@ -150,8 +145,6 @@ class NeighborsConfig(Node):
     """ivf: lists visited per query; more is slower and closer to exact."""
     query_rows: Annotated[Positive, RUNTIME] = 65_536
     """Query rows per Ray task."""
-    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
-    """GPUs per search task. Default: 1 where the cluster has any, else 0."""
 
     @model_validator(mode="after")
     def _threshold_given(self) -> NeighborsConfig:
@@ -160,11 +153,6 @@ class NeighborsConfig(Node):
         if self.min_neighbors > self.max_neighbors:
             raise ValueError("min_neighbors must not exceed max_neighbors")
         return self
-
-
-def _check_workers(least: int | None, workers: int | None) -> None:
-    if least is not None and workers is not None and least > workers:
-        raise ValueError("min_workers must not exceed num_workers")
 
 
 class HeadsConfig(Node):
@@ -242,12 +230,6 @@ class HeadsConfig(Node):
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
     """Ray Train workers. Default: one per GPU; without GPUs 1, or on a local Ray 0. 0: in the
     driver's process."""
-    min_workers: Annotated[Positive | None, RUNTIME] = None
-    """Workers that suffice to go on after nodes were lost, until there are `num_workers` again.
-    Default: all of them."""
-    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
-    """GPUs per worker. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
-    on demand."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 500
     """Steps between checkpoints: what a lost worker can cost at most."""
 
@@ -275,11 +257,6 @@ class HeadsConfig(Node):
         """Heads that have one balance, of the balance that fewest have."""
         values = self.balances if isinstance(self.balances, tuple) else (self.balances,)
         return min(Counter(values[n % len(values)] for n in range(self.count)).values())
-
-    @model_validator(mode="after")
-    def _enough_workers(self) -> HeadsConfig:
-        _check_workers(self.min_workers, self.num_workers)
-        return self
 
 
 class ConsensusConfig(Node):
@@ -325,17 +302,6 @@ class ClassifierConfig(Node):
     """Weigh each pseudo-label by the consensus confidence."""
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
     """Ray Train workers. Default: finetune: one per GPU, or 1; probes: 0, in one Ray task."""
-    min_workers: Annotated[Positive | None, RUNTIME] = None
-    """Workers that suffice to go on after nodes were lost, until there are `num_workers` again.
-    Default: all of them."""
-    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
-    """GPUs per worker. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
-    on demand."""
-
-    @model_validator(mode="after")
-    def _enough_workers(self) -> ClassifierConfig:
-        _check_workers(self.min_workers, self.num_workers)
-        return self
 
 
 class EvaluateConfig(Node):
@@ -364,6 +330,12 @@ class RayConfig(Node):
     else a local Ray, started and stopped with the command."""
     num_cpus: Annotated[Positive | None, RUNTIME] = None
     """Local Ray: CPU cores to use. Default: all."""
+    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
+    """GPUs per worker, of every stage. Default: 1 where the cluster has any, else 0. Set it where
+    GPU nodes start on demand. Below 1, workers share a GPU."""
+    min_workers: Annotated[Positive | None, RUNTIME] = None
+    """Training resumes with this many workers after nodes were lost, and takes in more as nodes
+    return. Default: all of a stage's `num_workers`."""
     max_failures: Annotated[int, Field(ge=0), RUNTIME] = 3
     """Restarts of a training stage after lost workers, before it gives up."""
     worker_wait: Annotated[Positive, RUNTIME] = 1800

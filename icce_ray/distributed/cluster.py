@@ -201,10 +201,10 @@ class Cluster:
         have = self.resources()
         return {"nodes": have.nodes, "cpus": have.cpus, "gpus": have.gpus, "ray": True}
 
-    def gpus_each(self, wanted: float | None) -> float:
-        """GPUs per worker: as asked for, else 1 where the cluster has any."""
-        if wanted is not None:
-            return wanted
+    def gpus_each(self) -> float:
+        """GPUs per worker: `ray.num_gpus`, else 1 where the cluster has any."""
+        if self.settings.num_gpus is not None:
+            return self.settings.num_gpus
         return 1.0 if self.resources().gpus else 0.0
 
     def workers(self, wanted: int | None, gpus_each: float) -> int:

@@ -60,7 +60,7 @@ BLOCK_BYTES = 32 << 20  # pixels per Ray Data block
 AHEAD = 2  # batches of results that wait for the driver
 
 
-ADVICE = "Lower embed.num_gpus"
+ADVICE = "Lower ray.num_gpus"
 
 
 Columns = dict[str, np.ndarray]
@@ -211,8 +211,7 @@ def _restart() -> str | None:
 class Pool:
     """How the cluster's devices are shared."""
 
-    least: int  # actors
-    most: int
+    most: int  # actors
     gpus: float  # per actor
     cpus: float  # reserved per actor
     threads: int  # an actor's, on the CPU
@@ -224,7 +223,7 @@ class Pool:
         return [Request(self.cpus, self.gpus), Request(self.decode_cpus)]
 
 
-def share(cluster: Cluster, settings: EmbedConfig, rows: int) -> Pool:
+def plan_pool(cluster: Cluster, settings: EmbedConfig, rows: int) -> Pool:
     """Actors and reservations for `rows` images.
 
     Without GPUs all actors of a node together reserve half of its cores, so that decoding tasks
@@ -232,16 +231,15 @@ def share(cluster: Cluster, settings: EmbedConfig, rows: int) -> Pool:
     fixed division, since either side waits for the other most of the time.
     """
     have = cluster.resources()
-    gpus = cluster.gpus_each(settings.num_gpus)
+    gpus = cluster.gpus_each()
     most = settings.max_actors or cluster.workers(None, gpus)
-    most = min(max(most, settings.min_actors), max(1, math.ceil(rows / settings.batch_size)))
+    most = min(most, max(1, math.ceil(rows / settings.batch_size)))
     cores = cluster.cpus_each(1, 0)
     large = sum(1 for cpus, _ in have.each if cpus >= cores)
     per_node = math.ceil(most / max(1, large))
     low, high = TASK_ROWS
     wanted = math.ceil(rows / (TASKS_PER_CPU * max(1, have.cpus)))
     return Pool(
-        least=min(settings.min_actors, most),
         most=most,
         gpus=gpus,
         cpus=0.0 if gpus else _reservation(cores / 2 / per_node),
@@ -268,9 +266,9 @@ def stream(cluster: Cluster, table: pa.Table, job: Job, reporter: Reporter) -> I
     """
     ray = cluster.start()
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as exceptions
-    gpus = cluster.gpus_each(job.settings.num_gpus)
+    gpus = cluster.gpus_each()
     Wait(cluster, reporter, [Request(0.0 if gpus else 1.0, gpus)], ADVICE).until_there()
-    pool = share(cluster, job.settings, table.num_rows)
+    pool = plan_pool(cluster, job.settings, table.num_rows)
     wait = Wait(cluster, reporter, pool.requests(), ADVICE)
 
     def start() -> Iterator[Columns]:
@@ -375,7 +373,7 @@ def _dataset(ray: Any, table: pa.Table, job: Job, pool: Pool) -> Any:
         },
         batch_size=job.settings.batch_size,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.most),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
     )

@@ -268,14 +268,14 @@ class Group:
         cluster: Cluster,
         workers: int,
         gpus_each: float,
-        least: int | None = None,
         fed: bool = False,
     ) -> Group:
         """The group for `workers`; see `fit`. One that is `fed` by Ray Data leaves it cores."""
+        least = cluster.settings.min_workers or workers
         cpus = float(cluster.cpus_each(workers, gpus_each)) if workers else 0.0
         if fed and workers and not gpus_each:
             cpus -= _spare(cpus)
-        return cls(workers, min(least or workers, workers), cpus, gpus_each)
+        return cls(workers, min(least, workers), cpus, gpus_each)
 
     def decode_cpus(self, have: Resources) -> float:
         """What a task of Ray Data that feeds the group may reserve."""
@@ -302,7 +302,7 @@ class Group:
     def wait(self, context: Context, folder: str) -> Wait:
         """What says that the cluster lacks room for the group."""
         requests = [Request(self.cpus, self.gpus, self.least)] if self.workers else []
-        advice = f"Lower {folder}.num_workers or {folder}.num_gpus, set {folder}.min_workers"
+        advice = f"Lower {folder}.num_workers or ray.num_gpus, set ray.min_workers"
         return Wait(context.cluster, context.reporter, requests, advice)
 
 

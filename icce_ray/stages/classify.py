@@ -174,7 +174,7 @@ def _probe_in_task(context: Context, task: Mapping[str, Any]) -> dict[str, Tenso
     run, cluster, config = context.run, context.cluster, context.config
     if not run.exists(FOLDER, training.TRAIN, PROBE):
         ray = cluster.start()
-        gpus = cluster.gpus_each(config.classifier.num_gpus)
+        gpus = cluster.gpus_each()
         request = Request(cluster.cpus_each(1, gpus), gpus)
         remote = ray.remote(
             num_cpus=request.cpus,
@@ -184,7 +184,7 @@ def _probe_in_task(context: Context, task: Mapping[str, Any]) -> dict[str, Tenso
         ref = remote.remote(run, task)
         rows = run.matrix("embeddings", "image_id").shape[0]
         total = probe_.probe_steps(rows, _probe_settings(config.classifier))
-        wait = Wait(cluster, context.reporter, [request], "Lower classifier.num_gpus")
+        wait = Wait(cluster, context.reporter, [request], "Lower ray.num_gpus")
         try:
             _watch(context, ray, ref, total, wait)
         except BaseException:
@@ -221,14 +221,13 @@ def _probe_in_group(context: Context, task: Mapping[str, Any], workers: int) -> 
     rows = context.run.matrix("embeddings", "image_id").shape[0]
     checkpoints = training.Checkpoints(context.run, FOLDER)
     if checkpoints.latest() is None:
-        gpus = context.cluster.gpus_each(context.config.classifier.num_gpus)
-        least = context.config.classifier.min_workers
+        gpus = context.cluster.gpus_each()
         training.fit(
             context,
             FOLDER,
             _probe_loop,
             task,
-            group=training.Group.plan(context.cluster, workers, gpus, least),
+            group=training.Group.plan(context.cluster, workers, gpus),
             title="training the classifier",
             total=probe_.probe_steps(rows, context.config.classifier),
         )
@@ -479,14 +478,14 @@ def _write_finetuned(
 def _run_finetune(context: Context, task: Mapping[str, Any]) -> dict[str, Any]:
     config, run, cluster = context.config, context.run, context.cluster
     table = _addresses(run)
-    gpus = cluster.gpus_each(config.classifier.num_gpus)
+    gpus = cluster.gpus_each()
     workers = _workers(context, gpus)
     _, steps = _steps(len(table), config.classifier.batch_size, workers)
     if not run.exists(FOLDER, DESCRIPTION):
         _probe_in_task(context, task)
         shuffled = table.take(pa.array(_order(table, config.seed)))
-        least, have = config.classifier.min_workers, cluster.resources()
-        group = training.Group.plan(cluster, workers, gpus, least, fed=True)
+        have = cluster.resources()
+        group = training.Group.plan(cluster, workers, gpus, fed=True)
         training.fit(
             context,
             FOLDER,

@@ -251,7 +251,7 @@ def _kmeans(context: Context, rows: int) -> np.ndarray:
     ray = cluster.start()
     width = files.matrix("embeddings", "embedding").shape[1]
     large = kmeans_.kmeans_is_large(rows, width, config.num_classes)
-    gpus = cluster.gpus_each(None) if large else 0
+    gpus = cluster.gpus_each() if large else 0
     context.reporter.say(
         f"k-means for comparison: {rows:,} x {width} features, K={config.num_classes}, "
         f"{config.evaluate.kmeans_restarts} restarts"

@@ -155,7 +155,7 @@ def _run(context: Context) -> Outcome:
     config, run, cluster = context.config, context.run, context.cluster
     rows = run.matrix("embeddings", "image_id").shape[0]
     steps = config.heads.steps or default_steps(config.head_clusters)
-    gpus = cluster.gpus_each(config.heads.num_gpus)
+    gpus = cluster.gpus_each()
     workers = _workers(config, cluster, gpus)
     if config.heads.split == "heads":
         workers = min(workers, config.heads.count)
@@ -172,7 +172,7 @@ def _run(context: Context) -> Outcome:
                 "steps": steps,
                 "watched": context.on_progress is not None,
             },
-            group=training.Group.plan(cluster, workers, gpus, config.heads.min_workers),
+            group=training.Group.plan(cluster, workers, gpus),
             title=f"training {config.heads.count} heads",
             total=steps,
         )

@@ -47,7 +47,7 @@ CPU_FLOPS = 5e10  # float32 per core and second, as measured
 GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
 
 
-ADVICE = "Lower neighbors.num_gpus"
+ADVICE = "Lower ray.num_gpus"
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
     done = set(run.list(TOP, ".parquet"))
     missing = [shard for shard in shards if _shard(*shard) not in done]
     ray = cluster.start()
-    gpus = cluster.gpus_each(config.num_gpus)
+    gpus = cluster.gpus_each()
     Wait(cluster, context.reporter, [Request(1, gpus)], ADVICE).until_there()
     have, cpus = cluster.resources(), cluster.cpus_each(1, gpus)
     width = min(features, config.pca or features)

@@ -369,7 +369,7 @@ def _alone(config: Config) -> Config:
 def _place_heads(sweep: Sweep, trials: Sequence[Trial]) -> tuple[Placement, int]:
     """What each training holds, and how many go on at once: as many as cores or GPUs carry."""
     cluster, config = sweep.context.cluster, sweep.config.heads
-    have, gpus = cluster.resources(), cluster.gpus_each(config.num_gpus)
+    have, gpus = cluster.resources(), cluster.gpus_each()
     wanted = min(len(trials), sweep.space.concurrent or len(trials))
     workers = config.num_workers or 0
     if workers:

@@ -145,8 +145,8 @@ def test_an_error_in_the_task_keeps_its_kind(tmp_path: Path) -> None:
 
 
 def test_a_task_that_can_never_start_ends_with_the_reason(tmp_path: Path) -> None:
-    context = make_run(tmp_path, 32, ["classifier.num_gpus=3", "ray.worker_wait=1"])
-    with pytest.raises(StageError, match=r"could run for 1 s.*3 GPUs.*classifier\.num_gpus"):
+    context = make_run(tmp_path, 32, ["ray.num_gpus=3", "ray.worker_wait=1"])
+    with pytest.raises(StageError, match=r"could run for 1 s.*3 GPUs.*ray\.num_gpus"):
         classifier.STAGE.run(context)
 
 

@@ -114,13 +114,13 @@ def test_cores_are_shared_so_that_both_sides_run() -> None:
         *((16, 8, 1, None), (64, 4, 4, None), (0, 0, 1, 1)),
     ):
         settings = configs.EmbedConfig(max_actors=actors)
-        pool = streaming.share(Fake(cpus, gpus, nodes), settings, rows=10**6)
+        pool = streaming.plan_pool(Fake(cpus, gpus, nodes), settings, rows=10**6)
         assert pool.most == (actors or gpus)
         assert pool.cpus != pool.decode_cpus  # else Ray fuses both into one actor
         free = max(1, cpus) - pool.cpus * pool.most
         assert free >= pool.decode_cpus, "no room for decoding: deadlock"
         assert pool.threads >= 1
-    few = streaming.share(Fake(16, 8, 1), configs.EmbedConfig(batch_size=256), rows=300)
+    few = streaming.plan_pool(Fake(16, 8, 1), configs.EmbedConfig(batch_size=256), rows=300)
     assert few.most == 2  # no more actors than batches
 
 

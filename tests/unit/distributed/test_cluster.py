@@ -18,8 +18,10 @@ from icce_ray.errors import StageError
 class Fake(Cluster):
     """A cluster of given nodes: (CPU cores, GPUs) each."""
 
-    def __init__(self, *nodes: tuple[float, float], wait: int = 1800) -> None:
-        super().__init__(RayConfig(worker_wait=wait))
+    def __init__(
+        self, *nodes: tuple[float, float], wait: int = 1800, gpus: float | None = None
+    ) -> None:
+        super().__init__(RayConfig(worker_wait=wait, num_gpus=gpus))
         self.nodes = list(nodes)
 
     def start(self) -> Any:
@@ -112,14 +114,14 @@ def test_workers_are_counted_node_by_node() -> None:
 
 
 def test_a_pool_for_a_cluster_that_has_no_node_yet() -> None:
-    settings = EmbedConfig(num_gpus=1, max_actors=8)
-    pool = streaming.share(Fake((0, 0)), settings, rows=10**6)
+    settings = EmbedConfig(max_actors=8)
+    pool = streaming.plan_pool(Fake((0, 0), gpus=1), settings, rows=10**6)
     assert (pool.most, pool.gpus) == (8, 1)
-    assert streaming.share(Fake((0, 0)), EmbedConfig(), rows=10**6).most == 1
+    assert streaming.plan_pool(Fake((0, 0)), EmbedConfig(), rows=10**6).most == 1
 
 
 def test_small_nodes_beside_large_ones_do_not_shrink_the_actors() -> None:
-    pool = streaming.share(Fake((0, 0), (64, 0), (2, 0)), EmbedConfig(max_actors=2), rows=10**6)
+    pool = streaming.plan_pool(Fake((0, 0), (64, 0), (2, 0)), EmbedConfig(max_actors=2), rows=10**6)
     assert pool.threads == 32 and pool.cpus == 16
     assert all(request.fits(Fake((64, 0)).resources()) for request in pool.requests())
 
