@@ -11,14 +11,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from icce_ray.config.schema import RayConfig
 from icce_ray.distributed.compat import filter_native_stderr, hush_raylets
-from icce_ray.errors import IcceError, StageError
+from icce_ray.errors import StageError
 
 # Ray's own chatter. Errors are raised as exceptions, so nothing is lost.
 _QUIET = {
@@ -370,36 +370,3 @@ class NodeWatch:
             if node.get("DeathReason") not in _WANTED_DEATHS:
                 where = node.get("NodeManagerAddress", name)
                 self.reporter.event(f"a node was lost ({where}): others do its work again")
-
-
-def completed(ray: Any, refs: Sequence[Any], wait: Wait) -> Iterator[tuple[int, Any]]:
-    """Yield (position, result) of Ray tasks as they end; an error of ours keeps its type.
-
-    Raises:
-        StageError: where the cluster provides nothing that carries them, as `wait` says.
-    """
-    position = {ref: index for index, ref in enumerate(refs)}
-    waiting = list(refs)
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=LOOK_EVERY)
-        for ref in done:
-            yield position[ref], fetch(ray, ref)
-        if not done:
-            wait.check()
-
-
-def result(ray: Any, ref: Any, wait: Wait) -> Any:
-    """The result of one Ray task; see `completed`."""
-    return next(completed(ray, [ref], wait))[1]
-
-
-def fetch(ray: Any, ref: Any) -> Any:
-    """The result of one ended Ray task; an IcceError raised in it is raised here as itself."""
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, IcceError):
-            raise error.cause from None
-        raise StageError(f"a Ray task failed:\n{str(error).strip()[-2000:]}") from None
-    except ray.exceptions.RayError as error:
-        raise StageError(f"a Ray task was lost: {str(error).strip()[-500:]}") from None

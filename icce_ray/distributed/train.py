@@ -23,9 +23,9 @@ from torch import Tensor
 from icce_ray import errors
 from icce_ray.core.collective import Alone, Collective, Distributed
 from icce_ray.distributed.cluster import Cluster, Request, Resources, Wait
+from icce_ray.distributed.context import Context
 from icce_ray.errors import ArtifactError, IcceError, StageError
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.stages.base import Context
 
 TRAIN = "train"  # working folder inside the stage's own
 

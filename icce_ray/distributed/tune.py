@@ -17,10 +17,10 @@ from typing import Any
 
 from icce_ray.config.schema import RayConfig
 from icce_ray.distributed.cluster import Cluster, Resources
+from icce_ray.distributed.context import Context
 from icce_ray.errors import StageError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.progress import Bar, Reporter
-from icce_ray.stages.base import Context
 
 HEAD = "node:__internal_head__"  # a resource that every cluster's head node has
 

@@ -8,21 +8,7 @@ from typing import Any
 
 from icce_ray.config.schema import Config
 from icce_ray.distributed.cluster import Cluster
-from icce_ray.rundir.directory import RunDirectory
-from icce_ray.rundir.progress import Reporter
-
-
-@dataclass
-class Context:
-    """What a stage works with."""
-
-    config: Config
-    run: RunDirectory
-    reporter: Reporter
-    cluster: Cluster  # starts Ray at first use
-    resumed: bool = False  # earlier partial work of the same fingerprint is in the folder
-    in_process: bool = False  # do what is one Ray task's work right here (inside a sweep's trial)
-    on_progress: Callable[[int, float], None] | None = None  # told (step, label-free score)
+from icce_ray.distributed.context import Context
 
 
 @dataclass(frozen=True)
@@ -60,3 +46,6 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]  # the slice of the config its result depends on
     run: Callable[[Context], Outcome]
     estimate: Callable[[Config, Size, Cluster], Need]
+
+
+__all__ = ["Context", "Need", "Outcome", "Size", "Stage"]

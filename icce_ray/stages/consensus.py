@@ -19,7 +19,8 @@ from icce_ray.core.ensemble import selection
 from icce_ray.core.ensemble.confidence import NEIGHBORS, supported
 from icce_ray.core.evaluation.labelfree import EVIDENCE
 from icce_ray.core.neighbors import reference_k
-from icce_ray.distributed.cluster import Cluster, Request, Wait, result
+from icce_ray.distributed.cluster import Cluster, Request
+from icce_ray.distributed.tasks import run_task
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import CONSENSUS_SCHEMA
@@ -90,10 +91,8 @@ def _run(context: Context) -> Outcome:
 
 
 def _task(context: Context) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    ray = context.cluster.start()
-    ref = ray.remote(num_cpus=1)(_solve).remote(context.run, context.config)
-    wait = Wait(context.cluster, context.reporter, [Request(1)], "Start a node with a CPU core")
-    return result(ray, ref, wait)
+    advice = "Start a node with a CPU core"
+    return run_task(context, _solve, context.run, context.config, request=Request(1), advice=advice)
 
 
 def _summary(info: dict[str, Any], confidence: float) -> str:

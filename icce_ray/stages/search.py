@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from icce_ray.config.schema import Config, NeighborsConfig, settings
 from icce_ray.core import neighbors as core
-from icce_ray.distributed.cluster import Cluster, Request, Wait, completed
+from icce_ray.distributed.cluster import Cluster, Request, Wait
+from icce_ray.distributed.tasks import run_tasks
 from icce_ray.errors import DataError
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.progress import duration
@@ -176,19 +177,17 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
     shards = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     done = set(run.list(TOP, ".parquet"))
     missing = [shard for shard in shards if _shard(*shard) not in done]
-    ray = cluster.start()
     gpus = cluster.gpus_each()
     Wait(cluster, context.reporter, [Request(1, gpus)], ADVICE).until_there()
     have, cpus = cluster.resources(), cluster.cpus_each(1, gpus)
     width = min(features, config.pca or features)
     seconds = exact_seconds(rows, width, have.cpus, have.gpus if gpus else 0)
     ivf = _settle(context, seconds)
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(_search_task)
-    refs = [task.remote(run, start, stop, most, ivf, config, cpus) for start, stop in missing]
+    calls = [(run, start, stop, most, ivf, config, cpus) for start, stop in missing]
+    tasks = run_tasks(context, _search_task, calls, request=Request(cpus, gpus), advice=ADVICE)
     finished = rows - sum(stop - start for start, stop in missing)
-    wait = Wait(cluster, context.reporter, [Request(cpus, gpus)], ADVICE)
     with context.reporter.bar("neighbors", rows, "images", done=finished) as bar:
-        for _, count in completed(ray, refs, wait):
+        for _, count in tasks:
             finished += count
             bar.update(finished)
     return ivf

@@ -10,7 +10,7 @@ import pytest
 
 from icce_ray.config.schema import EmbedConfig, RayConfig
 from icce_ray.distributed import cluster as clusters
-from icce_ray.distributed import inference as streaming
+from icce_ray.distributed import stream
 from icce_ray.distributed.cluster import Cluster, NodeWatch, Request, Resources, Wait
 from icce_ray.errors import StageError
 
@@ -115,13 +115,13 @@ def test_workers_are_counted_node_by_node() -> None:
 
 def test_a_pool_for_a_cluster_that_has_no_node_yet() -> None:
     settings = EmbedConfig(max_actors=8)
-    pool = streaming.plan_pool(Fake((0, 0), gpus=1), settings, rows=10**6)
+    pool = stream.plan_pool(Fake((0, 0), gpus=1), settings, rows=10**6)
     assert (pool.most, pool.gpus) == (8, 1)
-    assert streaming.plan_pool(Fake((0, 0)), EmbedConfig(), rows=10**6).most == 1
+    assert stream.plan_pool(Fake((0, 0)), EmbedConfig(), rows=10**6).most == 1
 
 
 def test_small_nodes_beside_large_ones_do_not_shrink_the_actors() -> None:
-    pool = streaming.plan_pool(Fake((0, 0), (64, 0), (2, 0)), EmbedConfig(max_actors=2), rows=10**6)
+    pool = stream.plan_pool(Fake((0, 0), (64, 0), (2, 0)), EmbedConfig(max_actors=2), rows=10**6)
     assert pool.threads == 32 and pool.cpus == 16
     assert all(request.fits(Fake((64, 0)).resources()) for request in pool.requests())
 
