@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icce_ray import config as configs
+from icce_ray.distributed import compat
 from icce_ray.errors import IcceError
 from icce_ray.rundir.progress import duration
 
@@ -264,15 +265,18 @@ def _first_comment(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Prints an expected error as text and exits with its code."""
+    compat.quiet_terminal()
     try:
         app(arguments)
     except IcceError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"error: {error}", markup=False, style="red"
         )
-        sys.exit(error.exit_code)
+        compat.leave(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        compat.leave(130)
+    except SystemExit as end:
+        compat.leave(end.code)
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def run(
                 _drop(directory, chosen)
             _run_chain(context, chosen)
         except (KeyboardInterrupt, SystemExit):  # the latter from Ray, for a signal while it starts
-            reporter.say("stopped; the same command goes on from here")
+            reporter.say("stopped; run the same command again to resume")
             reporter.status("stopped")
             raise
         except IcceError as error:
@@ -387,6 +387,8 @@ def terminable() -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
+        # `timeout` sends two: the second must not interrupt the writing of the status.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)

@@ -23,6 +23,7 @@ from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import training as training_
 from icce_ray.distributed import stream
 from icce_ray.distributed import train as training
+from icce_ray.distributed.checkpoints import TRAIN
 from icce_ray.distributed.context import Context
 from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, preparations
 from icce_ray.distributed.probe import (
@@ -35,6 +36,7 @@ from icce_ray.distributed.probe import (
     unpack_history,
     write_classifier,
 )
+from icce_ray.distributed.worker import Worker
 from icce_ray.errors import ConfigError
 from icce_ray.rundir.directory import RunDirectory
 
@@ -118,6 +120,7 @@ def _dataset(context: Context, table: pa.Table, cpus: float) -> Any:
     blocks = [table.slice(i, BLOCK_ROWS) for i in range(0, len(table), BLOCK_ROWS)]
     dataset = ray.data.from_arrow(blocks)
     dataset.context.target_max_block_size = stream.BLOCK_BYTES
+    dataset.context.enable_progress_bars = False
     preprocess, _ = preparations(config.backbone)
     return dataset.map_batches(
         stream.decode_rows,
@@ -160,7 +163,7 @@ def steps_of(rows: int, batch: int, workers: int) -> tuple[int, int]:
     return each, max(1, math.ceil((rows // workers) / each))
 
 
-def _loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
+def _loop(worker: Worker, task: Mapping[str, Any]) -> None:
     """One Ray Train worker: resume, epochs, a checkpoint after each, the artifact at the end."""
     from ray.train.torch import prepare_model
 
@@ -190,7 +193,7 @@ def _loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
 
 
 def _epoch(
-    worker: training.Worker,
+    worker: Worker,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Mapping[str, Tensor]],
@@ -213,7 +216,7 @@ def _epoch(
 
 
 def _batches(
-    worker: training.Worker, labeler: Labeler, rows: int, seed: int
+    worker: Worker, labeler: Labeler, rows: int, seed: int
 ) -> Iterable[Mapping[str, Tensor]]:
     from ray import train
 
@@ -231,13 +234,13 @@ def _starting_point(
     run: RunDirectory, task: Mapping[str, Any], chosen: ClassifierConfig
 ) -> core.FineTuned:
     """The pretrained backbone and, as its head, the probe trained on its features."""
-    probe = safetensors.load(run.read_bytes(CLASSIFIER, training.TRAIN, PROBE))
+    probe = safetensors.load(run.read_bytes(CLASSIFIER, TRAIN, PROBE))
     backbone = backbones.load(BackboneConfig.model_validate(task["backbone"][0]))
     return core.FineTuned(backbone, as_module(probe, chosen))
 
 
 def _resume(
-    worker: training.Worker, model: core.FineTuned, optimizer: torch.optim.Optimizer
+    worker: Worker, model: core.FineTuned, optimizer: torch.optim.Optimizer
 ) -> list[dict[str, float]]:
     latest = worker.checkpoints.latest()
     if latest is None:

@@ -23,10 +23,12 @@ from icce_ray.core.classifier import probe as probe_
 from icce_ray.core.classifier import training as training_
 from icce_ray.core.collective import Collective
 from icce_ray.distributed import train as training
+from icce_ray.distributed.checkpoints import TRAIN, Checkpoints
 from icce_ray.distributed.cluster import Request
 from icce_ray.distributed.context import Context
 from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, WEIGHTS
 from icce_ray.distributed.tasks import run_task
+from icce_ray.distributed.worker import PROGRESS_EVERY, REMOTE_PROGRESS_EVERY, Worker
 from icce_ray.errors import ArtifactError, DataError
 from icce_ray.rundir.directory import RunDirectory
 
@@ -118,7 +120,7 @@ def unpack_history(packed: Tensor) -> list[dict[str, float]]:
 def _probe_task(run: RunDirectory, task: Mapping[str, Any]) -> bytes:
     """The body of the Ray task. Its progress is a file that the driver looks at."""
     reported = -math.inf
-    every = training.PROGRESS_EVERY if run.is_local else training.REMOTE_PROGRESS_EVERY
+    every = PROGRESS_EVERY if run.is_local else REMOTE_PROGRESS_EVERY
 
     def progress(done: int, total: int, loss: float) -> None:
         nonlocal reported
@@ -126,7 +128,7 @@ def _probe_task(run: RunDirectory, task: Mapping[str, Any]) -> bytes:
             return
         reported = time.monotonic()
         state = {"done": done, "total": total, "note": f"loss {loss:.3f}" if done else "starting"}
-        run.write_json(state, CLASSIFIER, training.TRAIN, "probe.json")
+        run.write_json(state, CLASSIFIER, TRAIN, "probe.json")
 
     progress(0, 0, math.nan)
     return safetensors.save(_fit(run, task, progress))
@@ -138,15 +140,15 @@ def probe_in_task(context: Context, task: Mapping[str, Any]) -> dict[str, Tensor
     Returns: named tensors; see `_fit`.
     """
     run, cluster, config = context.run, context.cluster, context.config
-    if not run.exists(CLASSIFIER, training.TRAIN, PROBE):
+    if not run.exists(CLASSIFIER, TRAIN, PROBE):
         gpus = cluster.gpus_each()
         rows = run.matrix("embeddings", "image_id").shape[0]
         total = probe_.probe_steps(rows, probe_settings(config.classifier))
         with context.reporter.bar("training the classifier", total, "steps") as bar:
 
             def look() -> None:
-                if run.exists(CLASSIFIER, training.TRAIN, "probe.json"):
-                    state = run.read_json(CLASSIFIER, training.TRAIN, "probe.json")
+                if run.exists(CLASSIFIER, TRAIN, "probe.json"):
+                    state = run.read_json(CLASSIFIER, TRAIN, "probe.json")
                     bar.update(state["done"], state["note"])
 
             trained = run_task(
@@ -159,11 +161,11 @@ def probe_in_task(context: Context, task: Mapping[str, Any]) -> dict[str, Tensor
                 tick=look,
                 every=POLL if run.is_local else training.REMOTE_POLL,
             )
-        run.write_bytes(trained, CLASSIFIER, training.TRAIN, PROBE)
-    return safetensors.load(run.read_bytes(CLASSIFIER, training.TRAIN, PROBE))
+        run.write_bytes(trained, CLASSIFIER, TRAIN, PROBE)
+    return safetensors.load(run.read_bytes(CLASSIFIER, TRAIN, PROBE))
 
 
-def _probe_loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
+def _probe_loop(worker: Worker, task: Mapping[str, Any]) -> None:
     """One Ray Train worker. A probe is short: a group that lost a worker starts it over."""
     worker.progress(0, force=True)
 
@@ -177,7 +179,7 @@ def _probe_loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
 def probe_in_group(context: Context, task: Mapping[str, Any], workers: int) -> dict[str, Tensor]:
     """Train a probe by data on several Ray Train workers. Returns: named tensors; see `_fit`."""
     rows = context.run.matrix("embeddings", "image_id").shape[0]
-    checkpoints = training.Checkpoints(context.run, CLASSIFIER)
+    checkpoints = Checkpoints(context.run, CLASSIFIER)
     if checkpoints.latest() is None:
         gpus = context.cluster.gpus_each()
         training.fit(

@@ -76,11 +76,18 @@ def run_tasks(
 
 
 def collect(
-    ray: Any, refs: Sequence[Any], wait: Wait, tick: Tick | None = None, every: float = LOOK_EVERY
+    ray: Any,
+    refs: Sequence[Any],
+    wait: Wait,
+    tick: Tick | None = None,
+    every: float = LOOK_EVERY,
+    end: Callable[[Any], None] | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (position, result) of started tasks as they end. Whoever stops listening, by an error
-    or by Ctrl-C, ends those that are left: else they would hold their cores in a cluster that
-    lives on."""
+    """Yield (position, result) of started tasks as they end.
+
+    Where an error or Ctrl-C comes first, `end` is called with each task that is left (default: kill
+    it): else they would hold their cores in a cluster that outlives us.
+    """
     position = {ref: index for index, ref in enumerate(refs)}
     waiting = list(refs)
     try:
@@ -88,14 +95,14 @@ def collect(
             done, waiting = ray.wait(waiting, num_returns=1, timeout=every)
             for ref in done:
                 yield position[ref], fetch(ray, ref)
+            if tick is not None:
+                tick()
             if not done:
                 wait.check()
-                if tick is not None:
-                    tick()
     finally:
         for ref in waiting:
             with contextlib.suppress(Exception):  # Ray itself may be gone
-                ray.cancel(ref, force=True)
+                end(ref) if end is not None else ray.cancel(ref, force=True)
 
 
 def fetch(ray: Any, ref: Any) -> Any:

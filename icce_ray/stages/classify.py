@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config, settings
-from icce_ray.distributed import train as training
+from icce_ray.distributed.checkpoints import TRAIN
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.finetune import SHUFFLE_BATCHES, finetune
 from icce_ray.distributed.inference import Embedder, Inference, Predictor, preparations
@@ -142,7 +142,7 @@ def _run(context: Context) -> Outcome:
     history = run.read_json(FOLDER, HISTORY)
     opinions = run.read_table(FOLDER, OPINIONS, columns=["cluster"])["cluster"].to_numpy()
     agreement = float((opinions == run.matrix("consensus", "cluster")).mean())
-    run.delete(f"{FOLDER}/{training.TRAIN}")
+    run.delete(f"{FOLDER}/{TRAIN}")
     return Outcome(
         len(opinions),
         {

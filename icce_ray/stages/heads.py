@@ -28,7 +28,9 @@ from icce_ray.core.heads.trainer import (
 )
 from icce_ray.core.projection import fit_projection
 from icce_ray.distributed import train as training
+from icce_ray.distributed.checkpoints import TRAIN, Checkpoints
 from icce_ray.distributed.cluster import Cluster
+from icce_ray.distributed.worker import Worker
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import tensor_column
@@ -56,7 +58,7 @@ def _settings(config: Config) -> dict[str, Any]:
 # --- in the workers ------------------------------------------------------------------------------
 
 
-def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
+def _train(worker: Worker, config: Mapping[str, Any]) -> None:
     """The loop of one worker: resume, step, checkpoint, assign."""
     chosen = HeadsConfig.model_validate(config["heads"])
     latest = worker.checkpoints.latest()
@@ -81,19 +83,19 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         history.restore(states)
     while trainer.step_number < trainer.steps:
         history.add(trainer.step())
-        worker.progress(trainer.step_number, f"loss {history.last:.3f}")
+        worker.progress(trainer.step_number, history.note)
         if probe is not None and probe.due(trainer):
             worker.progress(trainer.step_number, force=True, score=probe.score(trainer))
         if trainer.step_number % chosen.checkpoint_every == 0:
             worker.save(trainer.step_number, trainer.state() | history.state())
     worker.progress(trainer.step_number, "assigning", force=True)
 
-    def tell(rows: int) -> None:
+    def report(rows: int) -> None:
         worker.progress(trainer.step_number, f"assigned {rows:,} of {len(data):,} images")
 
     final = trainer.state() | history.state()
     if trainer.by_heads or worker.rank == 0:
-        final["assignments"] = torch.from_numpy(trainer.assign(tell))
+        final["assignments"] = torch.from_numpy(trainer.assign(report))
     if worker.rank == 0:
         final |= {f"projection.{k}": v.cpu() for k, v in projection.state_dict().items()}
     worker.save(trainer.steps + 1, final)
@@ -127,13 +129,19 @@ class _History:
         self.every = max(1, trainer.steps // HISTORY_POINTS)
         self.steps: list[int] = []
         self.losses: list[Tensor] = []
-        self.last = float("nan")
+        self.last: Tensor | None = None  # [H], on the device
 
     def add(self, loss: Tensor) -> None:
-        self.last = float(loss.mean())
+        """Take in the losses of one step, [H]. Does not wait for the device, which would then have
+        nothing to do until the host has prepared the next step."""
+        self.last = loss
         if self.trainer.step_number % self.every == 0:
             self.steps.append(self.trainer.step_number)
             self.losses.append(loss.cpu())
+
+    def note(self) -> str:
+        """The last loss as text. Waits for the device."""
+        return "" if self.last is None else f"loss {float(self.last.mean()):.3f}"
 
     def state(self) -> dict[str, Tensor]:
         heads = len(self.trainer.numbers)
@@ -159,7 +167,7 @@ def _run(context: Context) -> Outcome:
     workers = _workers(config, cluster, gpus)
     if config.heads.split == "heads":
         workers = min(workers, config.heads.count)
-    checkpoints = training.Checkpoints(run, FOLDER)
+    checkpoints = Checkpoints(run, FOLDER)
     if checkpoints.latest() != steps + 1:
         training.fit(
             context,
@@ -180,7 +188,7 @@ def _run(context: Context) -> Outcome:
     if final is None:
         raise ArtifactError(f"{run.path(FOLDER)} has no checkpoint after training")
     results = _write(run, checkpoints.load(final), rows)
-    run.delete(f"{FOLDER}/{training.TRAIN}")
+    run.delete(f"{FOLDER}/{TRAIN}")
     return Outcome(rows, {**results, "steps": steps, "workers": workers, "gpus_per_worker": gpus})
 
 

@@ -18,7 +18,7 @@ from icce_ray.core.heads.trainer import default_steps
 from icce_ray.distributed import train as training
 from icce_ray.distributed import tune as tuning
 from icce_ray.distributed.cluster import Cluster
-from icce_ray.distributed.tune import Ended, Placement, Report, Share, Silent
+from icce_ray.distributed.tune import Ended, Placement, Report
 from icce_ray.errors import ArtifactError, IcceError, StageError
 from icce_ray.rundir.directory import RunDirectory, differing_keys
 from icce_ray.rundir.progress import Reporter
@@ -152,7 +152,7 @@ def _guarded(sweep: Sweep, overwrite: bool) -> dict[str, Any]:
                 sweep.run.delete(f"{sweep.folder}/{folder}")
         return _run_phases(sweep)
     except (KeyboardInterrupt, SystemExit):
-        reporter.say("stopped; the same command goes on from here")
+        reporter.say("stopped; run the same command again to resume")
         reporter.status("stopped")
         raise
     except IcceError as error:
@@ -236,7 +236,7 @@ def prepare(sweep: Sweep) -> None:
         return
     with sweep.context.reporter.bar("selections", len(todo)) as bar:
         for number, group in enumerate(todo, 1):
-            quiet = Silent(sweep.run)
+            quiet = Reporter(sweep.run, silent=True)
             _for_all(sweep, group, partial(_run_stage, sweep, group[0], "neighbors", quiet))
             bar.update(number)
 
@@ -409,8 +409,8 @@ def _train(work: HeadWork, print_: str, report: Report) -> None:
     context = Context(
         config,
         view,
-        Silent(view),
-        Share(config.ray, work.parts),
+        Reporter(view, silent=True),
+        Cluster(config.ray, parts=work.parts),
         in_process=config.heads.num_workers == 0,
         on_progress=on_progress,
     )
@@ -538,7 +538,9 @@ def _consensus(trial: Trial) -> tuple[dict[str, float], float]:
     config, view = trial.config, trial.view
     step = step_of(trial, "consensus")
     if step.state != "done":
-        context = Context(config, view, Silent(view), Share(config.ray, 1), in_process=True)
+        context = Context(
+            config, view, Reporter(view, silent=True), Cluster(config.ray), in_process=True
+        )
         pipeline.run_stage(context, step)
     table = view.read_table("consensus", columns=["cluster"])
     found = score(

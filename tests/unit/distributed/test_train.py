@@ -62,7 +62,7 @@ def test_changes_of_a_group_are_told_in_words() -> None:
         told.see({"attempt": attempt, "workers": workers, "done": done})
     assert Fake.reporter.lines == [
         "begins with 2 of 3 workers",
-        "workers were lost; 1 worker goes on from 20, before 2",
-        "the cluster has room again: 3 workers go on from 30, before 1",
-        "workers were lost; a new group of 3 goes on from 1,500",
+        "workers were lost; 1 worker resumes from 20, before 2",
+        "the cluster has room again: 3 workers resume from 30, before 1",
+        "workers were lost; a new group of 3 resumes from 1,500",
     ]
