@@ -41,6 +41,7 @@ class Group:
     least: int  # workers that suffice to go on
     cpus: float  # each
     gpus: float
+    grow_every: float = GROW_EVERY  # seconds
 
     @classmethod
     def plan(
@@ -55,7 +56,7 @@ class Group:
         cpus = float(cluster.cpus_each(workers, gpus_each)) if workers else 0.0
         if fed and workers and not gpus_each:
             cpus -= _spare(cpus)
-        return cls(workers, min(least, workers), cpus, gpus_each)
+        return cls(workers, min(least, workers), cpus, gpus_each, GROW_EVERY)
 
     def decode_cpus(self, have: Resources) -> float:
         """What a task of Ray Data that feeds the group may reserve."""
@@ -72,7 +73,7 @@ class Group:
         share = {"CPU": self.cpus, "GPU": self.gpus}
         return make(
             num_workers=(self.least, self.workers) if elastic else self.workers,
-            elastic_resize_monitor_interval_s=GROW_EVERY,
+            elastic_resize_monitor_interval_s=self.grow_every,
             use_gpu=bool(self.gpus),
             resources_per_worker={name: much for name, much in share.items() if much} or None,
             # GPUs of one node talk faster to each other; cores are better not shared.

@@ -15,7 +15,7 @@ from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.context import Context
 from icce_ray.distributed.train import Group
 from icce_ray.distributed.worker import Worker
-from icce_ray.errors import DataError, IcceError, StageError
+from icce_ray.errors import DataError, StageError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.progress import Reporter
 
@@ -92,19 +92,4 @@ def test_a_group_that_never_finds_a_place_leaves_no_request_behind(context: Cont
     context.cluster.settings = context.cluster.settings.model_copy(update={"worker_wait": 12})
     with pytest.raises(StageError, match="what was asked for is 2 times 3 CPU cores"):
         fit(context, lambda *_: None, Group(2, 2, 3.0, 0.0))
-    until_idle()
-
-
-def test_an_error_that_is_not_ours_is_retried_and_then_told(context: Context) -> None:
-    context.config = config.load({**context.config.model_dump(), "ray": {"max_failures": 1}})
-
-    def loop(worker: Worker, settings: Mapping[str, Any]) -> None:
-        with Path(settings["began"]).open("a") as file:
-            file.write("x\n")
-        raise ValueError("who knows")
-
-    with pytest.raises(StageError, match=r"(?s)training in x failed.*resume.*who knows") as caught:
-        fit(context, loop, Group(1, 1, 1.0, 0.0))
-    assert not issubclass(type(caught.value.__cause__), IcceError)
-    assert (Path(context.run.root) / "began").read_text() == "x\nx\n"
     until_idle()
