@@ -131,7 +131,12 @@ class Cluster:
             extra = {"num_cpus": self.settings.num_cpus, "include_dashboard": self.dashboard}
         local = compat.LOCAL if self.is_local else {}
         try:
-            with compat.environment(local), compat.kept_signals(), compat.own_session():
+            with (
+                compat.environment(local),
+                compat.kept_signals(),
+                compat.own_session(),
+                compat.patient_start(),
+            ):
                 ray.init(
                     address=self.address,
                     log_to_driver=False,
@@ -273,7 +278,7 @@ class Wait:
         have = self.cluster.resources()
         if all(request.fits(have) for request in self.requests):
             if self._since is not None:
-                self.reporter.say(f"the cluster now has {have.describe()}: going on")
+                self.reporter.say(f"the cluster now has {have.describe()}: resuming")
                 self.reporter.status("running")
             self._since = None
             return True

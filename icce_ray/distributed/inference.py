@@ -150,6 +150,7 @@ class Loaded:
 
     @property
     def names(self) -> str:
+        """The backbones, for messages."""
         return ", ".join(one["name"] for one in self.backbones)
 
     def see(self, notes: np.ndarray) -> bool:

@@ -77,8 +77,13 @@ def _fit(
     on_step: training_.OnStep,
     collective: Collective | None = None,
     device: torch.device | None = None,
+    rank: int = 0,
 ) -> dict[str, Tensor]:
-    """Train a probe; its weights, history, and opinion of every row, as named tensors."""
+    """Train a probe; its weights, history, and opinion of every row, as named tensors.
+
+    Of several workers only the first (`rank` 0) asks the probe for all N rows: they all have the
+    same one. The others return the history.
+    """
     chosen = probe_settings(ClassifierConfig.model_validate(task["classifier"]))
     features = run.matrix("embeddings", "embedding")
     labels, weights = targets(run, chosen)
@@ -93,6 +98,8 @@ def _fit(
         on_step=on_step,
         device=device,
     )
+    if rank:
+        return {"history": pack_history(history)}
     if task["classifier"]["kind"] != "finetune":  # which only begins with this probe
         probe_.calibrate(model, features, np.asarray(run.matrix("consensus", "confidence")))
     clusters, confidence = probe_.predict(model, features, device)
@@ -106,11 +113,13 @@ def _fit(
 
 
 def pack_history(history: list[dict[str, float]]) -> Tensor:
+    """float64 [epochs, 3]: epoch, loss, agreement. For checkpoints, which hold only tensors."""
     rows = [[entry["epoch"], entry["loss"], entry["agreement"]] for entry in history]
     return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
 
 
 def unpack_history(packed: Tensor) -> list[dict[str, float]]:
+    """The inverse of `pack_history`."""
     return [
         {"epoch": int(epoch), "loss": loss, "agreement": agreement}
         for epoch, loss, agreement in packed.tolist()
@@ -172,7 +181,7 @@ def _probe_loop(worker: Worker, task: Mapping[str, Any]) -> None:
     def progress(done: int, total: int, loss: float) -> None:
         worker.progress(done, f"loss {loss:.3f}")
 
-    result = _fit(worker.run, task, progress, worker.collective, worker.device)
+    result = _fit(worker.run, task, progress, worker.collective, worker.device, worker.rank)
     worker.save(len(result["history"]), result if worker.rank == 0 else {})
 
 
@@ -223,8 +232,8 @@ def write_classifier(
 
 
 def describe_backbones(configs: Any, described: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """Settings of the backbones with what they were found to be, so that new images get the same
-    features."""
+    """For classifier.json: the backbones' settings with what their weights and transforms turned
+    out to be, so that new images get the same features."""
     described = described or [{} for _ in configs]
     pairs = list(zip(configs, described, strict=True))
     return {

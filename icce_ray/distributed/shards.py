@@ -56,7 +56,7 @@ class Quarantine:
         return DataError(
             f"{len(self.ids):,} of {self.total:,} images ({len(self.ids) / self.total:.1%}) cannot "
             f"be used, more than embed.max_bad_fraction={self.max_fraction:g} allows: {shown}. "
-            f"All found so far are listed in {self.place}. Repair or remove them, or raise "
+            f"Those seen so far are listed in {self.place}. Repair or remove them, or raise "
             "embed.max_bad_fraction; finished work is kept."
         )
 

@@ -38,7 +38,7 @@ class Group:
     """The workers of a training."""
 
     workers: int  # 0: none, the work is done in the driver's process
-    least: int  # workers that suffice to go on
+    least: int  # workers that suffice to resume
     cpus: float  # each
     gpus: float
     grow_every: float = GROW_EVERY  # seconds

@@ -8,7 +8,7 @@ The state of a training is in files of the run directory, below STAGE/train/:
 
 Files, since nothing else reaches the driver from a worker that Ray Train has started: its own
 reports are barriers of all workers, and come with a checkpoint or not at all. Each fit has a token,
-by which its files are told from those of an earlier driver.
+by which its files differ from those of an earlier driver.
 """
 
 from __future__ import annotations

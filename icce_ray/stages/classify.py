@@ -1,7 +1,7 @@
 """Stage 6: train the classifier that labels new images, on the consensus as pseudo-labels.
 
 A probe reads the embeddings and trains in one Ray task, or by data on Ray Train workers.
-Fine-tuning first trains such a probe, then goes on from it with the backbone: Ray Data decodes
+Fine-tuning starts from such a probe and trains it together with the backbone: Ray Data decodes
 images on CPU cores and feeds Ray Train workers. Both write the same artifact:
 
     classifier/classifier.safetensors + classifier.json   see core/classifier.py; loads without Ray

@@ -3,7 +3,7 @@
     predict("runs/quickstart", "new-images/", "predictions/")
 
 Writes part-*.parquet (PREDICTIONS_SCHEMA) in the order of the addresses, and manifest.json last;
-a killed call goes on from the shards it wrote. Nothing that is there already is ever deleted.
+a killed call resumes from the shards it wrote. Nothing that is there already is ever deleted.
 Shapes: N images, B batch, K clusters.
 """
 
@@ -71,7 +71,7 @@ def predict(
     Raises:
         ArtifactError: no finished classifier, or `out` holds something else.
         ConfigError, DataError: settings or images that cannot be used.
-        StageError: workers failed; the same call again goes on.
+        StageError: workers failed; the same call again resumes.
     """
     run = RunDirectory(run_uri)
     folder, target = _target(out or run.address("predictions"))
@@ -86,7 +86,7 @@ def predict(
     backbones = _backbones(description)
     table = listing.list_images(config.data).table
     if config.data.labels not in ("auto", "none"):
-        index.labels_of(config.data.labels, table)  # a file that does not fit is told now
+        index.labels_of(config.data.labels, table)  # a file that does not fit is refused now
     mark = _mark(images, table, trained, config)
     finished = _claim(target, folder, mark)
     if finished is not None:
@@ -108,7 +108,7 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
     for override in overrides:
         if override.partition(".")[0] not in GROUPS:
             raise ConfigError(
-                f"{override}: predict takes {', '.join(f'{g}.*' for g in GROUPS)} settings alone; "
+                f"{override}: predict takes {', '.join(f'{g}.*' for g in GROUPS)} settings only; "
                 "all else is as the run was made"
             )
     tree = yaml.safe_load(run.read_bytes("config.yaml"))
@@ -120,14 +120,14 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
 
 
 def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
-    found = description.get("backbone") or []
-    if not found:
+    described = description.get("backbone") or []
+    if not described:
         raise ConfigError(
             "this run was made from given embeddings: it knows no backbone for new images. "
             "Classify their embeddings with classifier.safetensors (see core/classifier.py)."
         )
     fields = BackboneConfig.model_fields
-    each = [{key: value for key, value in one.items() if key in fields} for one in found]
+    each = [{key: value for key, value in one.items() if key in fields} for one in described]
     if description["kind"] == "finetune":  # its weights are the classifier's own
         each = [{**one, "pretrained": False, "weights": None} for one in each]
     return tuple(BackboneConfig.model_validate(one) for one in each)
@@ -147,15 +147,15 @@ def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> di
     digest = hashlib.sha256()
     for batch in table.select(["uri"]).to_batches(max_chunksize=65_536):
         digest.update("\n".join(batch.column(0).to_pylist()).encode() + b"\n")
-    found = {
+    settings = {
         "images": listing.absolute(images),
         "count": table.num_rows,
         "sha256": digest.hexdigest(),
         "precision": config.embed.precision,
     }
     inputs = {CLASSIFIER: trained.id}
-    print_ = fingerprint("predict", found, inputs)
-    return {"fingerprint": print_, "settings": found, "inputs": inputs}
+    key = fingerprint("predict", settings, inputs)
+    return {"fingerprint": key, "settings": settings, "inputs": inputs}
 
 
 def _claim(target: RunDirectory, folder: str, mark: Mapping[str, Any]) -> Manifest | None:
@@ -213,10 +213,10 @@ class _Work:
 
     def _expected(self) -> list[Mapping[str, Any]]:
         """Backbones with the hash of their weights, as the run had them."""
-        found = self.description["backbone"]
-        if not all("sha256" in one for one in found):
+        described = self.description["backbone"]
+        if not all("sha256" in one for one in described):
             return []
-        return [{k: v for k, v in one.items() if k != "precision"} for one in found]
+        return [{k: v for k, v in one.items() if k != "precision"} for one in described]
 
     def _open(self, resumed: bool) -> Shards:
         size, total = self.config.embed.shard_size, self.table.num_rows
@@ -260,9 +260,9 @@ class _Work:
 
     def _finish(self, mark: dict[str, Any], seconds: float, rate: float) -> Manifest:
         run, total = self.target, self.table.num_rows
-        found = run.read_table(self.folder, columns=["cluster"])["cluster"].to_numpy()
-        bad = int((found < 0).sum())
-        scores = _scores(self.config, self.table, found)
+        clusters = run.read_table(self.folder, columns=["cluster"])["cluster"].to_numpy()
+        bad = int((clusters < 0).sum())
+        scores = _scores(self.config, self.table, clusters)
         manifest = Manifest(
             stage="predict",
             fingerprint=mark["fingerprint"],

@@ -316,7 +316,7 @@ def check_prediction(tmp_path: Path, context: Context, results: Any, expected: n
     with pytest.raises(ArtifactError, match="predictions of other images"):
         (tmp_path / "kept.json").rename(Path(out, "manifest.json"))
         predict.predict(run.uri, str(tmp_path / "images"), out, overrides=["data.limit=5"])
-    with pytest.raises(ConfigError, match="alone"):
+    with pytest.raises(ConfigError, match="settings only"):
         predict.predict(*arguments, overrides=["heads.count=3"])
 
 

@@ -439,7 +439,7 @@ def finetuning(story: Story) -> None:
 def test_a_cluster_without_nodes_is_waited_for(story: Story) -> None:
     assert "waiting for the cluster to provide 1 CPU core" in story.facts["status"]["waiting"]
     log = (story.run / "log").read_text()
-    assert "the cluster now has 1 node, 2 CPU cores, 0 GPUs: going on" in log
+    assert "the cluster now has 1 node, 2 CPU cores, 0 GPUs: resuming" in log
 
 
 def test_the_head_without_cores_does_no_work(story: Story) -> None:

@@ -139,7 +139,7 @@ def test_waiting_is_said_once_and_ends(clock: Any) -> None:
     assert heard.waiting == heard.said * 4
     fake.nodes.append((4, 1))
     assert wait.check() and not heard.waiting[-1]
-    assert heard.said[1:] == ["the cluster now has 1 node, 4 CPU cores, 1 GPU: going on"]
+    assert heard.said[1:] == ["the cluster now has 1 node, 4 CPU cores, 1 GPU: resuming"]
 
 
 def test_only_time_without_room_counts(clock: Any) -> None:

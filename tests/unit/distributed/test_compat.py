@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import icce_ray
 from icce_ray.distributed import compat
 
 TRIED = "2.60"
@@ -24,6 +28,28 @@ def ray() -> Any:
 def test_the_ray_that_was_tried_is_the_one_installed(ray: Any) -> None:
     """After an update: run these tests, and the ones below tests/ray, then change this line."""
     assert ray.__version__.startswith(f"{TRIED}.")
+
+
+# --- Ray is in one room, and its private parts in one file ----------------------------------------
+
+PACKAGE = Path(icce_ray.__file__).parent
+
+
+def modules(path: Path) -> Iterator[str]:
+    """What a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_only_this_room_imports_ray_and_only_compat_what_is_private() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        names = [name for name in modules(path) if name.split(".")[0] == "ray"]
+        assert not names or path.parent.name == "distributed", (path, names)
+        private = [name for name in names if any(p.startswith("_") for p in name.split("."))]
+        assert not private or path.name == "compat.py", (path, private)
 
 
 # --- nothing is done on import, and nothing by a call from a notebook -----------------------------
@@ -120,6 +146,18 @@ def test_processes_of_ray_get_a_session_of_their_own(
     monkeypatch.delattr(services, "ConsolePopen")
     with compat.own_session():
         assert not hasattr(services, "ConsolePopen")
+
+
+def test_rays_start_has_a_slower_clock(ray: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import node
+
+    plain = node.time
+    with compat.patient_start():
+        assert plain.monotonic() / 11 < node.time.monotonic() < plain.monotonic() / 9
+    assert node.time is plain
+    monkeypatch.delattr(node, "time")
+    with compat.patient_start():
+        assert not hasattr(node, "time")
 
 
 def test_an_end_of_ray_is_seen_where_ray_lists_its_processes(
