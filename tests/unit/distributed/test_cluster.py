@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 from typing import Any
 
@@ -111,6 +112,29 @@ def test_workers_are_counted_node_by_node() -> None:
     assert Fake((8, 3), (8, 3)).workers(None, 0.5) == 12
     assert Fake((0, 0)).workers(None, 1) == 1
     assert Fake((0, 0)).workers(6, 1) == 6  # not cut to what is there now
+
+
+def test_one_of_several_trials_counts_on_its_part_of_the_cores() -> None:
+    fake = Fake((0, 0), (8, 2), (3, 0))
+    fake.parts = 4
+    have = fake.resources()
+    assert have.each == ((2, 2), (1, 0)) and (have.cpus, have.gpus) == (3, 2)
+
+
+def test_a_look_that_never_ends_does_not_hold_up_the_end_of_a_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where Ray's processes have ended: a call waits for a minute, then ends the process."""
+    monkeypatch.setattr(clusters, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(clusters, "STOP_WITHIN", 0.0)
+    looking, end = threading.Event(), threading.Event()
+    watch = NodeWatch(Heard())
+    watch.look = lambda: (looking.set(), end.wait())  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyboardInterrupt), watch:
+        looking.wait()
+        raise KeyboardInterrupt
+    assert watch._thread.is_alive()
+    end.set()
 
 
 def test_a_pool_for_a_cluster_that_has_no_node_yet() -> None:
