@@ -182,7 +182,10 @@ def _here(ray: Any) -> Any:
     """Beside the driver, which is often on a head node that is not lost with a spot node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node = ray.get_runtime_context().get_node_id()
+    try:
+        node = ray.get_runtime_context().get_node_id()
+    except Exception:  # a driver outside of the cluster (ray://) is on no node
+        return "DEFAULT"
     return NodeAffinitySchedulingStrategy(node, soft=True)
 
 
