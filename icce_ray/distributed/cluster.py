@@ -151,7 +151,7 @@ class Cluster:
                 f"{reason[0] if reason else type(error).__name__}"
             ) from None
         self._owned = True
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        for name in ("ray", "ray.train", "ray.tune"):
             self._levels[name] = logging.getLogger(name).level
             logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -107,6 +107,23 @@ def _to_logger(data: Mapping[str, Any], *_: Any, **__: Any) -> None:
     logging.getLogger("icce_ray.ray").debug("\n".join(data.get("lines", ())))
 
 
+@contextlib.contextmanager
+def silenced_data() -> Iterator[None]:
+    """Meanwhile no line of Ray Data in the terminal: its errors come as exceptions.
+
+    Ray Data sets up its logger when it is imported, which has to come first.
+    """
+    with contextlib.suppress(ImportError):
+        import ray.data  # noqa: F401
+    logger = logging.getLogger("ray.data")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 # --- a local Ray ---------------------------------------------------------------------------------
 
 # Read by Ray while it starts; its processes and their workers inherit them.
@@ -159,20 +176,25 @@ def own_session() -> Iterator[None]:
 @contextlib.contextmanager
 def patient_start() -> Iterator[None]:
     """Meanwhile Ray waits ten times as long for its own processes: 300 s, not 30, which a busy
-    machine exceeds. By slowing the clock of Ray's private `node`; without it, 30 s it is."""
-    try:
-        from ray._private import node
+    machine exceeds.
 
-        plain = node.time
-    except (ImportError, AttributeError):
-        yield
-        return
-    slow = {**vars(plain), "monotonic": lambda: plain.monotonic() / 10}
-    node.time = types.SimpleNamespace(**slow)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        node.time = plain
+    Its raylet reads how long to wait for its agent in the environment, and the driver how long to
+    wait for the raylet on the clock of Ray's private `node`. Without either, 30 s it is.
+    """
+    with environment({"RAY_agent_register_timeout_ms": "300000"}):
+        try:
+            from ray._private import node
+
+            plain = node.time
+        except (ImportError, AttributeError):
+            yield
+            return
+        slow = {**vars(plain), "monotonic": lambda: plain.monotonic() / 10}
+        node.time = types.SimpleNamespace(**slow)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            node.time = plain
 
 
 @contextlib.contextmanager

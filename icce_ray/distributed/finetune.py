@@ -21,7 +21,7 @@ from icce_ray.core import backbone as backbones
 from icce_ray.core.classifier import finetune as finetune_
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import training as training_
-from icce_ray.distributed import stream
+from icce_ray.distributed import compat, stream
 from icce_ray.distributed import train as training
 from icce_ray.distributed.checkpoints import TRAIN
 from icce_ray.distributed.context import Context
@@ -67,16 +67,17 @@ def finetune(context: Context, task: Mapping[str, Any], table: pa.Table) -> dict
         shuffled = table.take(pa.array(feeding_order(table, config.seed)))
         have = cluster.resources()
         group = training.Group.plan(cluster, workers, gpus, fed=True)
-        training.fit(
-            context,
-            CLASSIFIER,
-            _loop,
-            task,
-            group=group,
-            title="fine-tuning",
-            total=steps * config.classifier.epochs,
-            datasets={"train": _dataset(context, shuffled, group.decode_cpus(have))},
-        )
+        with compat.silenced_data():
+            training.fit(
+                context,
+                CLASSIFIER,
+                _loop,
+                task,
+                group=group,
+                title="fine-tuning",
+                total=steps * config.classifier.epochs,
+                datasets={"train": _dataset(context, shuffled, group.decode_cpus(have))},
+            )
     return {"workers": workers, "gpus_per_worker": gpus}
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import queue
@@ -36,6 +35,7 @@ from icce_ray.config.schema import EmbedConfig
 from icce_ray.core import preprocess as preprocess_
 from icce_ray.core.preprocess import BadImage, Preprocess
 from icce_ray.data import reading as images
+from icce_ray.distributed import compat
 from icce_ray.distributed.cluster import LOOK_EVERY, STOP_WITHIN, Cluster, Request, Wait
 from icce_ray.errors import IcceError, StageError
 from icce_ray.rundir.progress import Reporter
@@ -260,7 +260,7 @@ def stream(cluster: Cluster, table: pa.Table, job: Job, reporter: Reporter) -> I
 
     restarts: set[str] = set()
     try:
-        with _silenced("ray.data"):  # its errors come as exceptions
+        with compat.silenced_data():
             for batch in _polled(start, wait):
                 restarts |= raise_error(batch)
                 yield batch
@@ -272,17 +272,6 @@ def stream(cluster: Cluster, table: pa.Table, job: Job, reporter: Reporter) -> I
         if restarts:
             were = "1 actor was" if len(restarts) == 1 else f"{len(restarts)} actors were"
             reporter.event(f"{were} lost and restarted: the images in work were done again")
-
-
-@contextlib.contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _polled(start: Callable[[], Iterator[Columns]], wait: Wait) -> Iterator[Columns]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import signal
 import subprocess
@@ -99,6 +100,16 @@ def test_messages_of_raylets_go_to_a_logger(ray: Any, monkeypatch: pytest.Monkey
     assert not hasattr(worker, "print_to_stdstream")
     monkeypatch.setitem(sys.modules, "ray._private", None)
     compat._hush_raylets()
+
+
+def test_ray_data_is_silent_only_meanwhile(ray: Any) -> None:
+    import ray.data  # noqa: F401
+
+    logger = logging.getLogger("ray.data")
+    before = logger.level
+    with compat.silenced_data():
+        assert not logger.isEnabledFor(logging.ERROR)
+    assert logger.level == before
 
 
 def test_noise_is_filtered_and_the_rest_comes_through() -> None:
