@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from icce_ray.distributed import compat
 from icce_ray.errors import ArtifactError, IcceError
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
@@ -295,6 +296,7 @@ def _first_comment(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Prints an expected error as text and exits with its code."""
+    compat.quiet_terminal()
     try:
         app(arguments)
     except IcceError as error:
@@ -303,9 +305,11 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"error: {error}", markup=False, style="red"
         )
-        sys.exit(error.exit_code)
+        compat.leave(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        compat.leave(130)
+    except SystemExit as end:
+        compat.leave(end.code)
 
 
 if __name__ == "__main__":

@@ -445,6 +445,8 @@ def _terminable(reporter: Reporter) -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
+        # `timeout` sends two: the second must not interrupt the writing of the status.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # At once: where the whole process group got the signal, Ray is gone, and its client may end
         # this process before the exception below is handled.
         reporter.status("stopped")

@@ -118,13 +118,8 @@ class EmbedConfig(Node):
     """Images per forward pass of one actor."""
     shard_size: Annotated[Positive, RUNTIME] = 8192
     """Rows per Parquet shard. A crash loses at most the shards in flight."""
-    min_actors: Annotated[Positive, RUNTIME] = 1
-    """Embedding actors to start with."""
     max_actors: Annotated[Positive | None, RUNTIME] = None
     """Most embedding actors. Default: one per GPU of the cluster, or one."""
-    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
-    """GPUs per actor. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
-    on demand."""
     max_bad_fraction: Fraction = 0.01
     """Stop if more than this share of the images cannot be decoded. Fewer are quarantined."""
     max_pixels: Positive = 178_956_970
@@ -158,8 +153,6 @@ class NeighborsConfig(Node):
     than about an hour on the devices found, else ivf."""
     nprobe: Positive = 32
     """ivf: lists visited per query; more are slower and closer to exact."""
-    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
-    """GPUs per search task. Default: 1 where the cluster has any, else 0."""
 
     @model_validator(mode="after")
     def _threshold_given(self) -> NeighborsConfig:
@@ -168,11 +161,6 @@ class NeighborsConfig(Node):
         if self.min_neighbors > self.max_neighbors:
             raise ValueError("min_neighbors must not exceed max_neighbors")
         return self
-
-
-def _check_workers(least: int | None, workers: int | None) -> None:
-    if least is not None and workers is not None and least > workers:
-        raise ValueError("min_workers must not exceed num_workers")
 
 
 class HeadsConfig(Node):
@@ -231,12 +219,6 @@ class HeadsConfig(Node):
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
     """Ray Train workers. 0: train in the driver's process. Default: one per GPU; without GPUs, 0 on
     a local Ray and 1 on a cluster."""
-    min_workers: Annotated[Positive | None, RUNTIME] = None
-    """Workers that suffice to go on after nodes were lost, until there are `num_workers` again.
-    Default: all of them."""
-    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
-    """GPUs per worker. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
-    on demand."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 500
     """Steps between checkpoints. A lost worker costs at most these."""
 
@@ -261,11 +243,6 @@ class HeadsConfig(Node):
     def fewest(self) -> int:
         """The smallest number of heads that share one balance."""
         return min(Counter(map(self.balance_of, range(self.count))).values())
-
-    @model_validator(mode="after")
-    def _enough_workers(self) -> HeadsConfig:
-        _check_workers(self.min_workers, self.num_workers)
-        return self
 
 
 class ConsensusConfig(Node):
@@ -314,17 +291,6 @@ class ClassifierConfig(Node):
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
     """Ray Train workers. 0: train in one Ray task. Default: 0 for probes; for finetune one per GPU,
     or 1."""
-    min_workers: Annotated[Positive | None, RUNTIME] = None
-    """Workers that suffice to go on after nodes were lost, until there are `num_workers` again.
-    Default: all of them."""
-    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
-    """GPUs per worker. Default: 1 where the cluster has any, else 0; set it where GPU nodes start
-    on demand."""
-
-    @model_validator(mode="after")
-    def _enough_workers(self) -> ClassifierConfig:
-        _check_workers(self.min_workers, self.num_workers)
-        return self
 
 
 class EvaluateConfig(Node):
@@ -357,6 +323,12 @@ class RayConfig(Node):
     a local Ray, started and stopped with the command."""
     num_cpus: Annotated[Positive | None, RUNTIME] = None
     """Local Ray: CPU cores to use. Default: all."""
+    num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None
+    """GPUs per worker, of every stage. Default: 1 where the cluster has any, else 0. Set it where
+    GPU nodes start on demand. Below 1, workers share a GPU."""
+    min_workers: Annotated[Positive | None, RUNTIME] = None
+    """Training resumes with this many workers after nodes were lost, and takes in more as nodes
+    return. Default: all of a stage's `num_workers`."""
     max_failures: Annotated[int, Field(ge=0), RUNTIME] = 3
     """Restarts of a training stage after lost workers before it fails."""
     worker_wait: Annotated[Positive, RUNTIME] = 1800

@@ -73,13 +73,19 @@ class Bar:
 
 
 class Reporter:
-    """Progress, messages, the log file and status.json of one run."""
+    """Progress, messages, the log file and status.json of one run.
 
-    def __init__(self, run: RunDirectory, quiet: bool = False) -> None:
+    Args:
+        quiet: nothing in the terminal.
+        silent: no log and no status.json either, as inside a sweep's trial, where many write at
+            once and the sweep itself reports.
+    """
+
+    def __init__(self, run: RunDirectory, quiet: bool = False, silent: bool = False) -> None:
         from rich.console import Console
 
         self.run = run
-        self.quiet = quiet
+        self.quiet, self.silent = quiet or silent, silent
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.stage = ""
         self.events: list[str] = []
@@ -108,6 +114,8 @@ class Reporter:
 
     def log(self, text: str) -> None:
         """A line for the log only; on object stores it is written with later ones."""
+        if self.silent:
+            return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         line = f"{stamp} {self.stage or '-':<10} {text}\n"
         if self.run.is_local:
@@ -162,6 +170,8 @@ class Reporter:
     def status(self, state: str, **more: Any) -> None:
         """Write status.json: state, stage, process, time, and whatever is known of progress."""
         self._status_at = time.monotonic()
+        if self.silent:
+            return
         content = {"state": state, "stage": self.stage, "time": time.time(), **this_process()}
         # Losing one status line must not stop a run, nor hold it up.
         with hastily(), contextlib.suppress(Exception):

@@ -18,7 +18,8 @@ from icce_ray.core.ensemble import agreement as agreement_
 from icce_ray.core.ensemble import selection
 from icce_ray.core.ensemble.confidence import supported
 from icce_ray.core.neighbors import reference_k
-from icce_ray.distributed.cluster import Request, Wait, result
+from icce_ray.distributed.cluster import Request
+from icce_ray.distributed.tasks import run_task
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import CONSENSUS_SCHEMA
@@ -79,10 +80,8 @@ def run(context: Context) -> Outcome:
 
 
 def _task(context: Context) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    ray = context.cluster.start()
-    ref = ray.remote(num_cpus=1)(_solve).remote(context.run, context.config)
-    wait = Wait(context.cluster, context.reporter, [Request(1)], "Start a node with a CPU core")
-    return result(ray, ref, wait)
+    advice = "Start a node with a CPU core"
+    return run_task(context, _solve, context.run, context.config, request=Request(1), advice=advice)
 
 
 def _summary(info: dict[str, Any], confidence: float) -> str:

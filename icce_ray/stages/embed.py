@@ -7,32 +7,28 @@ Shapes: N images, B batch, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.config.schema import BackboneConfig, Config
+from icce_ray.config.schema import Config
 from icce_ray.data import embeddings as vectors
 from icce_ray.data import listing
-from icce_ray.distributed import inference as streaming
-from icce_ray.distributed.inference import Columns, Job, Loaded
+from icce_ray.distributed.inference import Embedder, Inference, Loaded, preparations
 from icce_ray.distributed.shards import Quarantine, Shards
-from icce_ray.errors import DataError, StageError
+from icce_ray.distributed.stream import ADDRESS, Columns, Job
+from icce_ray.errors import DataError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import embeddings_schema, tensor_column, to_matrix
 from icce_ray.stages.base import Context, Outcome
-
-if TYPE_CHECKING:
-    import torch
 
 FOLDER = "embeddings"
 QUARANTINE = "quarantine.parquet"
 BACKBONES = "backbones.json"  # what the shards were made with
 GIVEN = "embeddings that were given"
-UNIT = 1e-2  # largest deviation of a row's length from 1
 
 
 def preflight(config: Config) -> None:
@@ -55,46 +51,6 @@ def features(config: Config) -> int | None:
     return None if None in widths else sum(width or 0 for width in widths)
 
 
-# --- in the actors -------------------------------------------------------------------------------
-
-
-class Embedder:
-    """Unit-norm features of one or several backbones (see core.backbone.join)."""
-
-    def __init__(
-        self, configs: Sequence[BackboneConfig], slots: Sequence[int], precision: str
-    ) -> None:
-        self.configs, self.slots = configs, slots
-        self.precision: Any = precision  # as asked for; once loaded, what the device computes in
-        self.backbones: list[Any] = []
-
-    def load(self, device: torch.device) -> list[dict[str, Any]]:
-        """Load the backbones onto the device; returns their descriptions."""
-        from icce_ray.core import backbone as core
-
-        loaded = [core.load(config) for config in self.configs]
-        self.precision = core.arithmetic(self.precision, device)
-        described = [{**one.describe(), "precision": self.precision} for one in loaded]
-        self.backbones = [one.to(device) for one in loaded]
-        return described
-
-    def embed(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """uint8 [B, 3, S, S] per distinct preparation -> float32 [B, D], rows of length 1."""
-        from icce_ray.core import backbone as core
-
-        pairs = zip(self.backbones, self.slots, strict=True)
-        return core.join([one.embed(pixels[slot], self.precision) for one, slot in pairs])
-
-    def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
-        """`embedding` float16 [B, D], and `valid`: finite and not zero."""
-        found = self.embed(pixels)
-        valid = (found.norm(dim=-1) - 1).abs() < UNIT  # False for NaN
-        return {"embedding": found.half().cpu().numpy(), "valid": valid.cpu().numpy()}
-
-
-# --- in the driver -------------------------------------------------------------------------------
-
-
 def run(context: Context) -> Outcome:
     """Embed every image, or take the embeddings that were given.
 
@@ -103,23 +59,23 @@ def run(context: Context) -> Outcome:
     """
     if context.config.data.embeddings:
         return _take_given(context)
-    index = context.run.read_table("index", columns=list(streaming.ADDRESS))
-    gatherer = Gatherer(context, index)
-    rows = gatherer.run()
+    work = _Embedding(context)
+    rows = work.run()
     if rows < context.config.num_classes:
         raise DataError(
             f"only {rows} images could be used, fewer than num_classes={context.config.num_classes}"
         )
-    return Outcome(rows, gatherer.results())
+    return Outcome(rows, work.results())
 
 
-class Gatherer:
-    """Runs the pipeline over what is missing and writes shards."""
+class _Embedding:
+    """What comes of each batch: a row for a good image, a line in quarantine for a bad one."""
 
-    def __init__(self, context: Context, index: pa.Table) -> None:
-        self.context, self.index = context, index
+    def __init__(self, context: Context) -> None:
+        self.context = context
         config, run = context.config, context.run
-        total = index.num_rows
+        self.index = run.read_table("index", columns=list(ADDRESS))
+        total = self.index.num_rows
         self.shards = _shards(context, total)
         place = run.path(FOLDER, QUARANTINE)
         self.bad = Quarantine(total, config.embed.max_bad_fraction, place)
@@ -129,62 +85,44 @@ class Gatherer:
 
     def run(self) -> int:
         """Returns the rows written in all."""
-        missing = self.shards.missing
-        before = self.shards.rows
-        reporter, total = self.context.reporter, self.index.num_rows
-        if before:
-            reporter.say(f"{before:,} of {total:,} images were embedded before")
-        if len(missing):
-            self._gather(missing)
-        self.shards.check()
+        context, config = self.context, self.context.config
+        preprocess, slots = preparations(config.backbone)
+        model = Embedder(config.backbone, slots, config.embed.precision)
+        inference = Inference(
+            context.cluster,
+            context.reporter,
+            self.index,
+            self.shards,
+            self._accept,
+            loaded=self.loaded,
+            on_load=self._note_backbones,
+        )
+        self.rate = inference.run(Job(model, preprocess, config.embed), "embedding")
         self._write_quarantine()
         return self.shards.rows
 
-    def _gather(self, missing: np.ndarray) -> None:
-        table, total = self.index, self.index.num_rows
-        if len(missing) < total:
-            table = table.take(pa.array(missing))
-        job, reporter = _job(self.context.config), self.context.reporter
-        batches = streaming.stream(self.context.cluster, table, job, reporter)
-        self.rate = streaming.gather(
-            batches, self._take, self.context.reporter, "embedding", total - len(missing), total
-        )
+    def _note_backbones(self) -> None:
+        self.context.run.write_json(self.loaded.backbones, FOLDER, BACKBONES)
+        if self.loaded.mixed:
+            self.context.reporter.event(
+                "some images were embedded in float32, others in bfloat16, as their machines "
+                "compute; to have all alike, name one by embed.precision and add --overwrite"
+            )
 
-    def _take(self, batch: Columns) -> int:
-        run = self.context.run
-        if self.loaded.see(batch["note"]):
-            run.write_json(self.loaded.backbones, FOLDER, BACKBONES)
-            for line in self.loaded.describe():
-                self.context.reporter.say(line)
-            if self.loaded.mixed:
-                self.context.reporter.event(
-                    "some images were embedded in float32, others in bfloat16, as their machines "
-                    "compute; to have all alike, name one by embed.precision and add --overwrite"
-                )
-        good = np.array([not reason for reason in batch["reason"]])
+    def _accept(self, batch: Columns) -> tuple[Columns, np.ndarray]:
+        good = ~batch["reason"].astype(bool)
         ids = batch["image_id"]
-        self._check_features(ids[good & ~batch["valid"]])
         self.bad.add(ids[~good], batch["reason"][~good])
         if self.bad.too_many:
             self._write_quarantine()
             raise self.bad.error(self.index["uri"])
-        columns = {"image_id": ids, "embedding": batch["embedding"]}
-        return self.shards.add(columns, good)
-
-    def _check_features(self, ids: np.ndarray) -> None:
-        if not len(ids):
-            return
-        uri = self.index["uri"][int(ids[0])].as_py()
-        names = ", ".join(one["name"] for one in self.loaded.backbones)
-        raise StageError(
-            f"{names} gave {len(ids)} feature vectors of one batch that are zero or not finite, "
-            f"the first for {uri}. Check its weights, or try embed.precision=float32."
-        )
+        return {"image_id": ids, "embedding": batch["embedding"]}, good
 
     def _write_quarantine(self) -> None:
         self.context.run.write_table(self.bad.table(self.index["uri"]), FOLDER, QUARANTINE)
 
     def results(self) -> dict[str, Any]:
+        """For the manifest."""
         bad = len(self.bad.ids)
         if bad:
             self.context.reporter.event(
@@ -197,12 +135,6 @@ class Gatherer:
             "quarantined": bad,
             "images_per_second": round(self.rate, 1),
         }
-
-
-def _job(config: Config) -> Job:
-    preprocess, slots = streaming.preparations(config.backbone)
-    model = Embedder(config.backbone, slots, config.embed.precision)
-    return Job(model, preprocess, config.embed)
 
 
 def _shards(context: Context, total: int) -> Shards:

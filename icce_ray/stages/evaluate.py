@@ -24,7 +24,8 @@ import pyarrow as pa
 from icce_ray.config.schema import Config
 from icce_ray.core.evaluation import kmeans as kmeans_
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.distributed.cluster import Request, Wait, result
+from icce_ray.distributed.cluster import Request
+from icce_ray.distributed.tasks import run_task
 from icce_ray.errors import ArtifactError, DataError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.stages.base import Context, Outcome
@@ -233,18 +234,21 @@ def heads_alone(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 def _kmeans(context: Context, rows: int) -> np.ndarray:
     """k-means in a Ray task, which reads the features where it runs. Returns int32 [N]."""
     config, files, cluster = context.config, context.run, context.cluster
-    ray = cluster.start()
     width = files.matrix("embeddings", "embedding").shape[1]
     large = kmeans_.kmeans_is_large(rows, width, config.num_classes)
-    gpus = cluster.gpus_each(None) if large else 0
+    gpus = cluster.gpus_each() if large else 0
     context.reporter.say(
         f"k-means for comparison: {rows:,} x {width} features, K={config.num_classes}, "
         f"{config.evaluate.kmeans_restarts} restarts"
     )
     request = Request(cluster.cpus_each(1, gpus), gpus)
-    task = ray.remote(num_cpus=request.cpus, num_gpus=gpus)(_kmeans_task)
-    ref = task.remote(files, config.num_classes, config.evaluate.kmeans_restarts, config.seed, gpus)
-    return result(ray, ref, Wait(cluster, context.reporter, [request], "Set evaluate.kmeans=false"))
+    return run_task(
+        context,
+        _kmeans_task,
+        *(files, config.num_classes, config.evaluate.kmeans_restarts, config.seed, gpus),
+        request=request,
+        advice="Set evaluate.kmeans=false",
+    )
 
 
 def _kmeans_task(

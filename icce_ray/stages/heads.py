@@ -25,7 +25,9 @@ from icce_ray.core.heads.trainer import (
 )
 from icce_ray.core.projection import fit_projection
 from icce_ray.distributed import train as training
+from icce_ray.distributed.checkpoints import TRAIN, Checkpoints
 from icce_ray.distributed.cluster import Cluster
+from icce_ray.distributed.worker import Worker
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import tensor_column
@@ -42,7 +44,7 @@ ROWS_PER_FILE = 1_000_000
 # --- in the workers ------------------------------------------------------------------------------
 
 
-def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
+def _train(worker: Worker, config: Mapping[str, Any]) -> None:
     """The loop of one worker: resume, step, checkpoint, assign."""
     chosen = HeadsConfig.model_validate(config["heads"])
     latest = worker.checkpoints.latest()
@@ -67,18 +69,18 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         history.restore(states)
     while trainer.step_number < trainer.steps:
         history.add(trainer.step())
-        worker.progress(trainer.step_number, f"loss {history.last:.3f}")
+        worker.progress(trainer.step_number, history.note)
         if probe is not None and probe.due(trainer):
             worker.progress(trainer.step_number, force=True, score=probe.score(trainer))
         if trainer.step_number % chosen.checkpoint_every == 0:
             worker.save(trainer.step_number, trainer.state() | history.state())
     worker.progress(trainer.step_number, "assigning", force=True)
 
-    def tell(rows: int) -> None:
+    def report(rows: int) -> None:
         worker.progress(trainer.step_number, f"assigned {rows:,} of {len(data):,} images")
 
     final = trainer.state() | history.state()
-    final["assignments"] = torch.from_numpy(trainer.assign(tell))
+    final["assignments"] = torch.from_numpy(trainer.assign(report))
     if worker.rank == 0:
         final |= {f"projection.{k}": v.cpu() for k, v in projection.state_dict().items()}
     worker.save(trainer.steps + 1, final)
@@ -112,13 +114,19 @@ class _History:
         self.every = max(1, trainer.steps // HISTORY_POINTS)
         self.steps: list[int] = []
         self.losses: list[Tensor] = []
-        self.last = float("nan")
+        self.last: Tensor | None = None  # [H], on the device
 
     def add(self, loss: Tensor) -> None:
-        self.last = float(loss.mean())
+        """Take in the losses of one step, [H]. Does not wait for the device, which would then have
+        nothing to do until the host has prepared the next step."""
+        self.last = loss
         if self.trainer.step_number % self.every == 0:
             self.steps.append(self.trainer.step_number)
             self.losses.append(loss.cpu())
+
+    def note(self) -> str:
+        """The last loss as text. Waits for the device."""
+        return "" if self.last is None else f"loss {float(self.last.mean()):.3f}"
 
     def state(self) -> dict[str, Tensor]:
         heads = len(self.trainer.numbers)
@@ -141,10 +149,10 @@ def run(context: Context) -> Outcome:
     config, run, cluster = context.config, context.run, context.cluster
     rows = run.matrix("embeddings", "image_id").shape[0]
     steps = config.heads.steps or default_steps(config.head_clusters)
-    gpus = cluster.gpus_each(config.heads.num_gpus)
+    gpus = cluster.gpus_each()
     workers = _workers(config, cluster, gpus)
     workers = min(workers, config.heads.count)
-    checkpoints = training.Checkpoints(run, FOLDER)
+    checkpoints = Checkpoints(run, FOLDER)
     if checkpoints.latest() != steps + 1:
         training.fit(
             context,
@@ -157,7 +165,7 @@ def run(context: Context) -> Outcome:
                 "steps": steps,
                 "watched": context.on_progress is not None,
             },
-            group=training.Group.plan(cluster, workers, gpus, config.heads.min_workers),
+            group=training.Group.plan(cluster, workers, gpus),
             title=f"training {config.heads.count} heads",
             total=steps,
         )
@@ -165,7 +173,7 @@ def run(context: Context) -> Outcome:
     if final is None:
         raise ArtifactError(f"{run.path(FOLDER)} has no checkpoint after training")
     results = _write(run, checkpoints.load(final), rows)
-    run.delete(f"{FOLDER}/{training.TRAIN}")
+    run.delete(f"{FOLDER}/{TRAIN}")
     return Outcome(rows, {**results, "steps": steps, "workers": workers, "gpus_per_worker": gpus})
 
 

@@ -18,7 +18,8 @@ import pyarrow as pa
 
 from icce_ray.config.schema import NeighborsConfig
 from icce_ray.core import neighbors as core
-from icce_ray.distributed.cluster import Request, Wait, completed
+from icce_ray.distributed.cluster import Request, Wait
+from icce_ray.distributed.tasks import run_tasks
 from icce_ray.errors import DataError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.progress import duration
@@ -28,7 +29,7 @@ from icce_ray.stages.table import QUERY_ROWS, exact_seconds, is_approximate
 
 FOLDER = "neighbors"
 CHOICE = "search.json"  # in FOLDER: whether the search is approximate, settled once
-ADVICE = "Lower neighbors.num_gpus"
+ADVICE = "Lower ray.num_gpus"
 
 
 # --- in the tasks --------------------------------------------------------------------------------
@@ -143,18 +144,16 @@ def _search_shards(context: Context, rows: int, features: int) -> bool:
     shards = [(start, min(start + QUERY_ROWS, rows)) for start in range(0, rows, QUERY_ROWS)]
     done = set(run.list(FOLDER, ".parquet"))
     missing = [shard for shard in shards if _shard(*shard) not in done]
-    ray = cluster.start()
-    gpus = cluster.gpus_each(config.num_gpus)
+    gpus = cluster.gpus_each()
     Wait(cluster, context.reporter, [Request(1, gpus)], ADVICE).until_there()
     have, cpus = cluster.resources(), cluster.cpus_each(1, gpus)
     width = min(features, config.pca or features)
     ivf = _settle(context, exact_seconds(rows, width, have.cpus, have.gpus if gpus else 0))
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(_search_task)
-    refs = [task.remote(run, start, stop, most, ivf, config, cpus) for start, stop in missing]
+    calls = [(run, start, stop, most, ivf, config, cpus) for start, stop in missing]
+    tasks = run_tasks(context, _search_task, calls, request=Request(cpus, gpus), advice=ADVICE)
     finished = rows - sum(stop - start for start, stop in missing)
-    wait = Wait(cluster, context.reporter, [Request(cpus, gpus)], ADVICE)
     with context.reporter.bar("neighbors", rows, "images", done=finished) as bar:
-        for _, count in completed(ray, refs, wait):
+        for _, count in tasks:
             finished += count
             bar.update(finished)
     return ivf

@@ -21,7 +21,8 @@ from icce_ray.core.constants import default_steps
 from icce_ray.core.evaluation.labelfree import SCORES, score
 from icce_ray.distributed import train as training
 from icce_ray.distributed import tune as tuning
-from icce_ray.distributed.tune import Ended, Placement, Report, Share, Silent
+from icce_ray.distributed.cluster import Cluster
+from icce_ray.distributed.tune import Ended, Placement, Report
 from icce_ray.errors import IcceError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.progress import Reporter
@@ -48,7 +49,7 @@ def prepare(sweep: Sweep) -> None:
         return
     with sweep.context.reporter.bar("selections", len(todo)) as bar:
         for number, group in enumerate(todo, 1):
-            quiet = Silent(sweep.run)
+            quiet = Reporter(sweep.run, silent=True)
             _for_all(sweep, group, partial(_run_stage, sweep, group[0], "select", quiet))
             bar.update(number)
 
@@ -144,7 +145,7 @@ def _without_workers(config: Config) -> Config:
 def _place_heads(sweep: Sweep, trials: Sequence[Trial]) -> tuple[Placement, int]:
     """What each training holds, and how many run at once: as many as cores or GPUs carry."""
     cluster, config = sweep.context.cluster, sweep.config.heads
-    have, gpus = cluster.resources(), cluster.gpus_each(config.num_gpus)
+    have, gpus = cluster.resources(), cluster.gpus_each()
     wanted = min(len(trials), sweep.space.concurrent or len(trials))
     workers = config.num_workers or 0
     if workers:
@@ -184,8 +185,8 @@ def _train(work: HeadWork, key: str, report: Report) -> None:
     context = Context(
         config,
         view,
-        Silent(view),
-        Share(config.ray, work.parts),
+        Reporter(view, silent=True),
+        Cluster(config.ray, parts=work.parts),
         in_process=config.heads.num_workers == 0,
         on_progress=on_progress,
     )
@@ -312,7 +313,9 @@ def _consensus(trial: Trial) -> tuple[dict[str, float], float]:
     config, view = trial.config, trial.view
     step = pipeline.make_steps(config, view, CHAIN)[CHAIN.index("consensus")]
     if step.todo:
-        context = Context(config, view, Silent(view), Share(config.ray, 1), in_process=True)
+        context = Context(
+            config, view, Reporter(view, silent=True), Cluster(config.ray, parts=1), in_process=True
+        )
         pipeline.run_stage(context, step)
     table = view.read_table("consensus", columns=["cluster"])
     scores = score(

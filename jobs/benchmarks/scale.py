@@ -247,7 +247,8 @@ def scale_settings(folder: Path, classes: int, heads: int, steps: int) -> dict[s
         "run_dir": str(folder / "given"),
         "data": {"embeddings": str(folder / "embeddings.npy"), "labels": "none"},
         "neighbors": {"search": "ivf"},
-        "heads": {"count": heads, "steps": steps, "num_workers": 1, "num_gpus": 0},
+        "heads": {"count": heads, "steps": steps, "num_workers": 1},
+        "ray": {"num_gpus": 0},
     }
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 from icce_ray import config
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import probe
+from icce_ray.distributed import finetune
+from icce_ray.distributed import probe as probe_
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError, DataError, StageError
 from icce_ray.rundir import schemas
@@ -129,9 +131,9 @@ def test_imported_embeddings_name_no_backbone(tmp_path: Path) -> None:
 def test_doubtful_labels_weigh_less_if_wanted(tmp_path: Path) -> None:
     context = make_run(tmp_path, 32)
     chosen = context.config.classifier
-    labels, weights = classifier._targets(context.run, chosen)
+    labels, weights = probe_.targets(context.run, chosen)
     assert weights.mean() == pytest.approx(1) and weights.max() / weights.min() > 4
-    even = classifier._targets(context.run, chosen.model_copy(update={"confidence_weights": False}))
+    even = probe_.targets(context.run, chosen.model_copy(update={"confidence_weights": False}))
     assert (even[1] == 1).all() and (even[0] == labels).all()
 
 
@@ -146,8 +148,8 @@ def test_an_error_in_the_task_keeps_its_kind(tmp_path: Path) -> None:
 
 
 def test_a_task_that_can_never_start_ends_with_the_reason(tmp_path: Path) -> None:
-    context = make_run(tmp_path, 32, ["classifier.num_gpus=3", "ray.worker_wait=1"])
-    with pytest.raises(StageError, match=r"could run for 1 s.*3 GPUs.*classifier\.num_gpus"):
+    context = make_run(tmp_path, 32, ["ray.num_gpus=3", "ray.worker_wait=1"])
+    with pytest.raises(StageError, match=r"could run for 1 s.*3 GPUs.*ray\.num_gpus"):
         classifier.run(context)
 
 
@@ -172,7 +174,7 @@ def wide(context: Context) -> Context:
 
 def test_labels_follow_the_images_and_unreadable_ones_weigh_nothing(tmp_path: Path) -> None:
     context = make_run(tmp_path, 12)
-    labeler = classifier._Labeler(context.run, context.config.classifier)
+    labeler = finetune.Labeler(context.run, context.config.classifier)
     batch = {
         "image_id": np.array([7, 2, 11]),
         "reason": np.array(["", "not found", ""], dtype=object),
@@ -180,7 +182,7 @@ def test_labels_follow_the_images_and_unreadable_ones_weigh_nothing(tmp_path: Pa
     }
     out = labeler(batch)
     assert out["label"].tolist() == [(7 + 1) % 3, 0, 0]
-    _, weights = classifier._targets(context.run, context.config.classifier)
+    _, weights = probe_.targets(context.run, context.config.classifier)
     np.testing.assert_allclose(out["weight"], [weights[5], 0, weights[9]])
     assert out["image"].dtype == torch.uint8 and out["label"].dtype == torch.int64
 
@@ -219,11 +221,11 @@ def _open(path: Path) -> Image.Image:
 def test_workers_must_leave_a_core_for_decoding(tmp_path: Path) -> None:
     context = make_run(tmp_path, 12, [*FINETUNE, "classifier.num_workers=4"])
     with pytest.raises(ConfigError, match="at most 3"):
-        classifier._workers(context, 0)
+        finetune.worker_count(context, 0)
 
 
 def test_packed_images_are_shuffled_in_stretches() -> None:
-    count = 20 * classifier.BLOCK_ROWS + 7
+    count = 20 * finetune.BLOCK_ROWS + 7
     nothing, offset = pa.nulls(count, pa.int64()), pa.array(np.arange(count))
     names = [f"p.parquet#{i}" for i in range(count)]
     tables = {
@@ -232,7 +234,7 @@ def test_packed_images_are_shuffled_in_stretches() -> None:
         "parquet": pa.table({"uri": names, "offset": nothing}),
     }
     for kind, table in tables.items():
-        order = classifier._order(table, seed=1)
+        order = finetune.feeding_order(table, seed=1)
         assert sorted(order) == list(range(count))
         jumps = int((np.diff(order) != 1).sum())
         assert (jumps <= 21) == (kind != "files")

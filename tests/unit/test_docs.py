@@ -175,7 +175,7 @@ def test_golden_config_loads_and_keeps_the_defaults_of_the_method(name: str) -> 
     assert config.run_dir == f"runs/{name}"
     tree = yaml.safe_load(configs.golden_configs()[name].read_text())
     assert tree.get("consensus") is None
-    assert set(tree.get("heads", {})) <= {"count", "num_gpus", "num_workers"}
+    assert set(tree.get("heads", {})) <= {"count", "num_workers"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -62,6 +62,18 @@ def test_a_line_goes_to_the_user_and_the_log(run, capsys):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d heads {6}loss \[bold\] 0\.5\n", log)
 
 
+def test_silent_writes_nothing_at_all(run, capsys):
+    reporter = Reporter(run, silent=True)
+    reporter.say("one")
+    reporter.event("a worker was lost")
+    reporter.status("running")
+    with reporter.bar("work", 10) as bar:
+        bar.update(10)
+    reporter.flush()
+    assert capsys.readouterr() == ("", "")
+    assert reporter.events == ["a worker was lost"] and not run.list("")
+
+
 def test_quiet_still_writes_the_log(run, capsys):
     reporter = Reporter(run, quiet=True)
     reporter.say("one")
