@@ -304,7 +304,6 @@ def _run_chain(context: Context, chosen: Sequence[str]) -> None:
             size = _size(config, run)  # the number of images is known once index is done
             _show_plan(context, steps, size)
             _check_disk(context, steps, size)
-            evaluate.preflight(context)
             shown = True
         step = steps[position]
         if step.state not in ("done", "excluded"):

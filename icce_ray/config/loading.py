@@ -1,4 +1,4 @@
-"""TODO"""
+"""From YAML files and KEY=VALUE overrides to a checked tree, and messages about what is wrong."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from icce_ray.config.schema import Config, describe
+from icce_ray.config.removed import REMOVED
+from icce_ray.config.schema import Config, Node, describe, fields
 from icce_ray.errors import ConfigError
+
+Tree = TypeVar("Tree", bound=Node)
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,8 +61,13 @@ def merge(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> d
 
 def validate(tree: Mapping[str, Any]) -> Config:
     """Check a plain tree. Raises ConfigError that lists all problems."""
+    return check(Config, tree)
+
+
+def check(kind: type[Tree], tree: Mapping[str, Any]) -> Tree:
+    """`validate` for any node of the tree, such as MethodConfig."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         problems = [_explain(problem, tree) for problem in error.errors()]
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -161,6 +169,10 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
     location = [part for part in problem["loc"] if part not in ("function-after",)]
     key = ".".join(str(part) for part in location)
     kind, value = problem["type"], problem.get("input")
+    if kind == "extra_forbidden" and key in REMOVED:
+        return f"{key}: this setting was removed. {REMOVED[key]}"
+    if kind == "literal_error" and f"{key}={value}" in REMOVED:
+        return f"{key}={value}: this choice was removed. {REMOVED[f'{key}={value}']}"
     if kind == "extra_forbidden":
         return f"{key}: unknown setting.{suggest(location)}"
     if kind == "missing":
@@ -190,7 +202,8 @@ def to_yaml(config: Config) -> str:
     """The resolved tree with each setting's documentation above it; loads back to the same tree."""
     docs = {key: text for key, _, text in describe()}
     lines: list[str] = []
-    _dump(config.model_dump(mode="json"), "", 0, docs, lines)
+    tree = config.model_dump(mode="json")
+    _dump({name: tree[name] for name, _ in fields(Config)}, "", 0, docs, lines)
     return "\n".join(lines) + "\n"
 
 

@@ -26,17 +26,26 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from icce_ray.config.schema import BackboneConfig, ClassifierConfig, Config, settings
+from icce_ray.config.schema import (
+    BackboneConfig,
+    ClassifierConfig,
+    Config,
+    MethodConfig,
+    settings,
+)
 from icce_ray.core import backbone as backbones
+from icce_ray.core import method
 from icce_ray.core.classifier import finetune as finetune_
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import probe as probe_
 from icce_ray.core.classifier import training as training_
 from icce_ray.core.collective import Collective
+from icce_ray.core.device import default_device
+from icce_ray.core.tensors import below
 from icce_ray.distributed import inference as streaming
 from icce_ray.distributed import train as training
 from icce_ray.distributed.cluster import Cluster, Request, Wait, fetch
-from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
+from icce_ray.errors import ArtifactError, ConfigError, StageError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import CONSENSUS_SCHEMA
 from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
@@ -75,35 +84,10 @@ def _settings(config: Config) -> dict[str, Any]:
 def _task(config: Config) -> dict[str, Any]:
     """What the workers need of the settings, as plain data."""
     return {
-        "classifier": config.classifier.model_dump(mode="json"),
+        "method": config.method.model_dump(mode="json"),
         "backbone": [one.model_dump(mode="json") for one in config.backbone],
-        "num_classes": config.num_classes,
-        "seed": config.seed,
         "precision": config.embed.precision,
     }
-
-
-def _targets(run: RunDirectory, chosen: ClassifierConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Pseudo-labels int64 [N] and their weights float32 [N], of mean 1."""
-    labels = np.asarray(run.matrix("consensus", "cluster")).astype(np.int64)
-    weights = np.ones(len(labels), np.float32)
-    if chosen.confidence_weights:
-        weights = np.asarray(run.matrix("consensus", "confidence"))
-        if not weights.max(initial=0) > 0:
-            raise DataError(
-                "the consensus gives every image the confidence 0; set "
-                "classifier.confidence_weights=false, or look at the heads in the report"
-            )
-    return labels, probe_.normalized_weights(weights)
-
-
-def _probe_settings(chosen: ClassifierConfig) -> ClassifierConfig:
-    """The settings of the probe. Those of fine-tuning (few epochs, small batches) are not meant
-    for the probe it starts from, which has the default ones."""
-    if chosen.kind != "finetune":
-        return chosen
-    same = {name: getattr(chosen, name) for name in ("weight_decay", "confidence_weights")}
-    return ClassifierConfig(**same)
 
 
 def _fit_probe(
@@ -113,31 +97,25 @@ def _fit_probe(
     collective: Collective | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """Train a probe; its weights, history, and opinion of every row, as named tensors."""
-    chosen = _probe_settings(ClassifierConfig.model_validate(task["classifier"]))
+    """Train a probe; its weights, history, and opinion of every row, as named tensors.
+
+    All workers of a group end with the same classifier, so only the first one predicts; the others
+    return their weights and history.
+    """
     features = run.matrix("embeddings", "embedding")
-    labels, weights = _targets(run, chosen)
-    model, history = probe_.train_probe(
-        features,
-        labels,
-        weights,
-        chosen,
-        task["num_classes"],
-        task["seed"],
-        collective=collective,
-        on_step=on_step,
-        device=device,
+    labels, sure = (np.asarray(run.matrix("consensus", name)) for name in ("cluster", "confidence"))
+    chosen = MethodConfig.model_validate(task["method"])
+    device = device or default_device()
+    model, history = method.train_classifier(
+        features, labels, sure, chosen, device, collective, on_step
     )
-    if task["classifier"]["kind"] != "finetune":  # which only begins with this probe
-        probe_.calibrate(model, features, np.asarray(run.matrix("consensus", "confidence")))
-    clusters, confidence = probe_.predict(model, features, device)
-    state = {f"model.{k}": v.cpu().contiguous() for k, v in model.state_dict().items()}
-    return {
-        **state,
-        "clusters": torch.from_numpy(clusters),
-        "confidence": torch.from_numpy(confidence),
-        "history": _pack_history(history),
-    }
+    result = {f"model.{k}": v.cpu().contiguous() for k, v in model.state_dict().items()}
+    result["history"] = _pack_history(history)
+    if collective is None or collective.rank == 0:
+        clusters, confidence = probe_.predict(model, features, device)
+        result["clusters"] = torch.from_numpy(clusters)
+        result["confidence"] = torch.from_numpy(confidence)
+    return result
 
 
 def _pack_history(history: list[dict[str, float]]) -> Tensor:
@@ -183,7 +161,7 @@ def _probe_in_task(context: Context, task: Mapping[str, Any]) -> dict[str, Tenso
         )(_probe_task)
         ref = remote.remote(run, task)
         rows = run.matrix("embeddings", "image_id").shape[0]
-        total = probe_.probe_steps(rows, _probe_settings(config.classifier))
+        total = probe_.probe_steps(rows, probe_.probe_settings(config.classifier))
         wait = Wait(cluster, context.reporter, [request], "Lower classifier.num_gpus")
         try:
             _watch(context, ray, ref, total, wait)
@@ -244,10 +222,10 @@ def _latest(run: RunDirectory) -> int:
 
 def _as_module(result: Mapping[str, Tensor], chosen: ClassifierConfig) -> core.Classifier:
     """The classifier that `_fit_probe` describes by tensors."""
-    state = training_.below(result, "model.")
+    state = below(result, "model.")
     kind = "mlp" if chosen.kind == "mlp" else "linear"
     clusters, features = len(state["out.bias"]), len(state["shift"])
-    model = core.Classifier(kind, features, clusters, chosen.hidden)  # type: ignore[arg-type]
+    model = core.Classifier(kind, features, clusters)  # type: ignore[arg-type]
     model.load_state_dict(state)
     return model
 
@@ -352,7 +330,8 @@ class _Labeler:
 
     def __init__(self, run: RunDirectory, chosen: ClassifierConfig) -> None:
         self.image_ids = np.asarray(run.matrix("embeddings", "image_id"))
-        self.labels, self.weights = _targets(run, chosen)
+        clusters, sure = (run.matrix("consensus", name) for name in ("cluster", "confidence"))
+        self.labels, self.weights = training_.pseudo_labels(clusters, sure, chosen)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         """image uint8 [B, 3, S, S], label int64 [B], weight float32 [B].
@@ -380,7 +359,7 @@ def _finetune_loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
     """One Ray Train worker: resume, epochs, a checkpoint after each, the artifact at the end."""
     from ray.train.torch import prepare_model
 
-    chosen = ClassifierConfig.model_validate(task["classifier"])
+    chosen, seed = MethodConfig.model_validate(task["method"]).classifier, task["method"]["seed"]
     model = _starting_point(worker.run, task, chosen).to(worker.device)
     optimizer = finetune_.finetune_optimizer(model, chosen)
     history = _resume(worker, model, optimizer)
@@ -391,7 +370,7 @@ def _finetune_loop(worker: training.Worker, task: Mapping[str, Any]) -> None:
     worker.progress(len(history) * steps, force=True)
     for epoch in range(len(history), chosen.epochs):
         position = finetune_.Position(epoch, steps, chosen.epochs)
-        batches = _batches(worker, labeler, each, task["seed"] + epoch)
+        batches = _batches(worker, labeler, each, seed + epoch)
         history.append(_epoch(worker, wrapped, optimizer, batches, position, task))
         state = training_.pack_state(model, optimizer) if worker.rank == 0 else {}
         if worker.rank == 0:
@@ -418,7 +397,7 @@ def _epoch(
         optimizer,
         batches,
         position,
-        task["seed"],
+        task["method"]["seed"],
         bfloat16=backbones.arithmetic(task["precision"], worker.device) == "bfloat16",
         collective=worker.collective,
         on_step=progress,
@@ -576,7 +555,7 @@ def _run(context: Context) -> Outcome:
 def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
     count, features, chosen = size.images or 0, size.features or 1024, config.classifier
     answers = count * 16
-    head = features * chosen.hidden if chosen.kind == "mlp" else features * config.num_classes
+    head = features * core.HIDDEN if chosen.kind == "mlp" else features * config.num_classes
     if chosen.kind != "finetune":
         batch = chosen.batch_size * (features + config.num_classes) * 4 * 4
         where = "train workers" if chosen.num_workers else "one Ray task"

@@ -23,7 +23,9 @@ import pyarrow as pa
 
 from icce_ray.config.schema import Config
 from icce_ray.config.schema import settings as slice_of
+from icce_ray.core.ensemble.agreement import mean_nmi
 from icce_ray.core.evaluation import kmeans as kmeans_
+from icce_ray.core.evaluation import labelfree
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.distributed.cluster import Cluster, Request, Wait, result
 from icce_ray.errors import ArtifactError, DataError
@@ -94,22 +96,6 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
     return Truth(codes, [str(name) for name in names]) if (codes >= 0).any() else None
 
 
-def preflight(context: Context) -> None:
-    """Check the ground truth against the index, before anything expensive. Raises DataError."""
-    from icce_ray.stages.index import load_labels
-
-    if context.run.manifest("index") is not None:
-        _require(context.config, load_labels(context.config, context.run) is not None)
-
-
-def _require(config: Config, known: bool) -> None:
-    if config.evaluate.require_labels and not known:
-        raise DataError(
-            "evaluate.require_labels=true, but there is no ground truth. Give data.labels=FILE, "
-            "use class folders or a label column, or drop require_labels."
-        )
-
-
 def column(run: RunDirectory, folder: str, name: str, rows: int) -> np.ndarray:
     """A column of a finished stage, checked to have one row per embedding."""
     values = run.matrix(folder, name)
@@ -130,12 +116,10 @@ def run(context: Context) -> Outcome:
     {acc [H], acc_mean, acc_best, acc_min}, `calibration`, `purity`, `matched`.
 
     Raises:
-        DataError: evaluate.require_labels without labels.
         ArtifactError: artifacts of different runs.
     """
     config, files = context.config, context.run
     known = truth(config, files, files.matrix("embeddings", "image_id"))
-    _require(config, known is not None)
     rows = len(files.matrix("embeddings", "image_id"))
     clusters = np.asarray(column(files, "consensus", "cluster", rows))
     confidence = np.asarray(column(files, "consensus", "confidence", rows))
@@ -188,10 +172,10 @@ def _label_free(
     files, rows = context.run, len(clusters)
     assignments = merged_heads(files, column(files, "heads", "assignments", rows))
     ids, counts = column(files, "neighbors", "ids", rows), column(files, "neighbors", "count", rows)
-    sizes = metrics.cluster_sizes(clusters, context.config.num_classes)
+    sizes = labelfree.spread_of_sizes(clusters, context.config.num_classes)
     return {
-        "head_agreement": metrics.head_agreement(assignments),
-        "neighbor_consistency": metrics.neighbor_consistency(clusters, ids, counts),
+        "head_agreement": mean_nmi(assignments),
+        "neighbor_consistency": labelfree.neighbor_share(clusters, ids, counts),
         "probe_agreement": None if probe is None else float((probe == clusters).mean()),
         "confidence": float(confidence.mean()),
         "confident": float((confidence >= 0.9).mean()),
@@ -219,7 +203,7 @@ def _against(
     correct = match.cluster_class[clusters[rows]] == labels
     result["calibration"] = metrics.calibration(confidence[rows], correct)
     merged = merged_heads(files, files.matrix("heads", "assignments"))
-    result["heads"] = heads_alone(merged[rows], labels)
+    result["heads"] = accuracy_of_heads(merged[rows], labels)
     if probe is not None:
         result["classifier"] = metrics.scores(labels, probe[rows])
     if config.evaluate.kmeans:
@@ -230,12 +214,12 @@ def _against(
 def merged_heads(files: RunDirectory, assignments: np.ndarray) -> np.ndarray:
     """The heads that the consensus was made of, int [N, H]."""
     done = files.manifest("consensus")
-    weights = done.results.get("head_weights") if done else None
-    return np.asarray(assignments if weights is None else assignments[:, np.array(weights) > 0])
+    kept = done.results.get("kept") if done else None
+    return np.asarray(assignments if kept is None else assignments[:, kept])
 
 
-def heads_alone(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy of every head by itself. assignments: int [N, H]."""
+def accuracy_of_heads(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy of each single head. assignments: int [N, H]."""
     each = [metrics.accuracy(labels, assignments[:, h]) for h in range(assignments.shape[1])]
     return {
         "acc": each,
@@ -254,19 +238,17 @@ def _kmeans(context: Context, rows: int) -> np.ndarray:
     gpus = cluster.gpus_each(None) if large else 0
     context.reporter.say(
         f"k-means for comparison: {rows:,} x {width} features, K={config.num_classes}, "
-        f"{config.evaluate.kmeans_restarts} restarts"
+        f"{kmeans_.RESTARTS} restarts"
     )
     request = Request(cluster.cpus_each(1, gpus), gpus)
     task = ray.remote(num_cpus=request.cpus, num_gpus=gpus)(_kmeans_task)
-    ref = task.remote(files, config.num_classes, config.evaluate.kmeans_restarts, config.seed, gpus)
+    ref = task.remote(files, config.num_classes, config.seed, gpus)
     return result(ray, ref, Wait(cluster, context.reporter, [request], "Set evaluate.kmeans=false"))
 
 
-def _kmeans_task(
-    files: RunDirectory, num_clusters: int, restarts: int, seed: int, gpus: float
-) -> np.ndarray:
+def _kmeans_task(files: RunDirectory, num_clusters: int, seed: int, gpus: float) -> np.ndarray:
     features = files.matrix("embeddings", "embedding")
-    return kmeans_.kmeans_baseline(features, num_clusters, restarts, seed, gpu=gpus > 0)
+    return kmeans_.kmeans_baseline(features, num_clusters, seed, gpu=gpus > 0)
 
 
 # --- writing -------------------------------------------------------------------------------------

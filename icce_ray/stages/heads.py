@@ -18,15 +18,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from icce_ray.config.schema import Config, HeadsConfig, settings
-from icce_ray.core.heads.trainer import (
-    Data,
-    HeadTrainer,
-    default_batch,
-    default_steps,
-    merge_states,
-)
-from icce_ray.core.projection import fit_projection
+from icce_ray.config.schema import Config, MethodConfig, settings
+from icce_ray.core import method
+from icce_ray.core.heads.trainer import HeadTrainer, default_batch, default_steps, merge_states
 from icce_ray.distributed import train as training
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError
@@ -58,20 +52,17 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
     """The loop of one worker: resume, step, checkpoint, assign."""
-    chosen = HeadsConfig.model_validate(config["heads"])
+    chosen = MethodConfig.model_validate(config["method"])
     latest = worker.checkpoints.latest()
-    if latest == config["steps"] + 1:
+    if latest == method.head_steps(chosen) + 1:
         return  # lost after its last checkpoint: nothing is left to do
     embeddings = worker.run.matrix("embeddings", "embedding")
-    projection = fit_projection(embeddings, chosen.pca, config["seed"])
     ids, counts = (worker.run.matrix("neighbors", name) for name in ("ids", "count"))
-    data = Data.of(embeddings, ids, counts, projection, worker.device)
-    trainer = HeadTrainer(
-        data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
-    )
+    data, projection = method.head_data(embeddings, ids, counts, chosen, worker.device)
+    trainer = method.head_trainer(data, chosen, worker.collective)
     history = _History(trainer)
     watched = config["watched"] and worker.rank == 0
-    probe = _Probe(worker.run, config["seed"]) if watched else None
+    probe = _Probe(worker.run, chosen.seed) if watched else None
     worker.progress(latest or 0, "starting", force=True)
     if latest is None:
         trainer.start()
@@ -84,7 +75,7 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         worker.progress(trainer.step_number, f"loss {history.last:.3f}")
         if probe is not None and probe.due(trainer):
             worker.progress(trainer.step_number, force=True, score=probe.score(trainer))
-        if trainer.step_number % chosen.checkpoint_every == 0:
+        if trainer.step_number % chosen.heads.checkpoint_every == 0:
             worker.save(trainer.step_number, trainer.state() | history.state())
     worker.progress(trainer.step_number, "assigning", force=True)
 
@@ -154,7 +145,7 @@ class _History:
 def _run(context: Context) -> Outcome:
     config, run, cluster = context.config, context.run, context.cluster
     rows = run.matrix("embeddings", "image_id").shape[0]
-    steps = config.heads.steps or default_steps(config.head_clusters)
+    steps = method.head_steps(config)
     gpus = cluster.gpus_each(config.heads.num_gpus)
     workers = _workers(config, cluster, gpus)
     if config.heads.split == "heads":
@@ -166,10 +157,7 @@ def _run(context: Context) -> Outcome:
             FOLDER,
             _train,
             {
-                "heads": config.heads.model_dump(mode="json"),
-                "num_classes": config.head_clusters,
-                "seed": config.seed,
-                "steps": steps,
+                "method": config.method.model_dump(mode="json"),
                 "watched": context.on_progress is not None,
             },
             group=training.Group.plan(cluster, workers, gpus, config.heads.min_workers),

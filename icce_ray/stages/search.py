@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config, NeighborsConfig, settings
+from icce_ray.core import method
 from icce_ray.core import neighbors as core
 from icce_ray.distributed.cluster import Cluster, Request, Wait, completed
 from icce_ray.errors import DataError
@@ -38,15 +39,6 @@ NEAREST = "nearest"  # of a sweep: the best few ids of every row, which all its 
 ROWS_PER_FILE = 250_000
 
 
-EXACT_SECONDS = 3600.0  # search=auto: exact search where it is expected to take less
-
-
-CPU_FLOPS = 5e10  # float32 per core and second, as measured
-
-
-GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
-
-
 ADVICE = "Lower neighbors.num_gpus"
 
 
@@ -54,23 +46,12 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"neighbors": settings(config.neighbors), "num_classes": config.num_classes}
 
 
-def exact_seconds(rows: int, features: int, cpus: int, gpus: int) -> float:
-    """Expected time of exact search: 2 N^2 D operations."""
-    rate = gpus * GPU_FLOPS if gpus else max(1, cpus) * CPU_FLOPS
-    return 2.0 * rows**2 * features / rate
-
-
-def _approximate(config: NeighborsConfig, exact: float) -> bool:
-    """Whether to search approximately, where exact search would take so many seconds."""
-    return config.search == "ivf" or (config.search == "auto" and exact > EXACT_SECONDS)
-
-
 def searched(run: RunDirectory, pca: int | None) -> np.ndarray:
     """What neighbors are searched in: the embeddings, or their leading principal components, which
     the first task of a node writes to a file. float16 [N, D or P], unit rows."""
     import torch
 
-    from icce_ray.core.projection import fit_projection, projected
+    from icce_ray.core.projection import projected
 
     matrix, done = run.matrix("embeddings", "embedding"), run.manifest("embeddings")
     assert done is not None
@@ -81,7 +62,8 @@ def searched(run: RunDirectory, pca: int | None) -> np.ndarray:
         if not path.exists():
             for old in path.parent.glob(f"components-{pca}-*.npy"):
                 old.unlink(missing_ok=True)
-            projection = fit_projection(matrix, pca, seed=0)
+            projection = method.search_projection(matrix, pca)
+            assert projection is not None
             parts = projected(matrix, projection, torch.device("cpu"))
             run.write_matrix(path, len(matrix), (part.numpy() for part in parts))
     return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -128,7 +110,7 @@ def _ivf_index(run: RunDirectory, matrix: np.ndarray) -> Any:
     with run.node_lock(path):
         if not path.exists():
             with run.writing(path):
-                core.build_ivf(matrix, path, seed=0)
+                core.build_ivf(matrix, path, seed=method.SEARCH_SEED)
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
 
@@ -147,16 +129,7 @@ def _run(context: Context) -> Outcome:
     kept = run.manifest(TOP)  # of a sweep, whose trials differ in the rule alone
     ivf = kept.results["ivf"] if kept else _search_shards(context, rows, features, most)
     ids, similarity = _read_shards(run, rows, most)
-    k = core.reference_k(config.neighbors.k, rows, config.num_classes, most)
-    selection = core.select(
-        ids,
-        similarity,
-        rule=config.neighbors.rule,
-        k=k,
-        threshold=config.neighbors.threshold,
-        min_neighbors=config.neighbors.min_neighbors,
-        mutual=config.neighbors.mutual,
-    )
+    selection = method.select(ids, similarity, config)
     _write(run, selection)
     if kept is None:
         run.delete(TOP)
@@ -166,7 +139,7 @@ def _run(context: Context) -> Outcome:
         f"neighbors per image: median {q['50']:.0f}, 5-95 % {q['5']:.0f}-{q['95']:.0f}"
         + ("" if selection.threshold is None else f", cosine >= {selection.threshold:.3f}")
     )
-    return Outcome(rows, {**results, "k": k, "search": "ivf" if ivf else "exact"})
+    return Outcome(rows, {**results, "k": selection.k, "search": "ivf" if ivf else "exact"})
 
 
 def _search_shards(context: Context, rows: int, features: int, most: int) -> bool:
@@ -181,7 +154,7 @@ def _search_shards(context: Context, rows: int, features: int, most: int) -> boo
     Wait(cluster, context.reporter, [Request(1, gpus)], ADVICE).until_there()
     have, cpus = cluster.resources(), cluster.cpus_each(1, gpus)
     width = min(features, config.pca or features)
-    seconds = exact_seconds(rows, width, have.cpus, have.gpus if gpus else 0)
+    seconds = core.exact_seconds(rows, width, have.cpus, have.gpus if gpus else 0)
     ivf = _settle(context, seconds)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(_search_task)
     refs = [task.remote(run, start, stop, most, ivf, config, cpus) for start, stop in missing]
@@ -200,7 +173,7 @@ def _settle(context: Context, exact: float) -> bool:
     config, run = context.config.neighbors, context.run
     if run.exists(TOP, CHOICE):
         return bool(run.read_json(TOP, CHOICE)["ivf"])
-    ivf = _approximate(config, exact)
+    ivf = core.approximate(config.search, exact)
     if config.search == "auto" and ivf:
         context.reporter.say(
             f"exact search would take about {duration(exact)} here: using approximate search "
@@ -239,10 +212,7 @@ def search_kept(context: Context, print_: str, most: int) -> None:
 
 
 def take_kept(run: RunDirectory, source: RunDirectory, print_: str) -> None:
-    """Make the shared lists from the finished neighbors of `source`, instead of a search.
-
-    They must be in order of similarity, that is, not made with mutual=true.
-    """
+    """Make the shared lists from the finished neighbors of `source`, instead of a search."""
     done = source.manifest(FOLDER)
     assert done is not None
     ids, similarity = source.matrix(FOLDER, "ids"), source.matrix(FOLDER, "similarity")
@@ -293,8 +263,12 @@ def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
     chunk = (core.QUERY_CHUNK + features) * core.BASE_CHUNK * 4
     # Nothing is started to find out what there is; a cluster is taken to search exactly.
     cores = os.cpu_count() or 1
-    seconds = exact_seconds(images, features, cores, 0) if cluster.is_local else 0.0
-    index = core.ivf_bytes(images, features) if _approximate(config.neighbors, seconds) else 0.0
+    seconds = core.exact_seconds(images, features, cores, 0) if cluster.is_local else 0.0
+    index = (
+        core.ivf_bytes(images, features)
+        if core.approximate(config.neighbors.search, seconds)
+        else 0.0
+    )
     return Need(
         memory=max(2 * lists, index) + chunk, disk=2 * lists + components, where="Ray tasks"
     )

@@ -294,11 +294,7 @@ def _own_lists_serve(run: RunDirectory, trial: Trial, most: int) -> bool:
         return False
     old, new = done.settings["neighbors"], trial.config.neighbors
     same = all(old.get(name) == getattr(new, name) for name in neighbors.SEARCHED)
-    return (
-        same
-        and not old["mutual"]
-        and min(old["max_neighbors"], done.rows - 1) >= min(most, done.rows - 1)
-    )
+    return same and min(old["max_neighbors"], done.rows - 1) >= min(most, done.rows - 1)
 
 
 def _make_nearest(trial: Trial) -> None:

@@ -1,4 +1,7 @@
-"""TODO"""
+"""Fine-tuning: the backbone is trained with the classifier, from images.
+
+Shapes: B batch, S image side.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,12 @@ from torch.nn import functional as F
 
 from icce_ray.config.schema import ClassifierConfig
 from icce_ray.core.classifier.model import FineTuned
-from icce_ray.core.classifier.training import OnStep, _groups, _Meter, _set_lr, lr_factor
+from icce_ray.core.classifier.training import Meter, OnStep, make_optimizer, set_lr
 from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.heads.optimizer import AdamW
 
-CLIP = 1.0  # fine-tuning: largest norm of the gradient
-
-
-CROP = (0.6, 1.0)  # fine-tuning: share of the image's area that a random crop keeps
+CLIP = 1.0  # largest norm of the gradient
+CROP = (0.6, 1.0)  # share of the image's area that a random crop keeps
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -41,9 +42,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def finetune_optimizer(model: FineTuned, settings: ClassifierConfig) -> AdamW:
     """AdamW with backbone_lr for the backbone and lr for the head."""
-    groups = _groups(model.backbone.named_parameters(), settings.backbone_lr)
-    groups += _groups(model.head.named_parameters(), settings.lr)
-    return AdamW(groups, weight_decay=settings.weight_decay)
+    return make_optimizer([(model.backbone, settings.backbone_lr), (model.head, settings.lr)])
 
 
 def finetune_step(
@@ -103,9 +102,9 @@ def finetune_epoch(
         (seed * 1_000_003 + position.epoch) * 4099 + group.rank
     )
     model.eval()
-    meter = _Meter(position.epoch * position.steps, position.steps * position.epochs, on_step)
+    meter = Meter(position.epoch * position.steps, position.steps * position.epochs, on_step)
     for batch in batches:
-        _set_lr(optimizer, lr_factor(meter.done, meter.total))
+        set_lr(optimizer, meter.done, meter.total)
         loss, hits = finetune_step(model, optimizer, batch, generator, bfloat16)
         meter.add(loss, hits, rows=len(batch["label"]))
     meter.flush()

@@ -13,8 +13,6 @@ from __future__ import annotations
 import numpy as np
 
 CHUNK = 65_536  # images whose neighbors are looked up at once
-
-
 NEIGHBORS = 20  # of each image, fewer where classes are small
 
 

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from icce_ray import config as configs
+from icce_ray.core.neighbors import EXACT_SECONDS as HOUR
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.stages import search as neighbors
-
-HOUR = neighbors.EXACT_SECONDS
 
 
 @pytest.fixture

@@ -212,8 +212,9 @@ def make_run(folder: Path, labels: Sequence[int] | None = None) -> configs.Confi
     run.write_table(pa.table([range(ROWS), tensor], schema=schema), "embeddings", "part-0.parquet")
     finish(run, "embed", config)
     ids, similarity = core.search(matrix(), 0, ROWS, 12)
-    chosen = core.select(ids, similarity.astype(np.float16), rule="auto", k=5, threshold=None,
-                         min_neighbors=5, mutual=False)  # fmt: skip
+    chosen = core.select(
+        ids, similarity.astype(np.float16), rule="auto", k=5, threshold=None, min_neighbors=5
+    )
     neighbors._write(run, chosen)
     finish(run, "neighbors", config, search="exact")
     return config
@@ -292,13 +293,14 @@ def test_neighbor_lists_are_made_once_at_the_largest_length(tmp_path: Path) -> N
 
 def test_a_selection_from_shared_lists_is_that_of_a_search_of_its_own(tmp_path: Path) -> None:
     config = make_run(tmp_path)
-    grid = {"neighbors.max_neighbors": [7], "neighbors.mutual": [True], "neighbors.rule": ["fixed"]}
+    grid = {"neighbors.max_neighbors": [7], "neighbors.rule": ["fixed"]}
     made, _ = make_sweep(config, {"search": "grid", "space": grid})
     running.prepare(made)
     view = made.trials[0].view
     ids, similarity = core.search(matrix(), 0, ROWS, 7)
-    wanted = core.select(ids, similarity.astype(np.float16), rule="fixed", k=5, threshold=None,
-                         min_neighbors=5, mutual=True)  # fmt: skip
+    wanted = core.select(
+        ids, similarity.astype(np.float16), rule="fixed", k=5, threshold=None, min_neighbors=5
+    )
     np.testing.assert_array_equal(view.matrix("neighbors", "ids"), wanted.ids)
     np.testing.assert_array_equal(view.matrix("neighbors", "count"), wanted.counts)
     assert view.manifest(neighbors.TOP) is not None
@@ -306,17 +308,12 @@ def test_a_selection_from_shared_lists_is_that_of_a_search_of_its_own(tmp_path: 
     np.testing.assert_array_equal(view.matrix(neighbors.NEAREST, "ids"), nearest)
 
 
-def test_mutual_or_shorter_lists_of_the_run_do_not_serve(tmp_path: Path) -> None:
+def test_shorter_lists_of_the_run_do_not_serve(tmp_path: Path) -> None:
     config = make_run(tmp_path)
     made, _ = make_sweep(config, CHOICES)
     trial = made.trials[0]
     assert running._own_lists_serve(made.run, trial, 12)
     assert not running._own_lists_serve(made.run, trial, 13)
-    done = made.run.manifest("neighbors")
-    assert done is not None
-    settings = {"neighbors": {**done.settings["neighbors"], "mutual": True}}
-    made.run.finish("neighbors", Manifest(**{**vars(done), "settings": settings}))
-    assert not running._own_lists_serve(made.run, trial, 12)
 
 
 def test_copies_are_a_run_that_goes_on_after_the_sweep(tmp_path: Path) -> None:
