@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from icce_ray.config.removed import REMOVED
 from icce_ray.config.schema import Config, Node, describe, fields
-from icce_ray.errors import ConfigError
+from icce_ray.errors import ConfigError, one_line
 
 Tree = TypeVar("Tree", bound=Node)
 
@@ -108,7 +108,7 @@ def parse_yaml(text: bytes, name: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text.decode(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{name} is not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{name} must hold settings (key: value), not {type(tree).__name__}")
     return tree

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from icce_ray.errors import DataError
+from icce_ray.errors import DataError, one_line
 
 BLOCK_ROWS = 8192  # rows normalized at a time
 SHOWN = 5  # numbers of bad rows that an error lists
@@ -86,7 +86,7 @@ def _as_matrix(embeddings: Any) -> Any:
         try:
             matrix = np.asarray(embeddings)
         except ValueError as error:
-            raise DataError(f"embeddings are no matrix: {' '.join(str(error).split())}") from None
+            raise DataError(f"embeddings are no matrix: {one_line(error)}") from None
         real = matrix.dtype.kind in "fiu"
     if not real:
         raise DataError(

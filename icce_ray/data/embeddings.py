@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
-from icce_ray.data.listing import PARQUET, _one_line, _suffix, find_files
-from icce_ray.errors import ArtifactError, DataError
+from icce_ray.data.listing import PARQUET, _suffix, find_files
+from icce_ray.errors import ArtifactError, DataError, one_line
 from icce_ray.rundir.schemas import to_matrix
 from icce_ray.rundir.storage import locate, patiently
 
@@ -118,7 +118,7 @@ def _head(file: str) -> tuple[int, int]:
     try:
         return patiently(read, file)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file} cannot be read: {_one_line(error)}") from None
+        raise DataError(f"{file} cannot be read: {one_line(error)}") from None
 
 
 def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
@@ -128,7 +128,7 @@ def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except ValueError as error:
-        raise DataError(f"{file} is not a .npy file: {_one_line(error)}") from None
+        raise DataError(f"{file} is not a .npy file: {one_line(error)}") from None
     if len(shape) != 2 or dtype.kind not in "fiu":
         raise DataError(
             f"{file} must hold N x D numbers, one row per image; it is {dtype} of shape {shape}"

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.config.schema import DataConfig
 from icce_ray.data.reading import REMOTE_THREADS, THREADS, row_uri
-from icce_ray.errors import DataError, StorageError
+from icce_ray.errors import DataError, StorageError, one_line
 from icce_ray.rundir.schemas import INDEX_SCHEMA
 from icce_ray.rundir.storage import (
     absolute,
@@ -178,7 +178,7 @@ def find_files(path: str) -> Found:
             f"data.path={path}: a file name is not valid UTF-8 ({error.object!r}); rename it"  # type: ignore[attr-defined]
         ) from None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"data.path={path} cannot be listed: {_one_line(error)}") from None
+        raise DataError(f"data.path={path} cannot be listed: {one_line(error)}") from None
     names = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
     return Found(base, names.take(pc.sort_indices(names)))
 
@@ -230,7 +230,7 @@ def check_exists(setting: str, uri: str) -> None:
     except StorageError as error:
         raise DataError(f"{setting}={error}") from None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{setting}={uri} cannot be read: {_one_line(error)}") from None
+        raise DataError(f"{setting}={uri} cannot be read: {one_line(error)}") from None
     if info.type == pafs.FileType.NotFound:
         raise DataError(f"{setting}={uri}: there is no such file or folder")
 
@@ -274,10 +274,6 @@ def _nothing(data: DataConfig, kind: str, found: Found) -> DataError:
 
 def _dotted(suffixes: Sequence[str]) -> str:
     return ", ".join(f".{suffix}" for suffix in suffixes)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _each(work: Callable[[str], T], uris: Sequence[str]) -> list[T]:
@@ -333,7 +329,7 @@ def _parquet_file(data: DataConfig, uri: str) -> pa.Table:
     try:
         return patiently(read, uri)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{uri} cannot be read as Parquet: {_one_line(error)}") from None
+        raise DataError(f"{uri} cannot be read as Parquet: {one_line(error)}") from None
 
 
 def number(prefix: str, count: int) -> pa.Array:
@@ -376,7 +372,7 @@ def _tar_file(uri: str) -> pa.Table:
     try:
         return patiently(lambda: _scan_tar(uri), uri)
     except (OSError, tarfile.TarError, pa.ArrowException) as error:
-        raise DataError(f"{uri} cannot be read as a tar: {_one_line(error)}") from None
+        raise DataError(f"{uri} cannot be read as a tar: {one_line(error)}") from None
 
 
 def _scan_tar(uri: str) -> pa.Table:

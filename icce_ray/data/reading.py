@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from icce_ray.core.preprocess import BadImage, _one_line
-from icce_ray.errors import IcceError, NoAnswerError
+from icce_ray.core.preprocess import BadImage
+from icce_ray.errors import IcceError, NoAnswerError, one_line
 from icce_ray.rundir import storage
 from icce_ray.rundir.storage import is_remote, locate, patiently
 
@@ -130,7 +130,7 @@ def _jobs(
 def _unreadable(error: Exception) -> BadImage:
     if isinstance(error, FileNotFoundError):
         return BadImage("not found")
-    return BadImage(f"cannot be read: {_one_line(error)}")
+    return BadImage(f"cannot be read: {one_line(error, 200)}")
 
 
 def _read_file(uri: str, position: int, out: list[bytes | BadImage]) -> None:

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core.tensors import below, plain
-from icce_ray.errors import ArtifactError
+from icce_ray.errors import ArtifactError, one_line
 
 FORMAT = 1  # of classifier.json
 HIDDEN = 512  # width of an mlp's hidden layer
@@ -205,7 +205,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
         raise ArtifactError(
-            f"the classifier's weights do not fit its description: {reason}"
+            f"the classifier's weights do not fit its description: {one_line(error)}"
         ) from None
