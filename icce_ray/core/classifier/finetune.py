@@ -17,6 +17,7 @@ from icce_ray.core.classifier.model import FineTuned
 from icce_ray.core.classifier.training import Meter, OnStep, make_optimizer, set_lr
 from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.heads.optimizer import AdamW
+from icce_ray.core.sampling import seed_of
 
 CLIP = 1.0  # largest norm of the gradient
 CROP = (0.6, 1.0)  # share of the image's area that a random crop keeps
@@ -98,9 +99,9 @@ def finetune_epoch(
         StageError: a loss that is not finite, naming the step.
     """
     group = collective or Alone()
-    generator = torch.Generator().manual_seed(
-        (seed * 1_000_003 + position.epoch) * 4099 + group.rank
-    )
+    # Each worker augments its own images: a stream for each epoch and rank.
+    stream = position.epoch * group.world + group.rank
+    generator = torch.Generator().manual_seed(seed_of(seed, "augmentation", stream))
     model.eval()
     meter = Meter(position.epoch * position.steps, position.steps * position.epochs, on_step)
     for batch in batches:

@@ -26,6 +26,7 @@ from icce_ray.core.classifier.training import (
 )
 from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.device import default_device, on_gpu
+from icce_ray.core.sampling import seed_of
 from icce_ray.errors import DataError
 
 STATISTICS_ROWS = 50_000  # rows that the input's mean and deviation are taken from
@@ -178,7 +179,7 @@ class _ProbeTrainer:
 
     def epoch(self, number: int, on_step: OnStep | None) -> dict[str, float]:
         """One pass over all rows. Returns epoch (from 1), loss and agreement."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "probe rows", number))
         order = torch.randperm(self.rows.shape[0], generator=generator)
         meter = Meter(number * self.steps, self.total, on_step)
         for batch in order.split(self.batch):
