@@ -83,10 +83,10 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
     """Labels of these images, or None where there are none. image_ids: int64 [N]."""
     from icce_ray.stages.index import load_labels
 
-    found = load_labels(config, run)
-    if found is None:
+    labels = load_labels(config, run)
+    if labels is None:
         return None
-    codes, names = found
+    codes, names = labels
     if len(image_ids) and int(image_ids.max()) >= len(codes):
         raise DataError(
             f"there are {len(codes)} labels for images numbered up to {int(image_ids.max())}; "

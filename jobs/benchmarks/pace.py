@@ -1,7 +1,7 @@
 """How fast heads get good: accuracy over time of our recipe beside TEMI's, in the same code.
 
-Both train on the same embeddings and neighbor lists, in this process. The clock runs for training
-alone; labels are looked at between steps, for the curve.
+Both train on the same embeddings and neighbor lists, in this process. The clock runs only while
+they train; labels are looked at between steps, for the curve.
 """
 
 from __future__ import annotations

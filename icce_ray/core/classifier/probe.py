@@ -114,7 +114,7 @@ def train_probe(
         settings: kind (finetune: a linear probe, to start from), epochs, batch_size, lr.
         seed: of the initial weights and of the order of the rows.
         collective: workers that share every batch. All pass the same data and seed, and get the
-            same classifier as one worker alone would, up to the order of float sums.
+            same classifier as a single worker would, up to the order of float sums.
         on_step: called every few steps, and at each epoch's end.
         device: default: the GPU of this process, else the CPU.
 

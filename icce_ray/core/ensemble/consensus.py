@@ -1,6 +1,6 @@
 """The cluster ensemble: the heads' clusterings of the same images become one.
 
-Every method below works on label vectors alone, never on features. Each head's clusters are first
+Every method works only on label vectors, never on features. Each head's clusters are first
 renamed by size, so renaming the clusters of a head changes nothing. A result is a linear score on
 one-hot codes: with X [N, H*L] marking the cluster each head gave an image, and a sparse table
 E [H*L, K], the image goes to the largest entry of its row of X E. The methods differ in E. Both

@@ -36,8 +36,8 @@ def kmeans_baseline(
 
     features: float16 or float32 [N, D], rows of length 1, possibly memory-mapped.
     Up to `max_rows` rows (and `EXACT_WORK`): scikit-learn's KMeans with k-means++ and `restarts`.
-    Above: faiss, spherical; the restarts run on a sample of max(max_rows, 256 K) rows, the best one
-    goes on over all rows, which are decoded from float16 a block at a time: no float32 copy of the
+    Above: faiss, spherical; the restarts run on a sample of max(max_rows, 256 K) rows. The best one
+    continues on all rows, which are decoded from float16 a block at a time: no float32 copy of the
     whole matrix is ever made. `gpu`: let faiss use the GPUs this process sees.
 
     Raises:

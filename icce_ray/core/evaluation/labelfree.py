@@ -298,11 +298,11 @@ def _information(own: np.ndarray, near: np.ndarray, clusters: int, seed: int) ->
 def _neighbor_evidence(given: _Input) -> float:
     """(a I - H) / (a - 1), with I as above, H the clusters' entropy over log K, a = EVIDENCE.
 
-    Information alone is highest for clusters of equal size, also where classes are not; agreement
-    alone where few clusters hold nearly all images. As a model of the graph of neighbors (Karrer &
-    Newman, Physical Review E 83, 2011) clusters earn I for each link of an image, and cost H to
-    name; but links of one image tell much the same. How many independent ones they are worth was
-    found by trial, with labels: jobs/benchmarks/README.md.
+    Information is highest for clusters of equal size, also where classes are not; agreement is
+    highest where few clusters hold nearly all images. As a model of the graph of neighbors (Karrer
+    & Newman, Physical Review E 83, 2011) clusters earn I for each link of an image, and cost H to
+    name; but the links of one image say nearly the same. How many independent ones they are worth
+    was set by trial, with labels: jobs/benchmarks/README.md.
     """
     own, near = _nearest(given)
     information = _information(own, near, given.num_clusters, given.seed)
