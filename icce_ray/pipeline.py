@@ -325,10 +325,6 @@ def _show_and_check(context: Context, steps: Sequence[Step], snapshot: Snapshot)
     size = _size(context.config, context.run, snapshot)
     _show_plan(context, steps, size)
     _check_disk(context, steps, size)
-    if any(step.todo and step.stage.name == "evaluate" for step in steps):
-        from icce_ray.stages import evaluate
-
-        evaluate.preflight(context)
 
 
 def run_stage(context: Context, step: Step) -> None:

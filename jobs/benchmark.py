@@ -167,7 +167,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda; auto: a GPU if there is on
 def _device(name: str) -> Any:
     import torch
 
-    from icce_ray.core.classifier.probe import default_device
+    from icce_ray.core.device import default_device
 
     return default_device() if name == "auto" else torch.device(name)
 

@@ -7,13 +7,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from icce_ray.config.schema import Config, describe
-from icce_ray.errors import ConfigError
+from icce_ray.config.removed import REMOVED
+from icce_ray.config.schema import Config, Node, describe, fields
+from icce_ray.errors import ConfigError, one_line
+
+Tree = TypeVar("Tree", bound=Node)
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,8 +61,13 @@ def merge(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> d
 
 def validate(tree: Mapping[str, Any]) -> Config:
     """Check a plain tree. Raises ConfigError that lists all problems."""
+    return check(Config, tree)
+
+
+def check(kind: type[Tree], tree: Mapping[str, Any]) -> Tree:
+    """`validate` for any node of the tree, such as MethodConfig."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         problems = [_explain(problem, tree) for problem in error.errors()]
         raise problems_in("the settings", problems) from None
@@ -125,7 +133,7 @@ def parse_yaml(text: bytes, name: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text.decode(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{name} is not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{name} must hold settings (key: value), not {type(tree).__name__}")
     return tree
@@ -187,6 +195,10 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
     location = [part for part in problem["loc"] if part not in ("function-after",)]
     key = ".".join(str(part) for part in location)
     kind, value = problem["type"], problem.get("input")
+    if kind == "extra_forbidden" and key in REMOVED:
+        return f"{key}: this setting was removed. {REMOVED[key]}"
+    if kind == "literal_error" and f"{key}={value}" in REMOVED:
+        return f"{key}={value}: this choice was removed. {REMOVED[f'{key}={value}']}"
     if kind == "extra_forbidden":
         return f"{key}: unknown setting.{suggest(location)}"
     if kind == "missing":
@@ -216,7 +228,8 @@ def to_yaml(config: Config) -> str:
     """The resolved tree with each setting's documentation above it; loads back to the same tree."""
     docs = {key: text for key, _, text in describe()}
     lines: list[str] = []
-    _dump(config.model_dump(mode="json"), "", 0, docs, lines)
+    tree = config.model_dump(mode="json")
+    _dump({name: tree[name] for name, _ in fields(Config)}, "", 0, docs, lines)
     return "\n".join(lines) + "\n"
 
 

@@ -41,6 +41,7 @@ _Each = TypeVar("_Each")
 PerHead = Union[_Each, Annotated[tuple[_Each, ...], Field(min_length=1)]]  # noqa: UP007
 
 
+ConsensusMethod = Literal["voting", "cspa", "mcla", "hbgf", "dawid-skene"]
 BALANCES = (0.5, 0.25, 0.0)  # heads.balance, where it is not given
 
 
@@ -143,8 +144,6 @@ class NeighborsConfig(Node):
     """M: most neighbors per image."""
     min_neighbors: Positive = 5
     """Least neighbors per image, even if some are below the threshold."""
-    mutual: bool = False
-    """Keep a neighbor only where both images have each other (min_neighbors still holds)."""
     pca: Positive | None = 256
     """Number of centered principal components to search in; fewer are faster. null, or as many as
     the embeddings have: the embeddings unchanged."""
@@ -246,26 +245,14 @@ class HeadsConfig(Node):
 
 
 class ConsensusConfig(Node):
-    method: Literal["voting", "cspa", "hgpa", "mcla", "hbgf", "dawid-skene"] = "dawid-skene"
-    """How the heads' clusterings become one. voting: aligned majority. cspa, hgpa, mcla: Strehl &
-    Ghosh 2002. hbgf: Fern & Brodley 2004. dawid-skene: a confusion matrix per head, fitted by EM
-    from MCLA's result and from the vote's, whichever ends likelier."""
+    method: ConsensusMethod = "dawid-skene"
+    """How the heads' clusterings become one. voting: aligned majority. cspa, mcla: Strehl & Ghosh
+    2002. hbgf: Fern & Brodley 2004. dawid-skene: a confusion matrix per head, fitted by EM from
+    MCLA's result and from the vote's, whichever ends likelier."""
     keep: Share | None = None
-    """Share of the heads that enter the ensemble, rounded, of those of the heads.balance that fits
-    best; at least one does. Default: a quarter of all, but no fewer than 8, if so many have it."""
-    keep_by: Literal["information", "agreement", "loss", "diversity"] = "information"
-    """Which heads are kept. information: those whose clusters tell most of their neighbors'.
-    agreement: highest mean NMI with the others. loss: lowest final loss. diversity: the most
-    agreeing one, then always the one least like those kept."""
-    weights: Literal["equal", "agreement", "loss"] = "equal"
-    """How much each kept head counts. agreement: its mean NMI with the others. loss: exp(-z), z
-    being its final loss in standard deviations from the mean. Every method honors it;
-    dawid-skene also learns by itself how far to trust a head."""
-    max_rows: Positive = 200_000
-    """dawid-skene, hbgf, hgpa: rows the model is fitted on (a random subset); it is then applied to
-    all."""
-    iterations: Positive = 30
-    """dawid-skene: EM steps at most."""
+    """Share of the heads that are merged, rounded, at least one: those whose clusters say most
+    about their neighbors' clusters, out of the heads of the heads.balance that fits best. Default:
+    a quarter of all heads, but at least 8 where that balance has as many."""
 
 
 class ClassifierConfig(Node):
@@ -274,8 +261,6 @@ class ClassifierConfig(Node):
     kind: Literal["linear", "mlp", "finetune"] = "linear"
     """linear, mlp: a probe on frozen features. finetune: trains the backbone too, from images
     (needs data.path)."""
-    hidden: Positive = 512
-    """mlp: width of its hidden layer."""
     epochs: Positive = 20
     """Passes over the training rows (finetune: 3 are usually enough)."""
     batch_size: Positive = 1024
@@ -284,8 +269,6 @@ class ClassifierConfig(Node):
     """Peak learning rate of AdamW."""
     backbone_lr: Annotated[float, Field(gt=0)] = 1e-5
     """finetune: peak learning rate of the backbone."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """AdamW's weight decay."""
     confidence_weights: bool = True
     """Weight each pseudo-label by the confidence of the consensus."""
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
@@ -296,12 +279,8 @@ class ClassifierConfig(Node):
 class EvaluateConfig(Node):
     """Stage `evaluate`: scores, with ground truth where there is any."""
 
-    require_labels: bool = False
-    """Fail early where there is no ground truth, instead of leaving accuracy out."""
     kmeans: bool = True
     """With labels: also score k-means (10 restarts) on the same features, for comparison."""
-    kmeans_restarts: Positive = 10
-    """Restarts of that k-means."""
 
 
 class ReportConfig(Node):
@@ -336,28 +315,72 @@ class RayConfig(Node):
     run counts."""
 
 
-class Config(Node):
-    """Everything a run is made of."""
+class MethodConfig(Node):
+    """What the method needs on a matrix of embeddings, wherever they come from."""
 
     num_classes: Annotated[int, Field(ge=2)]
     """K: number of clusters, at most the number of images. `icce-ray run` also accepts auto, or a
     range such as 4-30, and takes the number with the highest modularity."""
-    run_dir: Annotated[str, RUNTIME] = ""
-    """Where artifacts are written: a folder, s3:// or gs://. Default: runs/NAME, with the config's
-    name."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of all random numbers."""
-    data: DataConfig = DataConfig()
-    backbone: tuple[BackboneConfig, ...] = (BackboneConfig(),)
-    """One backbone, or a list of several, whose features are normalized and concatenated."""
-    embed: EmbedConfig = EmbedConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     heads: HeadsConfig = HeadsConfig()
     consensus: ConsensusConfig = ConsensusConfig()
     classifier: ClassifierConfig = ClassifierConfig()
+
+    @model_validator(mode="after")
+    def _clusters_can_merge(self) -> MethodConfig:
+        """Check that the ensemble can be made from heads of that many clusters."""
+        prior = self.heads.prior
+        if prior is not None and len(prior) != self.head_clusters:
+            raise ValueError(
+                f"heads.prior has {len(prior)} sizes, but heads have {self.head_clusters} clusters"
+            )
+        over = f"heads.clusters={self.heads.clusters} with num_classes={self.num_classes}: "
+        if self.head_clusters < self.num_classes:
+            raise ValueError(f"{over}heads need at least num_classes clusters")
+        if self.head_clusters == self.num_classes:
+            return self
+        if self.consensus.method == "voting":
+            raise ValueError(
+                f"{over}consensus.method=voting cannot merge clusters; choose another method"
+            )
+        if self.kept_heads(self.heads.fewest) < 2:
+            raise ValueError(
+                f"{over}at least two heads must be kept to merge clusters; raise heads.count or "
+                "consensus.keep, or give a single heads.balance"
+            )
+        return self
+
+    def kept_heads(self, fitting: int) -> int:
+        """How many heads are merged, where `fitting` heads have the balance that fits best."""
+        if self.consensus.keep is not None:
+            return max(1, round(self.consensus.keep * fitting))
+        return min(fitting, max(KEEP_LEAST, round(KEEP_SHARE * self.heads.count)))
+
+    @property
+    def head_clusters(self) -> int:
+        """L: clusters of each head."""
+        return self.heads.clusters or self.num_classes
+
+
+class Config(MethodConfig):
+    """Everything a run is made of."""
+
+    run_dir: Annotated[str, RUNTIME] = ""
+    """Where artifacts go: a folder, s3:// or gs://. Default: runs/NAME, NAME being the config's."""
+    data: DataConfig = DataConfig()
+    backbone: tuple[BackboneConfig, ...] = (BackboneConfig(),)
+    """One backbone, or a list of several: their features are normalized and joined."""
+    embed: EmbedConfig = EmbedConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     ray: RayConfig = RayConfig()
+
+    @property
+    def method(self) -> MethodConfig:
+        """The part that the method needs."""
+        return MethodConfig(**{name: getattr(self, name) for name in MethodConfig.model_fields})
 
     @field_validator("backbone", mode="before")
     @classmethod
@@ -379,48 +402,23 @@ class Config(Node):
             raise ValueError("classifier.kind=finetune needs images (data.path), not embeddings")
         if self.classifier.kind == "finetune" and len(self.backbone) > 1:
             raise ValueError("classifier.kind=finetune works with one backbone")
-        if self.evaluate.require_labels and self.data.labels == "none":
-            raise ValueError("evaluate.require_labels=true contradicts data.labels=none")
-        self._check_clusters()
         return self
 
-    def _check_clusters(self) -> None:
-        """Whether the ensemble can be made from heads of so many clusters."""
-        prior = self.heads.prior
-        if prior is not None and len(prior) != self.head_clusters:
-            raise ValueError(
-                f"heads.prior has {len(prior)} sizes, but heads have {self.head_clusters} clusters"
-            )
-        over = f"heads.clusters={self.heads.clusters} with num_classes={self.num_classes}: "
-        if self.head_clusters < self.num_classes:
-            raise ValueError(f"{over}heads need at least num_classes clusters")
-        if self.head_clusters == self.num_classes:
-            return
-        if self.consensus.method == "voting":
-            raise ValueError(
-                f"{over}consensus.method=voting cannot merge clusters; choose another method"
-            )
-        if self.kept_heads(self.heads.fewest) < 2:
-            raise ValueError(
-                f"{over}at least two heads must be kept to merge clusters; raise heads.count or "
-                "consensus.keep, or give a single heads.balance"
-            )
 
-    def kept_heads(self, fitting: int) -> int:
-        """Heads that enter the ensemble, of so many of one balance."""
-        if self.consensus.keep is not None:
-            return max(1, round(self.consensus.keep * fitting))
-        return min(fitting, max(KEEP_LEAST, round(KEEP_SHARE * self.heads.count)))
+ORDER = ("num_classes", "run_dir", "seed", "data", "backbone", "embed")  # the others follow
 
-    @property
-    def head_clusters(self) -> int:
-        """L: clusters of each head."""
-        return self.heads.clusters or self.num_classes
+
+def fields(node: type[Node]) -> list[tuple[str, Any]]:
+    """Names and fields of a node in the order in which they are shown: that of the stages."""
+    known = list(node.model_fields.items())
+    if not issubclass(node, MethodConfig):
+        return known
+    return sorted(known, key=lambda one: (*ORDER, one[0]).index(one[0]))
 
 
 def describe(node: type[Node] = Config, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Yield (dotted key, field info, documentation) for every setting below `node`."""
-    for name, field in node.model_fields.items():
+    for name, field in fields(node):
         inner = _node_of(field.annotation)
         if inner is None:
             yield prefix + name, field, " ".join((field.description or "").split())
@@ -440,10 +438,9 @@ def _node_of(annotation: Any) -> type[Node] | None:
 def settings(node: Any) -> Any:
     """The part of a node that affects results, as plain JSON data (RUNTIME fields left out)."""
     if isinstance(node, Node):
-        fields = type(node).model_fields
         return {
             name: settings(getattr(node, name))
-            for name, field in fields.items()
+            for name, field in type(node).model_fields.items()
             if not any(isinstance(mark, _Runtime) for mark in field.metadata)
         }
     if isinstance(node, (tuple, list)):

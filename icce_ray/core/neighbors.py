@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from icce_ray.core.constants import BASE_CHUNK, QUERY_CHUNK, ivf_shape
+from icce_ray.core.device import on_gpu
+from icce_ray.core.sampling import sample_rows
 
 # --- exact search --------------------------------------------------------------------------------
 
@@ -41,7 +43,7 @@ def search(
     """
     ids = np.empty((stop - start, k), np.int32)
     similarity = np.empty((stop - start, k), np.float32)
-    base = _on_device(matrix, device)
+    base = on_gpu(matrix, device)
     for first in range(start, stop, QUERY_CHUNK):
         last = min(first + QUERY_CHUNK, stop)
         best, where = _search_chunk(base, matrix, first, last, k, device)
@@ -50,14 +52,6 @@ def search(
         if on_rows:
             on_rows(last - start)
     return ids, similarity
-
-
-def _on_device(matrix: np.ndarray, device: torch.device | str) -> Tensor | None:
-    """The whole matrix on a GPU that has room for it, else None (chunks are copied over)."""
-    if torch.device(device).type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return torch.from_numpy(np.array(matrix)).to(device) if matrix.nbytes < free / 2 else None
 
 
 def _rows(
@@ -111,7 +105,17 @@ def merge(
 
 
 def build_ivf(matrix: np.ndarray, path: Path, seed: int) -> None:
-    """Write a faiss inverted-file index of all rows, half precision."""
+    """Write `make_ivf`'s index to a file, which is complete or not there."""
+    import faiss
+
+    index = make_ivf(matrix, seed)
+    temporary = path.with_suffix(".tmp")
+    faiss.write_index(index, str(temporary))
+    temporary.replace(path)
+
+
+def make_ivf(matrix: np.ndarray, seed: int) -> Any:
+    """A faiss inverted-file index of all rows [N, D], half precision."""
     import faiss
 
     rows, features = matrix.shape
@@ -123,13 +127,11 @@ def build_ivf(matrix: np.ndarray, path: Path, seed: int) -> None:
     )
     index.by_residual = False
     index.cp.spherical, index.cp.seed = True, seed
-    chosen = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False))
+    chosen = sample_rows(rows, sample, seed)
     index.train(np.asarray(matrix[chosen], dtype=np.float32))
     for start in range(0, rows, BASE_CHUNK):
         index.add(np.asarray(matrix[start : start + BASE_CHUNK], dtype=np.float32))
-    temporary = path.with_suffix(".tmp")
-    faiss.write_index(index, str(temporary))
-    temporary.replace(path)
+    return index
 
 
 def search_ivf(
@@ -145,13 +147,13 @@ def search_ivf(
         last = min(first + QUERY_CHUNK, stop)
         queries = np.asarray(matrix[first:last], dtype=np.float32)
         index.nprobe = nprobe
-        scores, found = index.search(queries, k + 1)
-        short = (found < 0).any(1)
+        scores, near = index.search(queries, k + 1)
+        short = (near < 0).any(1)
         if short.any():
             index.nprobe = index.nlist
-            scores[short], found[short] = index.search(queries[short], k + 1)
-        scores, found = drop_self(scores, found, first)
-        ids[first - start : last - start] = found
+            scores[short], near[short] = index.search(queries[short], k + 1)
+        scores, near = drop_self(scores, near, first)
+        ids[first - start : last - start] = near
         similarity[first - start : last - start] = scores
     return ids, similarity
 
@@ -171,12 +173,13 @@ def drop_self(
 
 @dataclass(frozen=True)
 class Selection:
-    """The first `counts[i]` ids of row i are its neighbors."""
+    """The first `counts[i]` ids of row i are its neighbors. Rows are in order of similarity."""
 
     ids: np.ndarray  # int32 [N, M]
     similarity: np.ndarray  # [N, M]
     counts: np.ndarray  # int32 [N]
-    threshold: float | None
+    threshold: float | None  # similarity that a neighbor needs; None: rule=fixed
+    k: int  # neighbors per row that the rule aims at
 
 
 def reference_k(k: int, images: int, clusters: int, most: int) -> int:
@@ -202,7 +205,6 @@ def select(
     k: int,
     threshold: float | None,
     min_neighbors: int,
-    mutual: bool,
 ) -> Selection:
     """Choose each row's neighbors among its top M. `rule`: fixed, threshold or auto."""
     rows, most = ids.shape
@@ -214,28 +216,7 @@ def select(
             threshold = auto_threshold(similarity, min(k, most))
         counts = (similarity >= np.asarray(threshold, similarity.dtype)).sum(1).astype(np.int32)
     floor = min(min_neighbors, most)
-    if mutual:
-        ids, similarity, counts = _keep_mutual(ids, similarity, counts)
-    return Selection(ids, similarity, np.clip(counts, floor, most).astype(np.int32), threshold)
-
-
-def _keep_mutual(
-    ids: np.ndarray, similarity: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Move the neighbors that have the image too to the front of its list, order kept."""
-    rows, most = ids.shape
-    kept = np.arange(most) < counts[:, None]
-    owner = np.broadcast_to(np.arange(rows, dtype=np.int64)[:, None], ids.shape)[kept]
-    other = ids[kept].astype(np.int64)
-    both = np.isin(owner * rows + other, other * rows + owner)
-    flag = np.zeros(ids.shape, bool)
-    flag[kept] = both
-    order = np.argsort(~flag, axis=1, kind="stable")
-    return (
-        np.take_along_axis(ids, order, 1),
-        np.take_along_axis(similarity, order, 1),
-        flag.sum(1).astype(np.int32),
-    )
+    return Selection(ids, similarity, np.clip(counts, floor, most).astype(np.int32), threshold, k)
 
 
 def describe(selection: Selection, min_neighbors: int) -> dict[str, Any]:

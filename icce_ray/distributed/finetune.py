@@ -16,11 +16,12 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from icce_ray.config.schema import BackboneConfig, ClassifierConfig
+from icce_ray.config.schema import BackboneConfig, ClassifierConfig, MethodConfig
 from icce_ray.core import backbone as backbones
 from icce_ray.core.classifier import finetune as finetune_
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import training as training_
+from icce_ray.core.classifier.training import pseudo_labels
 from icce_ray.distributed import compat, stream
 from icce_ray.distributed import train as training
 from icce_ray.distributed.checkpoints import TRAIN
@@ -32,7 +33,6 @@ from icce_ray.distributed.probe import (
     describe_backbones,
     pack_history,
     probe_in_task,
-    targets,
     unpack_history,
     write_classifier,
 )
@@ -140,7 +140,8 @@ class Labeler:
 
     def __init__(self, run: RunDirectory, chosen: ClassifierConfig) -> None:
         self.image_ids = np.asarray(run.matrix("embeddings", "image_id"))
-        self.labels, self.weights = targets(run, chosen)
+        clusters, sure = (run.matrix("consensus", name) for name in ("cluster", "confidence"))
+        self.labels, self.weights = pseudo_labels(clusters, sure, chosen)
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         """image uint8 [B, 3, S, S], label int64 [B], weight float32 [B].
@@ -168,7 +169,7 @@ def _loop(worker: Worker, task: Mapping[str, Any]) -> None:
     """One Ray Train worker: resume, epochs, a checkpoint after each, the artifact at the end."""
     from ray.train.torch import prepare_model
 
-    chosen = ClassifierConfig.model_validate(task["classifier"])
+    chosen, seed = MethodConfig.model_validate(task["method"]).classifier, task["method"]["seed"]
     model = _starting_point(worker.run, task, chosen).to(worker.device)
     optimizer = finetune_.finetune_optimizer(model, chosen)
     history = _resume(worker, model, optimizer)
@@ -179,7 +180,7 @@ def _loop(worker: Worker, task: Mapping[str, Any]) -> None:
     worker.progress(len(history) * steps, force=True)
     for epoch in range(len(history), chosen.epochs):
         position = finetune_.Position(epoch, steps, chosen.epochs)
-        batches = _batches(worker, labeler, each, task["seed"] + epoch)
+        batches = _batches(worker, labeler, each, seed + epoch)
         history.append(_epoch(worker, wrapped, optimizer, batches, position, task))
         state = training_.pack_state(model, optimizer) if worker.rank == 0 else {}
         if worker.rank == 0:
@@ -209,7 +210,7 @@ def _epoch(
         optimizer,
         batches,
         position,
-        task["seed"],
+        task["method"]["seed"],
         bfloat16=backbones.arithmetic(task["precision"], worker.device) == "bfloat16",
         collective=worker.collective,
         on_step=progress,

@@ -17,11 +17,14 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from icce_ray.config.schema import ClassifierConfig, Config
+from icce_ray.config.schema import ClassifierConfig, Config, MethodConfig
+from icce_ray.core import method
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import probe as probe_
 from icce_ray.core.classifier import training as training_
 from icce_ray.core.collective import Collective
+from icce_ray.core.device import default_device
+from icce_ray.core.tensors import below
 from icce_ray.distributed import train as training
 from icce_ray.distributed.checkpoints import TRAIN, Checkpoints
 from icce_ray.distributed.cluster import Request
@@ -29,7 +32,7 @@ from icce_ray.distributed.context import Context
 from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, WEIGHTS
 from icce_ray.distributed.tasks import run_task
 from icce_ray.distributed.worker import PROGRESS_EVERY, REMOTE_PROGRESS_EVERY, Worker
-from icce_ray.errors import ArtifactError, DataError
+from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 
 HISTORY = "history.json"
@@ -40,35 +43,10 @@ POLL = 0.5  # seconds between looks at the task's progress file
 def task_of(config: Config) -> dict[str, Any]:
     """What tasks and workers need of the settings, as plain data."""
     return {
-        "classifier": config.classifier.model_dump(mode="json"),
+        "method": config.method.model_dump(mode="json"),
         "backbone": [one.model_dump(mode="json") for one in config.backbone],
-        "num_classes": config.num_classes,
-        "seed": config.seed,
         "precision": config.embed.precision,
     }
-
-
-def targets(run: RunDirectory, chosen: ClassifierConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Pseudo-labels int64 [N] and their weights float32 [N], of mean 1."""
-    labels = np.asarray(run.matrix("consensus", "cluster")).astype(np.int64)
-    weights = np.ones(len(labels), np.float32)
-    if chosen.confidence_weights:
-        weights = np.asarray(run.matrix("consensus", "confidence"))
-        if not weights.max(initial=0) > 0:
-            raise DataError(
-                "the consensus gives every image the confidence 0; set "
-                "classifier.confidence_weights=false, or look at the heads in the report"
-            )
-    return labels, probe_.normalized_weights(weights)
-
-
-def probe_settings(chosen: ClassifierConfig) -> ClassifierConfig:
-    """The settings of the probe. Those of fine-tuning (few epochs, small batches) are not meant
-    for the probe it starts from, which has the default ones."""
-    if chosen.kind != "finetune":
-        return chosen
-    same = {name: getattr(chosen, name) for name in ("weight_decay", "confidence_weights")}
-    return ClassifierConfig(**same)
 
 
 def _fit(
@@ -77,38 +55,29 @@ def _fit(
     on_step: training_.OnStep,
     collective: Collective | None = None,
     device: torch.device | None = None,
-    rank: int = 0,
 ) -> dict[str, Tensor]:
-    """Train a probe; its weights, history, and opinion of every row, as named tensors.
+    """Train a probe; its weights, history, and predictions of every row, as named tensors.
 
-    Of several workers only the first (`rank` 0) asks the probe for all N rows: they all have the
-    same one. The others return the history.
+    All workers of a group end with the same classifier, so only the first one predicts; the others
+    return their history.
     """
-    chosen = probe_settings(ClassifierConfig.model_validate(task["classifier"]))
     features = run.matrix("embeddings", "embedding")
-    labels, weights = targets(run, chosen)
-    model, history = probe_.train_probe(
-        features,
-        labels,
-        weights,
-        chosen,
-        task["num_classes"],
-        task["seed"],
-        collective=collective,
-        on_step=on_step,
-        device=device,
+    labels, sure = (np.asarray(run.matrix("consensus", name)) for name in ("cluster", "confidence"))
+    chosen = MethodConfig.model_validate(task["method"])
+    device = device or default_device()
+    model, history = method.train_classifier(
+        features, labels, sure, chosen, device, collective, on_step
     )
-    if rank:
-        return {"history": pack_history(history)}
-    if task["classifier"]["kind"] != "finetune":  # which only begins with this probe
-        probe_.calibrate(model, features, np.asarray(run.matrix("consensus", "confidence")))
+    packed = {"history": pack_history(history)}
+    if collective is not None and collective.rank:
+        return packed
     clusters, confidence = probe_.predict(model, features, device)
     state = {f"model.{k}": v.cpu().contiguous() for k, v in model.state_dict().items()}
     return {
         **state,
+        **packed,
         "clusters": torch.from_numpy(clusters),
         "confidence": torch.from_numpy(confidence),
-        "history": pack_history(history),
     }
 
 
@@ -152,7 +121,7 @@ def probe_in_task(context: Context, task: Mapping[str, Any]) -> dict[str, Tensor
     if not run.exists(CLASSIFIER, TRAIN, PROBE):
         gpus = cluster.gpus_each()
         rows = run.matrix("embeddings", "image_id").shape[0]
-        total = probe_.probe_steps(rows, probe_settings(config.classifier))
+        total = probe_.probe_steps(rows, probe_.probe_settings(config.classifier))
         with context.reporter.bar("training the classifier", total, "steps") as bar:
 
             def look() -> None:
@@ -181,7 +150,7 @@ def _probe_loop(worker: Worker, task: Mapping[str, Any]) -> None:
     def progress(done: int, total: int, loss: float) -> None:
         worker.progress(done, f"loss {loss:.3f}")
 
-    result = _fit(worker.run, task, progress, worker.collective, worker.device, worker.rank)
+    result = _fit(worker.run, task, progress, worker.collective, worker.device)
     worker.save(len(result["history"]), result if worker.rank == 0 else {})
 
 
@@ -208,10 +177,10 @@ def probe_in_group(context: Context, task: Mapping[str, Any], workers: int) -> d
 
 def as_module(result: Mapping[str, Tensor], chosen: ClassifierConfig) -> core.Classifier:
     """The classifier that `_fit` describes by tensors."""
-    state = training_.below(result, "model.")
+    state = below(result, "model.")
     kind = "mlp" if chosen.kind == "mlp" else "linear"
     clusters, features = len(state["out.bias"]), len(state["shift"])
-    model = core.Classifier(kind, features, clusters, chosen.hidden)  # type: ignore[arg-type]
+    model = core.Classifier(kind, features, clusters)  # type: ignore[arg-type]
     model.load_state_dict(state)
     return model
 

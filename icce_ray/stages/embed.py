@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
+from icce_ray.core.unit_rows import UnitRows
 from icce_ray.data import embeddings as vectors
 from icce_ray.data import listing
 from icce_ray.distributed.inference import Embedder, Inference, Loaded, preparations
@@ -176,7 +177,7 @@ def _take_given(context: Context) -> Outcome:
             "Add --overwrite to list it again."
         )
     shards = _shards(context, len(positions))
-    bad = BadRows()
+    bad = UnitRows()
     reporter = context.reporter
     with reporter.bar("reading embeddings", len(positions), "rows", done=shards.rows) as bar:
         start = 0
@@ -184,10 +185,10 @@ def _take_given(context: Context) -> Outcome:
             unit = bad.normalize(block, numbers)
             ids = np.arange(start, start + len(block))
             start += len(block)
-            if not bad.count:
+            if not bad.bad:
                 shards.add({"image_id": ids, "embedding": unit}, np.ones(len(ids), bool))
             bar.update(start)
-    bad.check(data.embeddings)
+    bad.check(f"data.embeddings={data.embeddings}")
     shards.check()
     return Outcome(shards.rows, {"backbones": [], "features": given.features, "quarantined": 0})
 
@@ -203,29 +204,3 @@ def _selected(
         if len(numbers):
             yield block[numbers - start], numbers
         start += len(block)
-
-
-class BadRows:
-    """Rows of given embeddings that cannot be normalized."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[int] = []
-
-    def normalize(self, block: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Rows of unit length, float16; bad ones are noted and left as they come out."""
-        largest = np.abs(block).max(axis=1, keepdims=True)  # NaN and infinity carry over
-        usable = np.isfinite(largest[:, 0]) & (largest[:, 0] > 0)
-        self.count += int((~usable).sum())
-        self.first += numbers[~usable][: 5 - len(self.first)].tolist()
-        scaled = block / np.where(usable[:, None], largest, 1)  # squares cannot overflow
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (scaled / np.linalg.norm(scaled, axis=1, keepdims=True)).astype(np.float16)
-
-    def check(self, uri: str) -> None:
-        if self.count:
-            rows = ", ".join(str(row) for row in self.first)
-            raise DataError(
-                f"data.embeddings={uri}: {self.count:,} rows are zero or hold values that are not "
-                f"finite; the first are rows {rows} (from 0). Remove them, with their labels."
-            )

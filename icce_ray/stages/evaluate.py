@@ -22,7 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
+from icce_ray.core.ensemble.agreement import mean_nmi
 from icce_ray.core.evaluation import kmeans as kmeans_
+from icce_ray.core.evaluation import labelfree
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.distributed.cluster import Request
 from icce_ray.distributed.tasks import run_task
@@ -64,10 +66,10 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
     """Labels of these images, or None where there are none. image_ids: int64 [N]."""
     from icce_ray.data.labels import load_labels
 
-    found = load_labels(config, run)
-    if found is None:
+    labels = load_labels(config, run)
+    if labels is None:
         return None
-    codes, names = found
+    codes, names = labels
     if len(image_ids) and int(image_ids.max()) >= len(codes):
         raise DataError(
             f"there are {len(codes)} labels for images numbered up to {int(image_ids.max())}; "
@@ -75,22 +77,6 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
         )
     codes = np.asarray(codes)[np.asarray(image_ids)]
     return Truth(codes, [str(name) for name in names]) if (codes >= 0).any() else None
-
-
-def preflight(context: Context) -> None:
-    """Check the ground truth against the index, before anything expensive. Raises DataError."""
-    from icce_ray.data.labels import load_labels
-
-    if context.run.manifest("index") is not None:
-        _require(context.config, load_labels(context.config, context.run) is not None)
-
-
-def _require(config: Config, known: bool) -> None:
-    if config.evaluate.require_labels and not known:
-        raise DataError(
-            "evaluate.require_labels=true, but there is no ground truth. Give data.labels=FILE, "
-            "use class folders or a label column, or drop require_labels."
-        )
 
 
 def column(run: RunDirectory, folder: str, name: str, rows: int) -> np.ndarray:
@@ -113,12 +99,10 @@ def run(context: Context) -> Outcome:
     {acc [H], acc_mean, acc_best, acc_min}, `calibration`, `purity`, `matched`.
 
     Raises:
-        DataError: evaluate.require_labels without labels.
         ArtifactError: artifacts of different runs.
     """
     config, files = context.config, context.run
     known = truth(config, files, files.matrix("embeddings", "image_id"))
-    _require(config, known is not None)
     rows = len(files.matrix("embeddings", "image_id"))
     clusters = np.asarray(column(files, "consensus", "cluster", rows))
     confidence = np.asarray(column(files, "consensus", "confidence", rows))
@@ -174,10 +158,10 @@ def _label_free(
     files, rows = context.run, len(clusters)
     assignments = merged_heads(files, column(files, "heads", "assignments", rows))
     ids, counts = column(files, "neighbors", "ids", rows), column(files, "selection", "count", rows)
-    sizes = metrics.cluster_sizes(clusters, context.config.num_classes)
+    sizes = labelfree.spread_of_sizes(clusters, context.config.num_classes)
     return {
-        "head_agreement": metrics.head_agreement(assignments),
-        "neighbor_consistency": metrics.neighbor_consistency(clusters, ids, counts),
+        "head_agreement": mean_nmi(assignments),
+        "neighbor_consistency": labelfree.neighbor_share(clusters, ids, counts),
         "probe_agreement": None if probe is None else float((probe == clusters).mean()),
         "confidence": float(confidence.mean()),
         "confident": float((confidence >= 0.9).mean()),
@@ -205,7 +189,7 @@ def _against(
     correct = match.cluster_class[clusters[rows]] == labels
     result["calibration"] = metrics.calibration(confidence[rows], correct)
     merged = merged_heads(files, files.matrix("heads", "assignments"))
-    result["heads"] = heads_alone(merged[rows], labels)
+    result["heads"] = accuracy_of_heads(merged[rows], labels)
     if probe is not None:
         result["classifier"] = metrics.scores(labels, probe[rows])
     if config.evaluate.kmeans:
@@ -216,12 +200,12 @@ def _against(
 def merged_heads(files: RunDirectory, assignments: np.ndarray) -> np.ndarray:
     """The heads that the consensus was made of, int [N, H]."""
     done = files.manifest("consensus")
-    weights = done.results.get("head_weights") if done else None
-    return np.asarray(assignments if weights is None else assignments[:, np.array(weights) > 0])
+    kept = done.results.get("kept") if done else None
+    return np.asarray(assignments if kept is None else assignments[:, kept])
 
 
-def heads_alone(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy of every head by itself. assignments: int [N, H]."""
+def accuracy_of_heads(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy of each single head. assignments: int [N, H]."""
     each = [metrics.accuracy(labels, assignments[:, h]) for h in range(assignments.shape[1])]
     return {
         "acc": each,
@@ -239,23 +223,21 @@ def _kmeans(context: Context, rows: int) -> np.ndarray:
     gpus = cluster.gpus_each() if large else 0
     context.reporter.say(
         f"k-means for comparison: {rows:,} x {width} features, K={config.num_classes}, "
-        f"{config.evaluate.kmeans_restarts} restarts"
+        f"{kmeans_.RESTARTS} restarts"
     )
     request = Request(cluster.cpus_each(1, gpus), gpus)
     return run_task(
         context,
         _kmeans_task,
-        *(files, config.num_classes, config.evaluate.kmeans_restarts, config.seed, gpus),
+        *(files, config.num_classes, config.seed, gpus),
         request=request,
         advice="Set evaluate.kmeans=false",
     )
 
 
-def _kmeans_task(
-    files: RunDirectory, num_clusters: int, restarts: int, seed: int, gpus: float
-) -> np.ndarray:
+def _kmeans_task(files: RunDirectory, num_clusters: int, seed: int, gpus: float) -> np.ndarray:
     features = files.matrix("embeddings", "embedding")
-    return kmeans_.kmeans_baseline(features, num_clusters, restarts, seed, gpu=gpus > 0)
+    return kmeans_.kmeans_baseline(features, num_clusters, seed, gpu=gpus > 0)
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -15,15 +15,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from icce_ray.config.schema import Config, HeadsConfig
-from icce_ray.core.constants import default_steps
+from icce_ray.config.schema import Config, MethodConfig
+from icce_ray.core import method
 from icce_ray.core.evaluation.labelfree import NEAREST
-from icce_ray.core.heads.trainer import (
-    Data,
-    HeadTrainer,
-    merge_states,
-)
-from icce_ray.core.projection import fit_projection
+from icce_ray.core.heads.trainer import HeadTrainer, merge_states
 from icce_ray.distributed import train as training
 from icce_ray.distributed.checkpoints import TRAIN, Checkpoints
 from icce_ray.distributed.cluster import Cluster
@@ -46,20 +41,17 @@ ROWS_PER_FILE = 1_000_000
 
 def _train(worker: Worker, config: Mapping[str, Any]) -> None:
     """The loop of one worker: resume, step, checkpoint, assign."""
-    chosen = HeadsConfig.model_validate(config["heads"])
+    chosen = MethodConfig.model_validate(config["method"])
     latest = worker.checkpoints.latest()
-    if latest == config["steps"] + 1:
+    if latest == method.head_steps(chosen) + 1:
         return  # lost after its last checkpoint: nothing is left to do
     embeddings = worker.run.matrix("embeddings", "embedding")
-    projection = fit_projection(embeddings, chosen.pca, config["seed"])
     ids, counts = worker.run.matrix("neighbors", "ids"), worker.run.matrix("selection", "count")
-    data = Data.of(embeddings, ids, counts, projection, worker.device)
-    trainer = HeadTrainer(
-        data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
-    )
+    data, projection = method.head_data(embeddings, ids, counts, chosen, worker.device)
+    trainer = method.head_trainer(data, chosen, worker.collective)
     history = _History(trainer)
     watched = config["watched"] and worker.rank == 0
-    probe = _Probe(worker.run, config["seed"]) if watched else None
+    probe = _Probe(worker.run, chosen.seed) if watched else None
     worker.progress(latest or 0, "starting", force=True)
     if latest is None:
         trainer.start()
@@ -72,7 +64,7 @@ def _train(worker: Worker, config: Mapping[str, Any]) -> None:
         worker.progress(trainer.step_number, history.note)
         if probe is not None and probe.due(trainer):
             worker.progress(trainer.step_number, force=True, score=probe.score(trainer))
-        if trainer.step_number % chosen.checkpoint_every == 0:
+        if trainer.step_number % chosen.heads.checkpoint_every == 0:
             worker.save(trainer.step_number, trainer.state() | history.state())
     worker.progress(trainer.step_number, "assigning", force=True)
 
@@ -148,7 +140,7 @@ def run(context: Context) -> Outcome:
     """Train the heads and assign every image by each. Raises StageError: workers lost for good."""
     config, run, cluster = context.config, context.run, context.cluster
     rows = run.matrix("embeddings", "image_id").shape[0]
-    steps = config.heads.steps or default_steps(config.head_clusters)
+    steps = method.head_steps(config)
     gpus = cluster.gpus_each()
     workers = _workers(config, cluster, gpus)
     workers = min(workers, config.heads.count)
@@ -159,10 +151,7 @@ def run(context: Context) -> Outcome:
             FOLDER,
             _train,
             {
-                "heads": config.heads.model_dump(mode="json"),
-                "num_classes": config.head_clusters,
-                "seed": config.seed,
-                "steps": steps,
+                "method": config.method.model_dump(mode="json"),
                 "watched": context.on_progress is not None,
             },
             group=training.Group.plan(cluster, workers, gpus),

@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import NeighborsConfig
+from icce_ray.core import method
 from icce_ray.core import neighbors as core
+from icce_ray.core.constants import exact_seconds, is_approximate
 from icce_ray.distributed.cluster import Request, Wait
 from icce_ray.distributed.tasks import run_tasks
 from icce_ray.errors import DataError
@@ -25,7 +27,7 @@ from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.progress import duration
 from icce_ray.rundir.schemas import neighbors_schema, tensor_column
 from icce_ray.stages.base import Context, Outcome
-from icce_ray.stages.table import QUERY_ROWS, exact_seconds, is_approximate
+from icce_ray.stages.table import QUERY_ROWS
 
 FOLDER = "neighbors"
 CHOICE = "search.json"  # in FOLDER: whether the search is approximate, settled once
@@ -40,14 +42,15 @@ def searched(run: RunDirectory, pca: int | None) -> np.ndarray:
     the first task of a node writes to a file. float16 [N, D or P], unit rows."""
     import torch
 
-    from icce_ray.core.projection import fit_projection, projected
+    from icce_ray.core.projection import projected
 
     matrix = run.matrix("embeddings", "embedding")
     if pca is None or pca >= matrix.shape[1]:
         return matrix
 
     def build(path: Path) -> None:
-        projection = fit_projection(matrix, pca, seed=0)
+        projection = method.search_projection(matrix, pca)
+        assert projection is not None
         parts = projected(matrix, projection, torch.device("cpu"))
         run.write_matrix(path, len(matrix), (part.numpy() for part in parts))
 
@@ -165,7 +168,7 @@ def _settle(context: Context, exact: float) -> bool:
     config, run = context.config.neighbors, context.run
     if run.exists(FOLDER, CHOICE):
         return bool(run.read_json(FOLDER, CHOICE)["ivf"])
-    ivf = is_approximate(config, exact)
+    ivf = is_approximate(config.search, exact)
     if config.search == "auto" and ivf:
         context.reporter.say(
             f"exact search would take about {duration(exact)} here: using approximate search "

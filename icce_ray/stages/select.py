@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.core import neighbors as core
+from icce_ray.core import method, neighbors
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import SELECTION_SCHEMA
 from icce_ray.stages.base import Context, Outcome
@@ -19,27 +19,17 @@ FOLDER = "selection"
 
 def run(context: Context) -> Outcome:
     """Choose how many of its neighbors each image keeps."""
-    run, config = context.run, context.config.neighbors
+    run, config = context.run, context.config
     ids, similarity = (run.matrix("neighbors", name) for name in ("ids", "similarity"))
-    rows, most = ids.shape
-    k = core.reference_k(config.k, rows, context.config.num_classes, most)
-    selection = core.select(
-        ids,
-        similarity,
-        rule=config.rule,
-        k=k,
-        threshold=config.threshold,
-        min_neighbors=config.min_neighbors,
-        mutual=False,
-    )
+    selection = method.select(ids, similarity, config)
     _write(run, selection.counts)
-    results = core.describe(selection, config.min_neighbors)
+    results = neighbors.describe(selection, config.neighbors.min_neighbors)
     q = results["quantiles"]
     context.reporter.say(
         f"neighbors per image: median {q['50']:.0f}, 5-95 % {q['5']:.0f}-{q['95']:.0f}"
         + ("" if selection.threshold is None else f", cosine >= {selection.threshold:.3f}")
     )
-    return Outcome(rows, {**results, "k": k})
+    return Outcome(len(ids), {**results, "k": selection.k})
 
 
 def _write(run: RunDirectory, counts: np.ndarray) -> None:

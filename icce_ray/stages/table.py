@@ -19,17 +19,13 @@ from icce_ray.core.evaluation.kmeans import kmeans_is_large
 from icce_ray.stages.base import Need, Size, Stage
 
 if TYPE_CHECKING:
-    from icce_ray.config.schema import Config, NeighborsConfig
+    from icce_ray.config.schema import Config
     from icce_ray.distributed.cluster import Cluster
 
 FEATURES = 1024  # D of a plan, while it is not known
 LISTING = 450  # bytes of memory per image while listing, as measured
 VIT_L = 304e6  # weights; a backbone's own number is not known before it is made
 
-# Exact search takes 2 N^2 D operations.
-EXACT_SECONDS = 3600.0  # neighbors.search=auto: exact search where it is expected to take less
-CPU_FLOPS = 5e10  # float32 per core and second, as measured
-GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
 QUERY_ROWS = 65_536  # of one Ray task of the search, and of the file that it writes
 SEARCHED = ("pca", "search", "nprobe", "max_neighbors")  # of the group neighbors
 SELECTED = ("rule", "k", "threshold", "min_neighbors")  # of the same group
@@ -81,17 +77,6 @@ def _embed_needs(config: Config, size: Size, cluster: Cluster) -> Need:
 # --- search and select ---------------------------------------------------------------------------
 
 
-def exact_seconds(rows: int, features: int, cpus: int, gpus: int) -> float:
-    """Expected seconds of exact search: 2 N^2 D operations."""
-    rate = gpus * GPU_FLOPS if gpus else max(1, cpus) * CPU_FLOPS
-    return 2.0 * rows**2 * features / rate
-
-
-def is_approximate(config: NeighborsConfig, exact: float) -> bool:
-    """Whether to search approximately, where exact search would take `exact` seconds."""
-    return config.search == "ivf" or (config.search == "auto" and exact > EXACT_SECONDS)
-
-
 def _search_settings(config: Config) -> dict[str, Any]:
     return {"neighbors": {name: getattr(config.neighbors, name) for name in SEARCHED}}
 
@@ -104,8 +89,8 @@ def _search_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     chunk = 4.0 * (constants.QUERY_CHUNK + features) * constants.BASE_CHUNK
     # Nothing is started to find out what there is; a cluster is taken to search exactly.
     cores = os.cpu_count() or 1
-    seconds = exact_seconds(images, features, cores, 0) if cluster.is_local else 0.0
-    approximate = is_approximate(config.neighbors, seconds)
+    seconds = constants.exact_seconds(images, features, cores, 0) if cluster.is_local else 0.0
+    approximate = constants.is_approximate(config.neighbors.search, seconds)
     index = constants.ivf_bytes(images, features) if approximate else 0.0
     # As arrays on the node: the embeddings and their numbers, their components, the index.
     arrays = 2.0 * images * given + 8.0 * images
@@ -174,10 +159,9 @@ def _consensus_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     """From measurements: the label matrix twice, and the graph or table of the method."""
     images, heads = size.images or 0, config.heads.count
     assigned = images * heads * (2 if config.head_clusters < 2**15 else 4)
-    fitted = min(images, config.consensus.max_rows)
+    fitted = min(images, constants.FITTED_ROWS)
     graph = {
         "cspa": 26.0 * min(images, constants.CSPA_ROWS) ** 2,
-        "hgpa": 300.0 * fitted * max(32, heads),
         "hbgf": 280.0 * fitted * heads,
         "dawid-skene": 60.0 * fitted * heads,
     }
@@ -199,7 +183,7 @@ def _classify_settings(config: Config) -> dict[str, Any]:
 def _classify_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     count, features, chosen = size.images or 0, size.features or FEATURES, config.classifier
     answers = 16.0 * count
-    head = features * chosen.hidden if chosen.kind == "mlp" else features * config.num_classes
+    head = features * constants.HIDDEN if chosen.kind == "mlp" else features * config.num_classes
     if chosen.kind != "finetune":
         batch = chosen.batch_size * (features + config.num_classes) * 4 * 4
         memory = count * features * 2 + batch + 16 * head

@@ -41,7 +41,7 @@ def add_accuracy(sweep: Sweep) -> None:
         clusters = view.read_table("consensus", columns=["cluster"])["cluster"].to_numpy()
         scores = metrics.scores(known.codes[known.known], clusters[known.known])
         merged = evaluate.merged_heads(view, view.matrix("heads", "assignments"))
-        single = evaluate.heads_alone(merged[known.known], known.codes[known.known])
+        single = evaluate.accuracy_of_heads(merged[known.known], known.codes[known.known])
         accuracy = {name: float(scores[name]) for name in ("acc", "nmi", "ari")}
         accuracy |= {name: single[name] for name in ("acc_mean", "acc_best")}
         for trial in group:

@@ -49,13 +49,14 @@ def measure_accuracy(
 
     found = []
     for seed in seeds:
-        given = [*overrides, f"seed={seed}", "evaluate.require_labels=true"]
-        config = configs.load(source, given)
+        config = configs.load(source, [*overrides, f"seed={seed}"])
         pipeline.run(config, overwrite=True, last="select")
         started = time.monotonic()
         manifests = pipeline.run(config, first="heads", overwrite=True)
         wall = time.monotonic() - started
         metrics = RunDirectory(config.run_dir).read_json("evaluation", "metrics.json")
+        if "acc" not in metrics:
+            raise DataError(f"{config.run_dir} has no ground truth to compare with")
         tested = None
         if test is not None:
             out = f"{config.run_dir}/test-{seed}-{manifests['classify'].id[:8]}"
@@ -102,9 +103,7 @@ def score_truth(run_dir: str) -> dict[str, dict[str, float]]:
     ids, features = run.matrix("neighbors", "ids"), run.matrix("embeddings", "embedding")
     if not known.known.all():
         raise DataError(f"{run_dir}: {np.sum(~known.known)} images have no label; all need one")
-    kmeans = kmeans_.kmeans_baseline(
-        features, config.num_classes, config.evaluate.kmeans_restarts, config.seed
-    )
+    kmeans = kmeans_.kmeans_baseline(features, config.num_classes, config.seed)
     found = {"truth": known.codes, "consensus": run.matrix("consensus", "cluster")}
     out = {}
     for name, clusters in {**found, "k-means": kmeans}.items():
@@ -301,7 +300,7 @@ def _measure_tail(
         "data": {"embeddings": str(folder / "x.npy"), "labels": str(folder / "y.npy")},
     }
     results = sweep.run(configs.load(tree, overrides), str(folder / "imbalance.yaml"))
-    kmeans = [metrics.scores(y, kmeans_.kmeans_baseline(x, len(sizes), 10, seed)) for seed in seeds]
+    kmeans = [metrics.scores(y, kmeans_.kmeans_baseline(x, len(sizes), seed)) for seed in seeds]
     return {"ratio": ratio, "sizes": sizes, "results": results, "kmeans": kmeans}
 
 

@@ -181,20 +181,14 @@ def lists(rows=30, most=8, seed=0):
 
 def choose(ids, similarity, **options):
     options = {
-        "rule": "auto", "k": 4, "threshold": None, "min_neighbors": 1, "mutual": False, **options
+        "rule": "auto", "k": 4, "threshold": None, "min_neighbors": 1, **options
     }  # fmt: skip
     return core.select(ids, similarity, **options)
 
 
-def slow_select(ids, similarity, count_of, floor, mutual):
+def slow_select(ids, similarity, count_of, floor):
     """Each image's neighbors as a list, one image at a time."""
-    kept = [row[: count_of(s)].tolist() for row, s in zip(ids, similarity, strict=True)]
-    chosen = []
-    for image, row in enumerate(ids.tolist()):
-        first = [j for j in kept[image] if not mutual or image in kept[j]]
-        rest = [j for j in row if j not in first]
-        chosen.append((first + rest)[: max(len(first), floor)])
-    return chosen
+    return [row[: max(count_of(s), floor)].tolist() for row, s in zip(ids, similarity, strict=True)]
 
 
 def as_lists(selection):
@@ -203,28 +197,26 @@ def as_lists(selection):
     ]
 
 
-@pytest.mark.parametrize("mutual", [False, True])
 @pytest.mark.parametrize("floor", [1, 3, 100])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_threshold_rule_is_the_loop(mutual, floor, seed):
+def test_threshold_rule_is_the_loop(floor, seed):
     ids, similarity = lists(seed=seed)
-    options = {"rule": "threshold", "threshold": 0.7, "min_neighbors": floor, "mutual": mutual}
+    options = {"rule": "threshold", "threshold": 0.7, "min_neighbors": floor}
     found = choose(ids, similarity, **options)
     expected = slow_select(
-        ids, similarity, lambda s: int((s >= np.float16(0.7)).sum()), min(floor, 8), mutual
+        ids, similarity, lambda s: int((s >= np.float16(0.7)).sum()), min(floor, 8)
     )
     assert as_lists(found) == expected and found.threshold == 0.7
     assert len({len(row) for row in expected}) > 1 or floor > 1
     assert found.counts.dtype == np.int32 and found.counts.min() >= min(floor, 8)
 
 
-@pytest.mark.parametrize("mutual", [False, True])
 @pytest.mark.parametrize("k", [1, 4, 8, 50])
-def test_fixed_rule_is_the_loop(mutual, k):
+def test_fixed_rule_is_the_loop(k):
     ids, similarity = lists()
-    found = choose(ids, similarity, rule="fixed", k=k, mutual=mutual, min_neighbors=2)
+    found = choose(ids, similarity, rule="fixed", k=k, min_neighbors=2)
     # k is meant as it is given: below min_neighbors, it is the minimum
-    assert as_lists(found) == slow_select(ids, similarity, lambda s: k, min(k, 2), mutual)
+    assert as_lists(found) == slow_select(ids, similarity, lambda s: k, min(k, 2))
     assert found.threshold is None
 
 
@@ -235,43 +227,13 @@ def test_auto_gives_half_of_the_images_more_than_k_and_half_less():
     more = (found.counts > 20).mean()
     less = (found.counts < 20).mean()
     assert 0.35 < more < 0.55 and 0.35 < less < 0.55
-    loose = slow_select(
-        ids, similarity, lambda s: int((s >= np.float16(found.threshold)).sum()), 1, False
-    )
+    loose = slow_select(ids, similarity, lambda s: int((s >= np.float16(found.threshold)).sum()), 1)
     assert as_lists(found) == loose
 
 
 def test_auto_with_k_beyond_the_lists():
     ids, similarity = lists(most=8)
     assert choose(ids, similarity, k=50).threshold == choose(ids, similarity, k=8).threshold
-
-
-def test_similarities_move_with_their_ids():
-    ids, similarity = lists()
-    known = {
-        (i, int(j)): float(s)
-        for i in range(len(ids))
-        for j, s in zip(ids[i], similarity[i], strict=True)
-    }
-    found = choose(ids, similarity, mutual=True)
-    for i in range(len(ids)):
-        assert sorted(found.ids[i]) == sorted(ids[i])
-        for j, s in zip(found.ids[i], found.similarity[i], strict=True):
-            assert known[i, int(j)] == float(s)
-
-
-def test_mutual_neighbors_have_each_other():
-    ids, similarity = lists(rows=60)
-    chosen = as_lists(choose(ids, similarity, rule="fixed", k=5, mutual=True, min_neighbors=0))
-    assert all(image in chosen[other] for image, row in enumerate(chosen) for other in row)
-    assert 0 < sum(map(len, chosen)) < 60 * 5
-
-
-def test_selection_leaves_its_input_alone():
-    ids, similarity = lists()
-    before = ids.copy(), similarity.copy()
-    choose(ids, similarity, mutual=True)
-    assert (ids == before[0]).all() and (similarity == before[1]).all()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from icce_ray import config as configs
 from icce_ray.config import schema
 from icce_ray.core import constants
 from icce_ray.core.ensemble.agreement import align
-from icce_ray.core.evaluation.labelfree import heads_alone
-from icce_ray.errors import ArtifactError, ConfigError
+from icce_ray.core.evaluation.labelfree import head_scores
+from icce_ray.errors import ConfigError
 from icce_ray.stages import consensus
 from icce_ray.stages.table import stage
 
@@ -36,19 +36,19 @@ def solve(make_run, make_context):
 ALIKE = "heads.balance=0.5"
 
 
-def test_all_heads_count_alike_by_default(solve):
+def test_few_heads_are_all_kept_by_default(solve):
     _, results, _ = solve(ALIKE)
-    assert results["head_weights"] == [1.0] * 4
+    assert results["kept"] == [0, 1, 2, 3]
     assert results["heads"] == 4
 
 
-def test_by_default_the_heads_whose_clusters_tell_most_of_neighbors_are_kept(solve):
+def test_by_default_the_heads_whose_clusters_say_most_about_neighbors_are_kept(solve):
     """Of 4 heads all, of 40 a quarter."""
     _, results, context = solve(ALIKE, heads=40)
     ids = context.run.matrix("neighbors", "ids")
-    told, _ = heads_alone(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
+    told, _ = head_scores(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
     best = np.argsort(-told)[:10]
-    assert np.flatnonzero(results["head_weights"]).tolist() == sorted(best.tolist())
+    assert results["kept"] == sorted(best.tolist())
 
 
 @pytest.mark.parametrize(("heads", "keep", "count"), [(4, 1e-3, 1), (5, 0.5, 2), (3, 1, 3)])
@@ -61,36 +61,17 @@ def test_only_heads_of_the_balance_that_fits_are_merged(solve):
     """Heads take three balances in turn."""
     _, results, context = solve("heads.balance=[1,0.5,0]", heads=30)
     ids = context.run.matrix("neighbors", "ids")
-    _, evidence = heads_alone(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
+    _, evidence = head_scores(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
     best = max(range(3), key=lambda turn: np.sort(evidence[turn::3])[-5:].mean())
     assert results["balance"] == [1, 0.5, 0][best]
-    assert set(np.flatnonzero(results["head_weights"])) <= set(range(best, 30, 3))
+    assert set(results["kept"]) <= set(range(best, 30, 3))
     assert results["heads"] == 8
     assert results["head_evidence"] == pytest.approx(evidence.tolist())
 
 
-def test_keep_by_loss_takes_the_heads_of_lowest_final_loss(solve):
-    labels, results, context = solve(ALIKE, "consensus.keep=0.5", "consensus.keep_by=loss")
-    losses = consensus.final_losses(context.run)
-    history = np.array(context.run.read_json("heads", "history.json")["loss"])
-    assert losses == pytest.approx(history[-5:].mean(axis=0))  # 101 records
-    best = np.argsort(losses)[:2]
-    assert np.flatnonzero(results["head_weights"]).tolist() == sorted(best.tolist())
-    assert results["heads"] == 2
-    assert len(labels) == 240
-
-
-def test_weights_reach_the_ensemble(solve):
-    _, results, context = solve(ALIKE, "consensus.weights=loss", "consensus.method=voting")
-    losses = consensus.final_losses(context.run)
-    order = np.argsort(results["head_weights"])
-    assert order.tolist() == np.argsort(-losses).tolist()
-    assert results["heads"] == 4
-
-
 def test_a_lone_kept_head_is_the_result(solve):
     labels, results, context = solve("consensus.keep=0.25", "consensus.method=voting")
-    only = int(np.argmax(results["head_weights"]))
+    (only,) = results["kept"]
     column = np.asarray(context.run.matrix("heads", "assignments"))[:, only]
     assert (align(column, labels, 3) == labels).all()
 
@@ -101,13 +82,6 @@ def test_heads_of_more_clusters_make_num_classes(solve):
     assert np.unique(labels).tolist() == [0, 1]
     assert results["num_clusters"] == 2
     assert len(results["sizes"]) == 2
-
-
-def test_losses_that_were_not_recorded_are_named(solve):
-    *_, context = solve()
-    context.run.write_json({"step": [], "loss": []}, "heads", "history.json")
-    with pytest.raises(ArtifactError, match="use agreement"):
-        consensus.final_losses(context.run)
 
 
 TREE = {"num_classes": 10, "data": {"embeddings": "e.npy"}}
@@ -121,7 +95,7 @@ TREE = {"num_classes": 10, "data": {"embeddings": "e.npy"}}
         (["heads.clusters=20", "heads.count=1"], "one head's clusters"),
         (["heads.clusters=20", "heads.count=8", "consensus.keep=0.1"], "consensus.keep"),
         (["consensus.keep=0"], "consensus.keep"),
-        (["consensus.weights=luck"], "'equal', 'agreement' or 'loss'"),
+        (["consensus.method=luck"], "'voting', 'cspa', 'mcla', 'hbgf' or 'dawid-skene'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(overrides, words):
