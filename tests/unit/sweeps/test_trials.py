@@ -24,6 +24,7 @@ from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.progress import Reporter
 from icce_ray.stages import heads, search, select
 from icce_ray.stages.base import Context
+from icce_ray.stages.table import stage as stage_of
 from icce_ray.sweeps import results as results_
 from icce_ray.sweeps import running, space, store, trials
 
@@ -192,7 +193,7 @@ def finish(run: RunDirectory, stage: str, config: configs.Config, **results: Any
     """A manifest as the pipeline would write it."""
     steps = {step.stage.name: step for step in pipeline.make_steps(config, run)}
     step = steps[stage]
-    done = {need: run.manifest(stage(need).folder) for need in step.stage.needs}
+    done = {need: run.manifest(stage_of(need).folder) for need in step.stage.needs}
     inputs = {need: one.id if one else "" for need, one in done.items()}
     settings = step.stage.settings(config)
     manifest = Manifest(stage, step.fingerprint, settings, inputs, ROWS, 1.0, results)
