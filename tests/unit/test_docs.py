@@ -17,7 +17,6 @@ import yaml
 import icce_ray
 from icce_ray import config as configs
 from icce_ray.cli import app
-from icce_ray.core.evaluation.labelfree import SCORES
 from icce_ray.sweeps import num_classes as classes
 from icce_ray.sweeps import space as spaces
 
@@ -77,7 +76,7 @@ def test_every_command_and_option_exists(readme: str) -> None:
 
 def test_run_commands_resolve(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, space = blocks(readme, "yaml")
-    assert spaces.parse(yaml.safe_load(space), list(SCORES)).trials == 30
+    assert spaces.parse(yaml.safe_load(space)).trials == 30
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(mine)
     found = [arguments for words in command_lines(readme) if (arguments := chain_arguments(words))]
