@@ -125,15 +125,6 @@ def test_imported_embeddings_name_no_backbone(tmp_path: Path) -> None:
     assert loaded(context.run)[1]["backbone"] == []
 
 
-def test_doubtful_labels_weigh_less_if_wanted(tmp_path: Path) -> None:
-    context = make_run(tmp_path, 32)
-    chosen = context.config.classifier
-    labels, weights = classifier._targets(context.run, chosen)
-    assert weights.mean() == pytest.approx(1) and weights.max() / weights.min() > 4
-    even = classifier._targets(context.run, chosen.model_copy(update={"confidence_weights": False}))
-    assert (even[1] == 1).all() and (even[0] == labels).all()
-
-
 def test_an_error_in_the_task_keeps_its_kind(tmp_path: Path) -> None:
     context = make_run(tmp_path, 32)
     table = context.run.read_table("consensus", "part-00000.parquet")
@@ -179,7 +170,8 @@ def test_labels_follow_the_images_and_unreadable_ones_weigh_nothing(tmp_path: Pa
     }
     out = labeler(batch)
     assert out["label"].tolist() == [(7 + 1) % 3, 0, 0]
-    _, weights = classifier._targets(context.run, context.config.classifier)
+    weights = labeler.weights
+    assert weights.mean() == pytest.approx(1)
     np.testing.assert_allclose(out["weight"], [weights[5], 0, weights[9]])
     assert out["image"].dtype == torch.uint8 and out["label"].dtype == torch.int64
 
