@@ -17,7 +17,6 @@ from icce_ray import config
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import probe
 from icce_ray.distributed import finetune
-from icce_ray.distributed import probe as probe_
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError, DataError, StageError
 from icce_ray.rundir import schemas
@@ -128,15 +127,6 @@ def test_imported_embeddings_name_no_backbone(tmp_path: Path) -> None:
     assert loaded(context.run)[1]["backbone"] == []
 
 
-def test_doubtful_labels_weigh_less_if_wanted(tmp_path: Path) -> None:
-    context = make_run(tmp_path, 32)
-    chosen = context.config.classifier
-    labels, weights = probe_.targets(context.run, chosen)
-    assert weights.mean() == pytest.approx(1) and weights.max() / weights.min() > 4
-    even = probe_.targets(context.run, chosen.model_copy(update={"confidence_weights": False}))
-    assert (even[1] == 1).all() and (even[0] == labels).all()
-
-
 def test_an_error_in_the_task_keeps_its_kind(tmp_path: Path) -> None:
     context = make_run(tmp_path, 32)
     table = context.run.read_table("consensus", "part-00000.parquet")
@@ -182,7 +172,8 @@ def test_labels_follow_the_images_and_unreadable_ones_weigh_nothing(tmp_path: Pa
     }
     out = labeler(batch)
     assert out["label"].tolist() == [(7 + 1) % 3, 0, 0]
-    _, weights = probe_.targets(context.run, context.config.classifier)
+    weights = labeler.weights
+    assert weights.mean() == pytest.approx(1)
     np.testing.assert_allclose(out["weight"], [weights[5], 0, weights[9]])
     assert out["image"].dtype == torch.uint8 and out["label"].dtype == torch.int64
 
