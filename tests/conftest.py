@@ -33,14 +33,14 @@ def ray_session() -> Iterator[None]:
 
     from icce_ray.distributed import compat
 
-    with compat.patient_start():
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    compat.init(
+        ray,
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     yield
     ray.shutdown()
 

@@ -131,13 +131,9 @@ class Cluster:
             extra = {"num_cpus": self.settings.num_cpus, "include_dashboard": self.dashboard}
         local = compat.LOCAL if self.is_local else {}
         try:
-            with (
-                compat.environment(local),
-                compat.kept_signals(),
-                compat.own_session(),
-                compat.patient_start(),
-            ):
-                ray.init(
+            with compat.environment(local), compat.kept_signals(), compat.own_session():
+                compat.init(
+                    ray,
                     address=self.address,
                     log_to_driver=False,
                     logging_level=logging.ERROR,

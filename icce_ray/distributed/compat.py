@@ -175,8 +175,7 @@ def own_session() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patient_start() -> Iterator[None]:
-    """Meanwhile Ray waits ten times as long for its own processes: 300 s, not 30, which a busy
-    machine exceeds.
+    """Meanwhile Ray waits longer for its own processes: 60 s, not 30, which a busy machine exceeds.
 
     Its raylet reads how long to wait for its agent in the environment, and the driver how long to
     wait for the raylet on the clock of Ray's private `node`. Without either, 30 s it is.
@@ -189,12 +188,28 @@ def patient_start() -> Iterator[None]:
         except (ImportError, AttributeError):
             yield
             return
-        slow = {**vars(plain), "monotonic": lambda: plain.monotonic() / 10}
+        slow = {**vars(plain), "monotonic": lambda: plain.monotonic() / 2}
         node.time = types.SimpleNamespace(**slow)  # type: ignore[assignment]
         try:
             yield
         finally:
             node.time = plain
+
+
+def init(ray: Any, **options: Any) -> None:
+    """`ray.init`, with a second try where a local Ray did not come up.
+
+    Its raylet ends itself when its agent is not there within 15 s, as on a busy machine. That limit
+    is compiled in; the second time, the files are in memory. Ray tells it only by its message:
+    with another one, the first failure is the last.
+    """
+    with patient_start():
+        try:
+            ray.init(**options)
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.init(**options)
 
 
 @contextlib.contextmanager
