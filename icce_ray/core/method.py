@@ -25,6 +25,7 @@ from icce_ray.core.classifier import probe
 from icce_ray.core.classifier.model import Classifier
 from icce_ray.core.classifier.training import OnStep, pseudo_labels
 from icce_ray.core.collective import Collective
+from icce_ray.core.constants import CONFIDENCE_NEIGHBORS, FITTED_ROWS
 from icce_ray.core.device import default_device
 from icce_ray.core.ensemble import agreement, selection
 from icce_ray.core.ensemble.base import Consensus
@@ -200,13 +201,10 @@ def merge(assignments: np.ndarray, ids: np.ndarray, settings: MethodConfig) -> C
         seed=settings.seed,
     )
     rows, most = ids.shape
-    near = ids[
-        :, : neighbors.reference_k(constants.CONFIDENCE_NEIGHBORS, rows, settings.num_classes, most)
-    ]
+    near = neighbors.reference_k(CONFIDENCE_NEIGHBORS, rows, settings.num_classes, most)
     confidence = supported(merged.confidence, merged.labels, ids[:, :near])
-    alike = agreement.mean_nmi(
-        assignments[:, kept], settings.head_clusters, max_rows=constants.FITTED_ROWS
-    )
+    heads = assignments[:, kept]
+    alike = agreement.mean_nmi(heads, settings.head_clusters, max_rows=FITTED_ROWS)
     info = {**merged.info, "kept": kept.tolist(), "head_agreement": alike, **why}
     return replace(merged, confidence=confidence, info=info)
 

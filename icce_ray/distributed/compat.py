@@ -231,6 +231,8 @@ def local_ray_ended() -> bool:
     Every call of Ray then waits for a minute and ends the process. Where Ray no longer lists its
     processes, False: the driver then waits for that minute.
     """
+    if "ray" not in sys.modules:
+        return False
     with contextlib.suppress(Exception):
         from ray._private import worker
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from icce_ray.config.schema import Config
-from icce_ray.distributed.cluster import Cluster
-from icce_ray.rundir.directory import RunDirectory
-from icce_ray.rundir.progress import Reporter
+if TYPE_CHECKING:  # so that the table of the stages imports none of it
+    from icce_ray.config.schema import Config
+    from icce_ray.distributed.cluster import Cluster
+    from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.rundir.progress import Reporter
 
 
 @dataclass

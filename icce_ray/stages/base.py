@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from icce_ray.distributed.context import Context
+
 if TYPE_CHECKING:  # so that the table of the stages imports none of it
     from icce_ray.config.schema import Config
     from icce_ray.distributed.cluster import Cluster
-    from icce_ray.distributed.context import Context
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,6 @@ class Stage:
         module = importlib.import_module(f"icce_ray.stages.{self.name}")
         outcome: Outcome = module.run(context)
         return outcome
+
+
+__all__ = ["Context", "Need", "Outcome", "Size", "Stage"]

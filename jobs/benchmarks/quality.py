@@ -203,7 +203,7 @@ def ablation_table(results: Mapping[str, Any]) -> str:
 def correlation_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Spearman's rank correlation of each score with accuracy: over settings (means of the seeds),
     and over settings that change the heads or the ensemble alone."""
-    from icce_ray.report.sweep_page import spearman
+    from icce_ray.report.sweep_numbers import spearman
 
     groups = by_settings(results)
     rows = []

@@ -231,7 +231,7 @@ def test_the_page_and_the_file_agree(repository: Path, cluster: dict[str, Any]) 
     assert version and f"({version[1]})" in text
     assert f"Values={cluster['cluster_name']}" in text
     assert f"AWS_DEFAULT_REGION={cluster['provider']['region']}" in text
-    assert f"{cluster['idle_timeout_minutes']}\nidle minutes" in text
+    assert f"{cluster['idle_timeout_minutes']} idle minutes" in " ".join(text.split())
     for kind in cluster["available_node_types"].values():
         assert f"`{kind['node_config']['InstanceType']}`" in text
 

@@ -17,7 +17,7 @@ from icce_ray import pipeline
 from icce_ray.config.loading import load
 from icce_ray.config.schema import Config
 from icce_ray.distributed.cluster import Cluster
-from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
+from icce_ray.errors import ArtifactError, ConfigError, StageError
 from icce_ray.rundir.directory import Manifest, RunDirectory, Snapshot
 from icce_ray.rundir.lock import exclusive
 from icce_ray.rundir.progress import Reporter
@@ -197,12 +197,6 @@ def test_a_full_disk_is_seen_before_anything_expensive(
     monkeypatch.setattr(RunDirectory, "free_bytes", lambda self: 1000)
     with pytest.raises(StageError, match="no disk space left"):
         pipeline.run(config(folder), quiet=True)
-    assert not (folder / "run" / "embeddings").exists()
-
-
-def test_required_labels_are_missed_early(folder: Path) -> None:
-    with pytest.raises(DataError, match="require_labels"):
-        pipeline.run(config(folder, "evaluate.require_labels=true"), quiet=True)
     assert not (folder / "run" / "embeddings").exists()
 
 

@@ -92,7 +92,7 @@ TREE = {"num_classes": 10, "data": {"embeddings": "e.npy"}}
     [
         (["heads.clusters=9"], "at least num_classes"),
         (["heads.clusters=20", "consensus.method=voting"], "cannot merge"),
-        (["heads.clusters=20", "heads.count=1"], "one head's clusters"),
+        (["heads.clusters=20", "heads.count=1"], "at least two heads"),
         (["heads.clusters=20", "heads.count=8", "consensus.keep=0.1"], "consensus.keep"),
         (["consensus.keep=0"], "consensus.keep"),
         (["consensus.method=luck"], "'voting', 'cspa', 'mcla', 'hbgf' or 'dawid-skene'"),

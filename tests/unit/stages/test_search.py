@@ -10,12 +10,13 @@ import pyarrow as pa
 import pytest
 
 from icce_ray import config as configs
+from icce_ray.core import constants
 from icce_ray.core import neighbors as core
 from icce_ray.rundir import schemas
 from icce_ray.rundir.directory import Manifest, RunDirectory
-from icce_ray.stages import search, table
+from icce_ray.stages import search
 
-HOUR = table.EXACT_SECONDS
+HOUR = constants.EXACT_SECONDS
 ROWS, FEATURES = 200, 8
 
 

@@ -61,7 +61,7 @@ def make_run(folder: Path, labels: Sequence[int] | None = None) -> configs.Confi
     run.write_table(search._table(np.arange(ROWS), ids, similarity), "neighbors", "part-0.parquet")
     finish(run, "search", config, search="exact")
     chosen = core.select(ids, similarity.astype(np.float16), rule="auto", k=5, threshold=None,
-                         min_neighbors=5, mutual=False)  # fmt: skip
+                         min_neighbors=5)  # fmt: skip
     select._write(run, chosen.counts)
     finish(run, "select", config)
     return config

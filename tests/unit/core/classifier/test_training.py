@@ -9,6 +9,7 @@ from torch import nn
 
 from icce_ray.config.schema import ClassifierConfig
 from icce_ray.core.classifier import training
+from icce_ray.core.optimizer import AdamW
 from icce_ray.errors import DataError
 
 
@@ -29,7 +30,7 @@ def test_no_confidence_at_all_is_an_error() -> None:
 def test_biases_are_not_decayed_and_each_module_has_its_rate() -> None:
     first, second = nn.Linear(3, 2), nn.Linear(2, 2)
     second.bias.requires_grad_(False)
-    optimizer = training.make_optimizer([(first, 0.1), (second, 0.01)])
+    optimizer = AdamW(training.parameter_groups([(first, 0.1), (second, 0.01)]))
     shown = [(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
     decay = training.WEIGHT_DECAY
     assert shown == [(0.1, decay, 1), (0.1, 0.0, 1), (0.01, decay, 1), (0.01, 0.0, 0)]

@@ -7,12 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
+from icce_ray.core import constants
 from icce_ray.core.ensemble import graph
 from icce_ray.errors import ConfigError
 
 
 def test_cspa_refuses_many_images_and_names_alternatives(solve):
-    assignments = np.zeros((graph.CSPA_ROWS + 1, 2), np.int16)
+    assignments = np.zeros((constants.CSPA_ROWS + 1, 2), np.int16)
     with pytest.raises(ConfigError, match=r"10,000.*mcla"):
         solve(assignments, 4, "cspa")
 

@@ -213,7 +213,7 @@ def test_pairs_depend_on_seed_and_step_only():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"start": "random"}, {"hidden": (16,)}, {"precision": "bfloat16"}],
+    [{}, {"start": "random"}, {"hidden": (32,)}, {"precision": "bfloat16"}],
     ids=str,
 )
 def test_separated_blobs_are_found(options):

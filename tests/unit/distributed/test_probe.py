@@ -8,22 +8,22 @@ import numpy as np
 import torch
 
 from icce_ray.core.collective import Alone
-from icce_ray.stages import classify
+from icce_ray.distributed import probe
 
 
 def test_only_the_first_worker_of_a_group_predicts(make_run, monkeypatch):
     made = make_run(60, 3, images=False, overrides=["classifier.epochs=2"])
-    task = classify._task(made.config)
+    task = probe.task_of(made.config)
     rows = []
-    predict = classify.probe_.predict
+    predict = probe.probe_.predict
     monkeypatch.setattr(
-        classify.probe_, "predict", lambda *given: rows.append(given) or predict(*given)
+        probe.probe_, "predict", lambda *given: rows.append(given) or predict(*given)
     )
     cpu = torch.device("cpu")
 
     def fit(rank):
         group = SimpleNamespace(rank=rank, world=1, all_reduce_mean_=Alone().all_reduce_mean_)
-        return classify._fit_probe(made.run, task, lambda *step: None, group, cpu)
+        return probe._fit(made.run, task, lambda *step: None, group, cpu)
 
     first, second = fit(0), fit(1)
     assert len(rows) == 1
