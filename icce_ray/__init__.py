@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icce_ray.core.method import Clustering
-    from icce_ray.results import Predictions, Result
+    from icce_ray.rundir.results import Predictions, Result
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "cluster", "load", "predict", "run", "sweep"]
@@ -71,7 +71,8 @@ def run(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Run the chain: index, embed, neighbors, heads, consensus, classifier, evaluate, report.
+    """Run the chain: index, embed, search, select, heads, consensus, classify, evaluate,
+    report.
 
     >>> import icce_ray
     >>> found = icce_ray.run("quickstart", "heads.count=8", "run_dir=runs/eight")
@@ -94,7 +95,7 @@ def run(
         icce_ray.errors.IcceError: settings, data or artifacts that do not fit, a failed stage.
     """
     from icce_ray import pipeline
-    from icce_ray.results import Result
+    from icce_ray.rundir.results import Result
     from icce_ray.sweeps import num_classes
 
     settings = num_classes.resolve(config, overrides, overwrite=overwrite, quiet=quiet)
@@ -118,10 +119,10 @@ def load(run_dir: str | Path) -> Result:
     Raises:
         icce_ray.errors.ArtifactError: it has no finished consensus.
     """
-    from icce_ray.results import Result
+    from icce_ray.rundir.results import Result
 
     result = Result(str(run_dir))
-    result._require("consensus")
+    result.require("consensus")
     return result
 
 
@@ -148,9 +149,9 @@ def predict(
     Raises:
         icce_ray.errors.IcceError: settings, images or artifacts that do not fit, a failed stage.
     """
-    from icce_ray.data.listing import absolute
-    from icce_ray.results import Predictions
     from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.rundir.results import Predictions
+    from icce_ray.rundir.storage import absolute
     from icce_ray.stages import predict as stage
 
     run_uri = str(run_dir)

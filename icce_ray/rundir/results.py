@@ -48,7 +48,7 @@ class Result:
     @cached_property
     def metrics(self) -> dict[str, Any]:
         """Scores: `acc`, `nmi` and `ari` where there is ground truth, and label-free ones."""
-        self._require("evaluation")
+        self.require("evaluation")
         return dict(self._directory.read_json("evaluation", "metrics.json"))
 
     @cached_property
@@ -56,7 +56,7 @@ class Result:
         """The classifier: a torch module that takes unit rows [B, D] (fine-tuned: images)."""
         from icce_ray.core.classifier import model
 
-        self._require("classifier")
+        self.require("classifier")
         weights = self._directory.read_bytes("classifier", "classifier.safetensors")
         return model.load(weights, self._directory.read_json("classifier", "classifier.json"))
 
@@ -88,10 +88,11 @@ class Result:
         return self._table("consensus", "image_id", "cluster", "confidence")
 
     def _table(self, folder: str, *columns: str) -> pa.Table:
-        self._require(folder)
+        self.require(folder)
         return self._directory.read_table(folder, columns=columns)
 
-    def _require(self, folder: str) -> None:
+    def require(self, folder: str) -> None:
+        """Raise ArtifactError where the stage of a folder is not finished."""
         if self._directory.manifest(folder) is None:
             raise ArtifactError(
                 f"{self.run_dir} has no finished {folder}/; finish it by icce-ray run"
