@@ -95,7 +95,7 @@ def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> No
 
 @dataclass
 class Killed:
-    """A small quickstart in `folder`/run, killed while it embeds, and gone on with."""
+    """A small quickstart in `folder`/run, killed while it embeds, and resumed."""
 
     folder: Path
     shards: dict[Path, int]  # finished by then, and when
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on(killed: Killed) -> None:
     ids = RunDirectory(str(run)).matrix("embeddings", "image_id")
     assert ids.tolist() == list(range(300))
     assert "half done" in killed.status
-    assert "embed goes on from partial work" in killed.last.stderr
+    assert "embed resumes from partial work" in killed.last.stderr
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(finished: Path, train_heads: Any) -> None:

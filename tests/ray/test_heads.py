@@ -69,8 +69,8 @@ def finish(context: Context, folder: str, outcome: Outcome) -> None:
 
 def with_neighbors(folder: Path, overrides: Sequence[str] = (), rows: int = ROWS) -> Context:
     context = make_run(folder, overrides, rows)
-    for stage in (search.STAGE, select.STAGE):
-        finish(context, stage.folder, stage.run(context))
+    for stage in (search, select):
+        finish(context, stage.FOLDER, stage.run(context))
     return context
 
 

@@ -483,7 +483,7 @@ def test_heads_are_exactly_those_of_an_undisturbed_training(story: Story, train_
     config = configs.load(story.folder / "config.yaml", ["data.path=x"])
     assert (np.array(run.matrix("heads", "assignments")) == train_heads(run, config)).all()
     events = story.events("heads")
-    assert "heads goes on from partial work" in events
+    assert "heads resumes from partial work" in events
     assert "resumed from the checkpoint at 20" in events
     assert "workers were lost; 1 worker resumes from 20, before 2" in events
     assert "the cluster has room again: 2 workers resume from 20, before 1" in events

@@ -116,7 +116,7 @@ class SyntheticRun:
             columns = [list(lost), [self.uris[i] for i in lost], reason]
             table = pa.table(columns, schema=schemas.QUARANTINE_SCHEMA)
             self.run.write_table(table, "embeddings", "quarantine-00000.parquet")
-        self.finish("embeddings", len(self.rows), events=("embed goes on from partial work",))
+        self.finish("embeddings", len(self.rows), events=("embed resumes from partial work",))
 
     def _neighbors(self, m: int = 8) -> None:
         n = len(self.rows)

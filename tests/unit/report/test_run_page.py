@@ -51,7 +51,7 @@ def test_page_says_what_the_scores_say(make_run, page_of):
     assert "5 clusters in 197 images" in page.text
     assert "3 images could not be read" in page.text
     assert "cannot identify image file" in page.text
-    assert "embed goes on from partial work" in page.text
+    assert "embed resumes from partial work" in page.text
     manifests = [made.run.manifest(folder) for folder, _ in facts.PARTS]
     spent = sum(manifest.seconds for manifest in manifests if manifest)
     assert f"cost {spent:.2f}" in page.text  # 3600 an hour is 1 a second
