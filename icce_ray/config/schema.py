@@ -235,8 +235,9 @@ class HeadsConfig(Node):
     teacher_momentum: Fraction = 0.5
     """Moving average of the teacher at the start; rises to 1 by a cosine. TEMI's 0.996 is for runs
     of a hundred times as many steps: a teacher that lags holds the heads back."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the matrix products; losses and Sinkhorn stay in float32."""
+    precision: Literal["auto", "float32"] = "auto"
+    """Arithmetic of the matrix products. auto: half precision on GPUs (float16, with hidden layers
+    bfloat16), float32 on CPUs. Losses and Sinkhorn-Knopp are always float32."""
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
     """Ray Train workers. Default: one per GPU; without GPUs 1, or on a local Ray 0. 0: in the
     driver's process."""

@@ -39,31 +39,71 @@ class BatchedLinear(nn.Module):
 
     def __init__(self, heads: int, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, inputs, outputs))
+        # Few outputs are laid out as [H, O, I] in memory: see `forward`.
+        self.short = outputs < SHORT
+        memory = (heads, outputs, inputs) if self.short else (heads, inputs, outputs)
+        weight = torch.empty(memory)
+        self.weight = nn.Parameter(weight.transpose(1, 2) if self.short else weight)
         self.bias = nn.Parameter(torch.zeros(heads, 1, outputs)) if bias else None
 
     def reset(self, generators: Sequence[torch.Generator]) -> None:
         """Kaiming-uniform, as torch.nn.Linear, head by head."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         for weight, generator in zip(self.weight.data, generators, strict=True):
-            weight.uniform_(-bound, bound, generator=generator)
+            weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
 
-    def forward(self, x: Tensor) -> Tensor:
-        shared = x.dim() == 2
-        out = self._shared_input(x) if shared else torch.bmm(x, self.weight.to(x.dtype))
-        return out if self.bias is None else out + self.bias
-
-    def _shared_input(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """Outputs times `scale`."""
+        weight, bias = self.weight.to(x.dtype), self.bias
+        if x.dim() == 3:
+            return _affine(x, weight, bias, scale)
+        if not self.short:
+            return _affine(x.expand(len(weight), *x.shape), weight, bias, scale)
         # One plain product over all heads' columns: with few outputs per head a batched one is up
-        # to a hundred times slower on CPUs. Few outputs are laid out as [H, O, B]: over a last axis
-        # that is shorter than their vector units, softmax and sums are several times slower. What
-        # is done element by element, or reduced, keeps that layout.
+        # to a hundred times slower on CPUs. The result is [H, O, B] in memory: over a last axis
+        # shorter than their vector units, softmax and sums are several times slower. What is done
+        # element by element, or reduced, keeps that layout.
+        heads, _, outputs = weight.shape
+        columns = self.columns(weight)
+        if bias is None:
+            out = columns @ x.T * scale if scale != 1 else columns @ x.T
+        else:
+            flat = bias.to(x.dtype).reshape(-1, 1)
+            out = torch.addmm(flat, columns, x.T, beta=scale, alpha=scale)
+        return out.view(heads, outputs, len(x)).transpose(1, 2)
+
+    def columns(self, weight: Tensor) -> Tensor:
+        """[H, I, O] of a short layer as one matrix [H O, I], without a copy."""
+        return weight.transpose(1, 2).reshape(-1, weight.shape[1])
+
+    @torch.no_grad()
+    def set_gradients(self, x: Tensor, gradient: Tensor, row_weights: Tensor) -> None:
+        """Gradients of weight and bias, from inputs [B, I] shared by all heads, the gradient to the
+        outputs, [H, B, O] as `forward` lays them out, and weights of its rows, [B]."""
         heads, inputs, outputs = self.weight.shape
-        if outputs < SHORT:
-            columns = self.weight.transpose(1, 2).reshape(heads * outputs, inputs)
-            return (columns.to(x.dtype) @ x.T).view(heads, outputs, len(x)).transpose(1, 2)
-        columns = self.weight.permute(1, 0, 2).reshape(inputs, heads * outputs)
-        return (x @ columns.to(x.dtype)).view(len(x), heads, outputs).permute(1, 0, 2).contiguous()
+        weighted = x * row_weights.to(x.dtype).unsqueeze(1)
+        if self.short:
+            flat = gradient.transpose(1, 2).reshape(heads * outputs, len(x))
+            self.weight.grad = (flat @ weighted).view(heads, outputs, inputs).transpose(1, 2)
+        else:
+            self.weight.grad = _product(weighted.T.expand(heads, inputs, len(x)), gradient)
+        if self.bias is not None:
+            rows = row_weights.to(x.dtype).expand(heads, 1, len(x))
+            self.bias.grad = _product(rows, gradient)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product in float32, also of half-precision factors."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """scale (x W + b), batched over heads."""
+    if bias is None:
+        return torch.bmm(x, weight) * scale if scale != 1 else torch.bmm(x, weight)
+    return torch.baddbmm(bias.to(x.dtype), x, weight, beta=scale, alpha=scale)
 
 
 class BatchedNorm(nn.Module):
@@ -122,13 +162,6 @@ class Heads(nn.Module):
         self.last = BatchedLinear(count, widths[-1], clusters, bias=not self.cosine)
         self._reset(numbers, seed)
 
-    @property
-    def first(self) -> BatchedLinear:
-        """The layer that sees the embeddings."""
-        first = next(iter(self.layers), self.last)
-        assert isinstance(first, BatchedLinear)
-        return first
-
     def _reset(self, numbers: Sequence[int], seed: int) -> None:
         seeds = [seed_of(seed, "head weights", number) for number in numbers]
         generators = [torch.Generator().manual_seed(one) for one in seeds]
@@ -151,27 +184,42 @@ class Heads(nn.Module):
         return torch.bmm(x, prototypes.to(x.dtype)).float()
 
 
-def kmeans_start(sample: np.ndarray, clusters: int, seed: int) -> Tensor:
+def kmeans_start(sample: Tensor, clusters: int, seed: int) -> Tensor:
     """First weights of one linear head: centroids of a quick k-means, float32 [P, K].
 
     Each head takes another random half of the rows and of the components, so that heads start
     different; the centroids themselves are taken in all components.
 
     Args:
-        sample: float32 [N, P], unit rows.
+        sample: float32 [N, P], unit rows, on whatever device.
     """
     generator = np.random.default_rng(seed)
-    rows = len(sample) if len(sample) < 4 * clusters else max(len(sample) // 2, 2 * clusters)
-    chosen = sample[np.sort(generator.choice(len(sample), rows, replace=False))]
-    components = np.sort(
-        generator.permutation(sample.shape[1])[: max(1, math.ceil(sample.shape[1] / 2))]
-    )
-    part = np.ascontiguousarray(chosen[:, components])
-    centroids = lloyd(torch.from_numpy(part), clusters, generator)
-    nearest = torch.cdist(torch.from_numpy(part), centroids).argmin(1)
-    sums = torch.zeros(clusters, sample.shape[1]).index_add_(0, nearest, torch.from_numpy(chosen))
-    counts = torch.bincount(nearest, minlength=clusters).clamp_min(1)
-    return (sums / counts.unsqueeze(1)).T.contiguous()
+    count, width = sample.shape
+    rows = count if count < 4 * clusters else max(count // 2, 2 * clusters)
+    picked = np.sort(generator.choice(count, rows, replace=False))
+    components = np.sort(generator.permutation(width)[: max(1, math.ceil(width / 2))])
+    chosen = sample[torch.from_numpy(picked).to(sample.device)]
+    part = chosen[:, torch.from_numpy(components).to(sample.device)].contiguous()
+    nearest = _nearest(part, lloyd(part, clusters, generator))
+    sums, counts = _cluster_sums(chosen, nearest, clusters)
+    return (sums / counts.clamp_min(1).unsqueeze(1)).T.contiguous()
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """Number of the centroid nearest to each row: |x - c|^2 is least where x.c - |c|^2 / 2 is most.
+    [N, P] and [K, P] -> int64 [N]."""
+    half = centroids.square().sum(1).mul_(-0.5)
+    return torch.addmm(half, x, centroids.T).argmax(1)
+
+
+def _cluster_sums(x: Tensor, nearest: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of each cluster [K, P], and their number [K]."""
+    counts = torch.bincount(nearest, minlength=clusters)
+    if x.device.type == "cpu":
+        return x.new_zeros(clusters, x.shape[1]).index_add_(0, nearest, x), counts
+    # A product, since a GPU adds by index in an order of its own: a seed would not repeat.
+    codes = F.one_hot(nearest, clusters).to(x.dtype)
+    return codes.T @ x, counts
 
 
 def _seeds(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
@@ -179,11 +227,11 @@ def _seeds(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
     where its K passes cost more than k-means itself."""
     if clusters > SEEDED or len(x) <= clusters:
         picks = generator.choice(len(x), clusters, replace=len(x) < clusters)
-        return x[torch.from_numpy(picks)].clone()
+        return x[torch.from_numpy(picks).to(x.device)].clone()
     rows = [int(generator.integers(len(x)))]
     nearest = (x - x[rows[0]]).square().sum(1)
     for _ in range(clusters - 1):
-        odds = nearest.double().numpy()
+        odds = nearest.double().cpu().numpy()
         total = odds.sum()
         p = odds / total if total > 0 else None  # all rows are alike: any will do
         rows.append(int(generator.choice(len(x), p=p)))
@@ -198,12 +246,10 @@ def lloyd(x: Tensor, clusters: int, generator: np.random.Generator, iterations: 
     """
     centroids = _seeds(x, clusters, generator)
     for _ in range(iterations):
-        nearest = torch.cdist(x, centroids).argmin(1)
-        counts = torch.bincount(nearest, minlength=clusters)
-        sums = torch.zeros_like(centroids).index_add_(0, nearest, x)
+        sums, counts = _cluster_sums(x, _nearest(x, centroids), clusters)
         centroids = sums / counts.clamp_min(1).unsqueeze(1)
         empty = (counts == 0).nonzero().flatten()
         if len(empty):
             rows = generator.choice(len(x), len(empty))
-            centroids[empty] = x[torch.from_numpy(rows)]
+            centroids[empty] = x[torch.from_numpy(rows).to(x.device)]
     return centroids
