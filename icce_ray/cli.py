@@ -1,4 +1,7 @@
-"""The command line: icce-ray run | sweep | predict | status | report | config."""
+"""The command line: icce-ray run | sweep | predict | status | report | config.
+
+Each command imports what it needs, so that help and status appear at once.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,12 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from icce_ray import config as configs
-from icce_ray.errors import IcceError
-from icce_ray.rundir.progress import duration
+from icce_ray.distributed import compat
+from icce_ray.errors import ArtifactError, IcceError
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
+RESUME = "Run the same command again to resume"
 
 app = typer.Typer(
     name="icce-ray",
@@ -22,59 +23,65 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="""Unsupervised image classification: unlabeled images and a number of classes in, every
-image's class and confidence, a classifier for new images and a report out.
+    help="""Unsupervised image classification. It takes unlabeled images and a number of classes; it
+makes a class and a confidence for every image, a classifier for new images, and a report.
 
-Try it:
+Examples:
 
-* `icce-ray run quickstart` runs the whole chain on 1,797 small images.
+* `icce-ray run quickstart` runs all stages on 1,797 small images.
 
 * `icce-ray config imagenet` prints every setting with its meaning.
 
-* `icce-ray run imagenet data.path=s3://bucket/train run_dir=s3://bucket/runs/1` is the real thing;
-on a cluster: `ray job submit --working-dir . -- python jobs/pipeline.py imagenet ...`
+* `icce-ray run imagenet data.path=s3://bucket/train run_dir=s3://bucket/runs/1` is ImageNet; on a
+cluster: `ray job submit --working-dir . -- python jobs/pipeline.py imagenet ...`
 
-* `icce-ray sweep quickstart ensemble` tries other settings and ranks them without any label.
+* `icce-ray sweep quickstart ensemble` tries other settings and ranks them without labels.
 """,
 )
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings, as in the YAML: heads.count=16 seed=1"),
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings that replace those of CONFIG: heads.count=16 seed=1"
+    ),
 ]
 
 
 @app.command()
 def run(
     name: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A golden config's name, or a YAML file.")
+        str, typer.Argument(metavar="CONFIG", help="Name of a golden config, or a YAML file.")
     ],
     overrides: Overrides = None,
     first: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Begin with this stage.")
+        str | None, typer.Option("--from", metavar="STAGE", help="First stage to run.")
     ] = None,
     last: Annotated[
-        str | None, typer.Option("--until", metavar="STAGE", help="End with this stage.")
+        str | None, typer.Option("--until", metavar="STAGE", help="Last stage to run.")
     ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
             "--overwrite",
-            help="Replace artifacts of other settings; with --from, redo those stages.",
+            help="Replace what was made with other settings; with --from, run those stages again.",
         ),
     ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the end only.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be done, and stop.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print only errors and the final result.")
+    ] = False,
 ) -> None:
-    """Run the chain: index, embed, neighbors, heads, consensus, classifier, evaluate, report.
+    """Run the stages: index, embed, search, select, heads, consensus, classify, evaluate, report.
 
-    Finished stages are skipped and half-done ones resumed, so the same command goes on after a
-    crash or Ctrl-C.
+    Finished stages are skipped, and a half-done one resumes: after a crash or Ctrl-C, run the same
+    command again.
     """
     from icce_ray import pipeline
     from icce_ray.sweeps import num_classes as classes
 
-    pipeline.select(first, last)
+    pipeline.names_between(first, last)
     started = time.monotonic()
     config = classes.resolve(
         name, overrides or [], overwrite=overwrite, plan_only=plan, quiet=quiet
@@ -88,16 +95,16 @@ def run(
 
 def _print_end(run_dir: str, seconds: float) -> None:
     from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.rundir.progress import duration
 
     directory = RunDirectory(run_dir)
-    console = Console(highlight=False, soft_wrap=True)
     if directory.exists("evaluation", "metrics.json"):
         metrics = directory.read_json("evaluation", "metrics.json")
         if metrics.get("acc") is not None:
-            console.print(_accuracy_line(metrics), markup=False)
+            print(_accuracy_line(metrics))
     if directory.exists("report", "index.html"):
-        console.print(f"report    {directory.address('report', 'index.html')}", markup=False)
-    console.print(f"time      {duration(seconds)}", markup=False)
+        print(f"report    {directory.address('report', 'index.html')}")
+    print(f"time      {duration(seconds)}")
 
 
 def _accuracy_line(metrics: dict[str, Any]) -> str:
@@ -112,7 +119,7 @@ def _accuracy_line(metrics: dict[str, Any]) -> str:
 @app.command()
 def sweep(
     name: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A golden config's name, or a YAML file.")
+        str, typer.Argument(metavar="CONFIG", help="Name of a golden config, or a YAML file.")
     ],
     space: Annotated[
         str,
@@ -121,18 +128,25 @@ def sweep(
         ),
     ],
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen, and stop.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Forget earlier results of this sweep.")
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be done, and stop.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors and the end only.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete earlier results of this sweep.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print only errors and the final result.")
+    ] = False,
 ) -> None:
-    """Try many settings and rank the results by a label-free score.
+    """Try many settings and rank the results by a score that needs no labels.
 
-    Takes what it can from the run's directory and makes the rest; what trials share is made once.
-    The same command goes on after a crash or Ctrl-C, and runs what is new after SPACE was extended.
-    Ends with a table, a report, and best.yaml, which `icce-ray run` takes.
+    What the run directory holds already is used, and what several trials share is made once. After
+    a crash or Ctrl-C, run the same command again: finished trials are kept. The same holds after
+    SPACE was extended. The sweep ends with a table, a report, and best.yaml for `icce-ray run`.
     """
+    from rich.console import Console
+
+    from icce_ray import config as configs
     from icce_ray.sweeps import results as results_
     from icce_ray.sweeps import running as sweeps
 
@@ -146,17 +160,24 @@ def sweep(
 def predict(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A finished run.")],
     images: Annotated[
-        str, typer.Argument(metavar="NEW_IMAGES", help="Folder, Parquet, or WebDataset tars.")
+        str,
+        typer.Argument(
+            metavar="NEW_IMAGES", help="A folder of images, Parquet files, or WebDataset tars."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="out=FOLDER KEY=VALUE",
-            help="Where to (default: RUN_DIR/predictions); embed.* and data.* settings.",
+            help="Folder of the predictions (default: RUN_DIR/predictions), and embed.*, data.* or "
+            "ray.* settings.",
         ),
     ] = None,
 ) -> None:
-    """Classify new images with a run's classifier, into Parquet with cluster and confidence."""
+    """Classify new images with the classifier of a run.
+
+    Writes Parquet files with the cluster and the confidence of each image.
+    """
     from icce_ray.stages import predict as stage
 
     out, rest = _take_out(overrides or [])
@@ -165,78 +186,86 @@ def predict(
 
 def _take_out(overrides: list[str]) -> tuple[str | None, list[str]]:
     """The last out=..., and the other overrides."""
-    found = [text[4:] for text in overrides if text.startswith("out=")]
+    outs = [text[4:] for text in overrides if text.startswith("out=")]
     rest = [text for text in overrides if not text.startswith("out=")]
-    return (found[-1] if found else None) or None, rest
+    return (outs[-1] if outs else None) or None, rest
 
 
 @app.command()
 def status(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
 ) -> None:
-    """Show what a run has done, and how far it is."""
-    from icce_ray.errors import ArtifactError
-    from icce_ray.pipeline import STAGES
+    """Show which stages of a run are done, and how far the current one is."""
     from icce_ray.rundir import storage
     from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.rundir.progress import duration
+    from icce_ray.stages.table import STAGES
 
     storage.check(run_dir)
     directory = RunDirectory(run_dir)
     sweeps = _sweep_lines(directory)
-    if not directory.exists("status.json") and not sweeps:
+    known = directory.exists("status.json")
+    if not known and not sweeps:
         raise ArtifactError(f"{directory.uri} is not a run directory: it has no status.json")
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("stage", "state", "rows", "time", "finished"):
-        table.add_column(title, justify="right" if title in ("rows", "time") else "left")
+    print(f"{'stage':<10} {'state':<9} {'rows':>11} {'time':>12} finished")
     for stage in STAGES:
-        done = directory.manifest(stage.folder)
-        if done:
+        look = directory.look(stage.folder)
+        if done := look.manifest:
             took = duration(done.seconds)
-            table.add_row(stage.name, "done", f"{done.rows:,}", took, done.finished)
+            print(f"{stage.name:<10} {'done':<9} {done.rows:>11,} {took:>12} {done.finished}")
         else:
-            half = directory.partial(stage.folder) is not None
-            table.add_row(stage.name, "half done" if half else "to do", "", "", "")
-    console.print(table)
-    if directory.exists("status.json"):
-        console.print(_status_line(directory.read_json("status.json")), markup=False)
+            print(f"{stage.name:<10} {'half done' if look.partial else 'to do'}")
+    if known:
+        print(_status_line(directory.read_json("status.json")))
     for line in sweeps:
-        console.print(line, markup=False)
+        print(line)
 
 
 def _sweep_lines(directory: Any) -> list[str]:
     """One line for each sweep of a run."""
-    found = []
+    lines = []
     for name in directory.folders("sweeps"):
         if directory.exists("sweeps", name, "status.json"):
             state = directory.read_json("sweeps", name, "status.json")
-            found.append(f"sweep {name}: {_status_line(state)}")
-    return found
+            lines.append(f"sweep {name}: {_status_line(state)}")
+    return lines
 
 
 def _status_line(state: dict[str, Any]) -> str:
     text = state.get("state", "?")
     if text == "running":
-        age = time.time() - state.get("time", 0)
-        text = f"running {state.get('stage', '')}".rstrip()
-        if "waiting" in state:
-            text += f": {state['waiting']}"
-        elif "step" in state:
-            text += f": {state['step']} {state['done']:,} of {state['total']:,} {state['unit']}"
-            if state.get("remaining_seconds") is not None:
-                text += f", {duration(state['remaining_seconds'])} left"
-        if age > STALE:
-            text += f" (no sign of life for {duration(age)}: run the same command again to go on)"
+        text = _running_line(state)
     elif text == "failed":
         text = f"failed: {state.get('error', '')}"
     return text
 
 
+def _running_line(state: dict[str, Any]) -> str:
+    from icce_ray.rundir.lock import is_gone
+    from icce_ray.rundir.progress import duration
+
+    text = f"running {state.get('stage', '')}".rstrip()
+    if is_gone(state):
+        return f"{text}: process {state['pid']} has ended. {RESUME}"
+    if "waiting" in state:
+        text += f": {state['waiting']}"
+    elif "step" in state:
+        text += f": {state['step']} {state['done']:,} of {state['total']:,} {state['unit']}"
+        if state.get("remaining_seconds") is not None:
+            text += f", {duration(state['remaining_seconds'])} left"
+    age = time.time() - state.get("time", 0)
+    if age > STALE:
+        text += f" (no sign of life for {duration(age)}. {RESUME})"
+    return text
+
+
 @app.command()
 def report(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run with an evaluation.")],
+    run_dir: Annotated[
+        str, typer.Argument(metavar="RUN_DIR", help="A run whose evaluation is finished.")
+    ],
 ) -> None:
-    """Build the report page again, and print where it is."""
+    """Build the report of a run again, and print its path."""
     from icce_ray.stages import report as stage
 
     print(stage.build(run_dir))
@@ -245,11 +274,14 @@ def report(
 @app.command()
 def config(
     name: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="A golden config's name, or a file.")
+        str | None,
+        typer.Argument(metavar="CONFIG", help="Name of a golden config, or a YAML file."),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Print the resolved settings with their documentation; without a name, list the configs."""
+    """Print the settings of a config with their meaning; without CONFIG, list golden configs."""
+    from icce_ray import config as configs
+
     if name is None:
         for known, path in configs.golden_configs().items():
             print(f"{known:<15}{_first_comment(path.read_text())}")
@@ -264,15 +296,20 @@ def _first_comment(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Prints an expected error as text and exits with its code."""
+    compat.quiet_terminal()
     try:
         app(arguments)
     except IcceError as error:
+        from rich.console import Console
+
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"error: {error}", markup=False, style="red"
         )
-        sys.exit(error.exit_code)
+        compat.leave(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        compat.leave(130)
+    except SystemExit as end:
+        compat.leave(end.code)
 
 
 if __name__ == "__main__":

@@ -39,3 +39,8 @@ class StorageError(StageError):
 
 class NoAnswerError(StorageError):
     """A storage has not answered for so long that waiting for it was given up."""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """The message of an error of another library as one line of at most `most` characters."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The chain: skip what is done, resume what is half done, run the rest.
+"""Running the stages: skip what is done, resume what is half done, run the rest.
 
 from icce_ray import config, pipeline
 pipeline.run(config.load("quickstart", ["heads.count=8"]))
@@ -6,14 +6,14 @@ pipeline.run(config.load("quickstart", ["heads.count=8"]))
 
 from __future__ import annotations
 
+import _thread
 import contextlib
-import fcntl
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -21,20 +21,24 @@ from rich.table import Table
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.distributed.cluster import Cluster, NodeWatch, shared_memory_hint
-from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError
+from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError, one_line
 from icce_ray.rundir import storage
-from icce_ray.rundir.directory import PARTIAL, Manifest, RunDirectory, differing_keys, fingerprint
-from icce_ray.rundir.progress import Reporter, duration
-from icce_ray.stages import classify as classifier
-from icce_ray.stages import consensus, embed, evaluate, heads, index, report
-from icce_ray.stages import search as neighbors
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
-
-STAGES: tuple[Stage, ...] = tuple(
-    module.STAGE
-    for module in (index, embed, neighbors, heads, consensus, classifier, evaluate, report)
+from icce_ray.rundir.cache import free_bytes
+from icce_ray.rundir.directory import (
+    Content,
+    Manifest,
+    RunDirectory,
+    Snapshot,
+    differing_keys,
+    fingerprint,
 )
-NAMES = tuple(stage.name for stage in STAGES)
+from icce_ray.rundir.lock import exclusive
+from icce_ray.rundir.progress import Reporter, duration
+from icce_ray.stages import table
+from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.table import NAMES, STAGES
+
+RENAMED = {"neighbors": "two: search and select", "classifier": "called classify"}
 DISK_MARGIN = 1.1  # free space asked for, relative to the estimate
 
 
@@ -43,10 +47,15 @@ class Step:
     """What will happen to one stage, and why."""
 
     stage: Stage
-    state: str  # done, resume, run, again, changed, excluded
+    state: str  # a key of _STATE_TEXT
     fingerprint: str
-    inputs: Mapping[str, str]  # fingerprints of the stages it reads
+    inputs: Mapping[str, str | None]  # ids of the artifacts it reads, None where there is none yet
     reason: str = ""
+
+    @property
+    def todo(self) -> bool:
+        """Whether the stage will run."""
+        return self.state not in ("done", "excluded")
 
 
 # --- what there is to do -------------------------------------------------------------------------
@@ -54,75 +63,80 @@ class Step:
 
 def fingerprints(config: Config) -> dict[str, str]:
     """Fingerprint of every stage; each covers those of the stages that it reads."""
-    prints: dict[str, str] = {}
+    keys: dict[str, str] = {}
     for stage in STAGES:
-        inputs = {need: prints[need] for need in stage.needs}
-        prints[stage.name] = fingerprint(stage.name, stage.settings(config), inputs)
-    return prints
+        inputs = {need: keys[need] for need in stage.needs}
+        keys[stage.name] = fingerprint(stage.name, stage.settings(config), inputs)
+    return keys
 
 
-def make_steps(config: Config, run: RunDirectory, chosen: Sequence[str] = NAMES) -> list[Step]:
-    """Compare each stage's artifacts with the settings. Starts nothing, writes nothing."""
+def make_steps(
+    config: Config,
+    run: RunDirectory,
+    chosen: Sequence[str] = NAMES,
+    snapshot: Snapshot | None = None,
+) -> list[Step]:
+    """Compare each stage's artifacts with the settings. Starts nothing, writes nothing.
+
+    snapshot: what is known of the stages' folders; without one, each is looked at once. Its holder
+    has it forget the folder of a stage that was run.
+
+    Raises ArtifactError: a damaged manifest, or one of another version.
+    """
+    look = snapshot or Snapshot()
+    keys, ids = fingerprints(config), dict.fromkeys(NAMES, "")
     steps: list[Step] = []
-    prints = fingerprints(config)
     fresh: set[str] = set()  # stages whose artifacts will be new
     for stage in STAGES:
-        inputs = {need: prints[need] for need in stage.needs}
-        step = _classify(stage, config, run, prints[stage.name], inputs, fresh)
-        if stage.name not in chosen and step.state != "done":
-            step = Step(stage, "excluded", step.fingerprint, inputs, step.reason)
-        if step.state not in ("done", "excluded"):
+        content = look.look(run, stage.folder)
+        inputs = {need: ids[need] or None for need in stage.needs}
+        step = Step(stage, "run", keys[stage.name], inputs)
+        state, reason = _compare(step, config, content, fresh)
+        if stage.name not in chosen and state != "done":
+            state = "excluded"
+        step = replace(step, state=state, reason=reason)
+        if step.todo:
             fresh.add(stage.name)
+        ids[stage.name] = content.manifest.id if content.manifest else ""
         steps.append(step)
     return steps
 
 
-def _classify(
-    stage: Stage,
-    config: Config,
-    run: RunDirectory,
-    print_: str,
-    inputs: Mapping[str, str],
-    fresh: set[str],
-) -> Step:
-    def step(state: str, reason: str = "") -> Step:
-        return Step(stage, state, print_, inputs, reason)
-
-    done = run.manifest(stage.folder)
+def _compare(step: Step, config: Config, content: Content, fresh: set[str]) -> tuple[str, str]:
+    """State and reason of a stage, from what its folder holds."""
+    stage, done, partial = step.stage, content.manifest, content.partial
+    renewed = sorted(fresh & set(stage.needs))
+    if done is None and partial is None:
+        return "run", ""
     if done is None:
-        partial = run.partial(stage.folder)
-        if partial is None:
-            return step("run")
-        if partial["fingerprint"] == print_ and not fresh & set(stage.needs):
-            return step("resume", "half done")
-        if run.list(stage.folder) == [PARTIAL]:
-            return step("run")  # begun with other settings, but there is nothing to lose
-        return _changed(step, partial["settings"], stage.settings(config), "half done")
-    if done.fingerprint != print_:
-        return _changed(step, done.settings, stage.settings(config), "done")
-    if fresh & set(stage.needs):
-        return step("again", f"{', '.join(sorted(fresh & set(stage.needs)))} will be new")
-    ids = {need: _id(run, need) for need in stage.needs}
-    if dict(done.inputs) != ids:
-        stale = [n for n in ids if done.inputs.get(n) != ids[n]]
-        return step("again", f"{', '.join(stale)} changed since")
-    return step("done")
+        assert partial is not None
+        same = partial["fingerprint"] == step.fingerprint and partial.get("inputs") == step.inputs
+        if same and not renewed:
+            return "resume", "half done"
+        if content.empty:
+            return "run", ""  # begun with other settings, but there is nothing to lose
+        return _changed(stage, partial["settings"], stage.settings(config), "half done")
+    if done.fingerprint != step.fingerprint:
+        return _changed(stage, done.settings, stage.settings(config), "done")
+    if renewed:
+        return "again", f"{', '.join(renewed)} will be new"
+    stale = [need for need, id_ in step.inputs.items() if done.inputs.get(need) != id_]
+    return ("again", f"{', '.join(stale)} changed since") if stale else ("done", "")
 
 
-def _changed(step: Any, old: Mapping[str, Any], new: Mapping[str, Any], was: str) -> Step:
+def _changed(
+    stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any], was: str
+) -> tuple[str, str]:
     keys = differing_keys(old, new)
-    return step("changed" if keys else "again", "; ".join(keys) or f"{was} with other inputs")
+    state = "changed" if keys and not stage.is_view else "again"
+    return state, "; ".join(keys) or f"{was} with other inputs"
 
 
-def _id(run: RunDirectory, name: str) -> str | None:
-    folder = next(stage.folder for stage in STAGES if stage.name == name)
-    done = run.manifest(folder)
-    return done.id if done else None
-
-
-def select(first: str | None, last: str | None) -> tuple[str, ...]:
+def names_between(first: str | None, last: str | None) -> tuple[str, ...]:
     """Names of the stages from `first` to `last`. Raises ConfigError for names out of order."""
     for name in (first, last):
+        if name in RENAMED:
+            raise ConfigError(f"the stage {name!r} is now {RENAMED[name]}")
         if name is not None and name not in NAMES:
             raise ConfigError(f"no stage {name!r}; the stages are {', '.join(NAMES)}")
     start = NAMES.index(first) if first else 0
@@ -160,18 +174,19 @@ def _check(
 # --- the plan ------------------------------------------------------------------------------------
 
 
-def _size(config: Config, run: RunDirectory) -> Size:
-    images = features = None
-    done = run.manifest("index")
-    if done:
-        images = done.rows
-    embedded = run.manifest("embeddings")
-    if embedded:
-        images, features = embedded.rows, embedded.results.get("features")
-    return Size(images, features or embed.features(config))
+def _size(config: Config, run: RunDirectory, snapshot: Snapshot) -> Size:
+    done = snapshot.look(run, "index").manifest
+    embedded = snapshot.look(run, "embeddings").manifest
+    rows = embedded or done
+    features = embedded.results.get("features") if embedded else None
+    if not features:
+        from icce_ray.stages import embed  # which may ask the backbone
+
+        features = embed.features(config)
+    return Size(rows.rows if rows else None, features)
 
 
-def _gigabytes(count: float) -> str:
+def _bytes_text(count: float) -> str:
     if count < 1e6:
         return "-" if count < 1e3 else f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
@@ -189,53 +204,66 @@ _STATE_TEXT = {
 
 def _show_plan(context: Context, steps: Sequence[Step], size: Size, log: bool = True) -> None:
     config = context.config
-    needs = {s.stage.name: s.stage.estimate(config, size, context.cluster) for s in steps}
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    plan = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("stage", "what happens", "memory", "disk", "worked by"):
-        table.add_column(name, justify="right" if name in ("memory", "disk") else "left")
+        plan.add_column(name, justify="right" if name in ("memory", "disk") else "left")
     for step in steps:
-        need = needs[step.stage.name] if step.state not in ("done", "excluded") else Need(where="")
+        need = step.stage.estimate(config, size, context.cluster) if step.todo else Need(where="")
         text = _STATE_TEXT[step.state] + (f" ({step.reason})" if step.reason else "")
-        table.add_row(
-            step.stage.name, text, _gigabytes(need.memory), _gigabytes(need.disk), need.where
-        )
+        disk = need.disk + (need.cache if context.run.is_local else 0.0)
+        memory = _bytes_text(need.memory)
+        plan.add_row(step.stage.name, text, memory, _bytes_text(disk), need.where)
     known = f"N {size.images:,} images" if size.images else "N not known yet"
     known += f", D {size.features or '?'}, H {config.heads.count}, K {config.num_classes}"
     where = "a local Ray" if context.cluster.is_local else f"Ray at {context.cluster.address}"
     context.reporter.say(f"{known}; run directory {context.run.uri}; on {where}", log)
     if not context.reporter.quiet:
-        context.reporter.console.print(table)
+        context.reporter.console.print(plan)
     hint = shared_memory_hint() if context.cluster.is_local else None
     if hint is not None:
         context.reporter.say(f"! {hint}", log)
 
 
 def _check_disk(context: Context, steps: Sequence[Step], size: Size) -> None:
-    free = context.run.free_bytes()
-    todo = [s for s in steps if s.state not in ("done", "excluded")]
-    needs = [s.stage.estimate(context.config, size, context.cluster).disk for s in todo]
-    if free is not None and sum(needs) * DISK_MARGIN > free:
+    """See that the run directory, or this node's cache, has room. Raises StageError."""
+    run, cluster = context.run, context.cluster
+    needs = [s.stage.estimate(context.config, size, cluster) for s in steps if s.todo]
+    cached = sum(need.cache for need in needs)
+    if run.is_local:
+        total, free = sum(need.disk for need in needs) + cached, run.free_bytes()
+        where, remedy = run.uri, "choose another run_dir=..."
+    elif cluster.is_local:
+        total, free = cached, free_bytes(run.cache.folder)
+        where, remedy = str(run.cache.folder), "name a folder on another disk by ICCE_RAY_CACHE"
+    else:  # nothing is known of the disks of other nodes
+        return
+    if free is not None and total * DISK_MARGIN > free:
         raise StageError(
-            f"no disk space left for this run: it needs about {_gigabytes(sum(needs))} in "
-            f"{context.run.uri}, where {_gigabytes(free)} are free. Free some, or choose another "
-            "run_dir=..."
+            f"no disk space left for this run: it needs about {_bytes_text(total)} in {where}, "
+            f"where {_bytes_text(free)} are free. Free some, or {remedy}"
         )
 
 
 # --- running -------------------------------------------------------------------------------------
 
 
-def preflight(config: Config, chosen: Sequence[str] = NAMES) -> list[Step]:
+def preflight(
+    config: Config, chosen: Sequence[str] = NAMES, snapshot: Snapshot | None = None
+) -> list[Step]:
     """Everything that can be wrong and is cheap to see, before anything is started.
 
-    Returns what `make_steps` does, which it looks at.
+    Returns what `make_steps` does. Raises ConfigError, DataError, ArtifactError, StorageError.
     """
+    from icce_ray.stages import index
+
     with storage.hastily():
         storage.check(config.run_dir)
         index.preflight(config)
-        steps = make_steps(config, RunDirectory(config.run_dir), chosen)
-        embedded = any(step.stage is embed.STAGE and step.state == "done" for step in steps)
+        steps = make_steps(config, RunDirectory(config.run_dir), chosen, snapshot)
+        embedded = any(step.stage.name == "embed" and step.state == "done" for step in steps)
         if not embedded:  # else the backbone was there; to import timm takes seconds
+            from icce_ray.stages import embed
+
             embed.preflight(config)
     return steps
 
@@ -253,79 +281,70 @@ def run(
 
     Raises:
         ConfigError, DataError, ArtifactError: for what is wrong before anything is started.
-        StageError: for a stage that failed; the same call again goes on from there.
+        StageError: for a stage that failed; the same call again resumes there.
     """
-    chosen = select(first, last)
-    directory = RunDirectory(config.run_dir)
-    steps = preflight(config, chosen)
+    chosen = names_between(first, last)
+    directory, snapshot = RunDirectory(config.run_dir), Snapshot()
+    steps = preflight(config, chosen, snapshot)
     _check(steps, directory, chosen, overwrite)
     reporter = Reporter(directory, quiet)
     cluster = Cluster(config.ray)
     context = Context(config, directory, reporter, cluster)
     if plan_only:
-        _show_plan(context, steps, _size(config, directory), log=False)
+        _show_plan(context, steps, _size(config, directory, snapshot), log=False)
         return {}
-    with exclusive(directory), terminable(), reporter.listening():
-        try:
-            if first and overwrite:
-                _drop(directory, chosen)
-            _run_chain(context, chosen)
-        except (KeyboardInterrupt, SystemExit):  # the latter from Ray, for a signal while it starts
-            reporter.say("stopped; the same command goes on from here")
-            reporter.status("stopped")
-            raise
-        except IcceError as error:
-            reporter.status("failed", error=str(error))
-            reporter._log(f"error: {error}")
-            raise
-        finally:
-            cluster.stop()
-            with contextlib.suppress(Exception):
-                reporter.flush()
-    finished = {s.name: directory.manifest(s.folder) for s in STAGES}
+    until = "done" if chosen[-1] == NAMES[-1] else f"done until {chosen[-1]}"
+    with running(directory, reporter, cluster, until):
+        if first and overwrite:
+            for name in chosen:
+                directory.delete(table.stage(name).folder)
+                snapshot.forget(directory, table.stage(name).folder)
+        _run_chain(context, chosen, snapshot)
+    finished = {s.name: snapshot.look(directory, s.folder).manifest for s in STAGES}
     return {name: manifest for name, manifest in finished.items() if manifest}
 
 
-def _drop(run: RunDirectory, names: Sequence[str]) -> None:
-    for stage in STAGES:
-        if stage.name in names:
-            run.delete(stage.folder)
-
-
-def _run_chain(context: Context, chosen: Sequence[str]) -> None:
-    config, run, reporter = context.config, context.run, context.reporter
-    steps = make_steps(config, run, chosen)
-    if any(step.state not in ("done", "excluded") for step in steps):
-        run.write_json({"state": "running", "pid": os.getpid(), "time": time.time()}, "status.json")
+def _run_chain(context: Context, chosen: Sequence[str], snapshot: Snapshot) -> None:
+    config, run = context.config, context.run
+    steps = make_steps(config, run, chosen, snapshot)
+    if any(step.todo for step in steps):
         run.write_bytes(configs.to_yaml(config).encode(), "config.yaml")
     shown = False
-    for position in range(len(STAGES)):
-        if not shown and (position == 1 or steps[0].state in ("done", "excluded")):
-            size = _size(config, run)  # the number of images is known once index is done
-            _show_plan(context, steps, size)
-            _check_disk(context, steps, size)
-            evaluate.preflight(context)
+    for position, stage in enumerate(STAGES):
+        if not shown and (position == 1 or not steps[0].todo):
+            _show_and_check(context, steps, snapshot)  # `index` has counted the images
             shown = True
-        step = steps[position]
-        if step.state not in ("done", "excluded"):
-            run_stage(context, step)
-            steps = make_steps(config, run, chosen)
-    reporter.stage = ""
-    reporter.status("done" if chosen[-1] == NAMES[-1] else f"done until {chosen[-1]}")
+        if steps[position].todo:
+            run_stage(context, steps[position])
+            snapshot.forget(run, stage.folder)
+            steps = make_steps(config, run, chosen, snapshot)
+
+
+def _show_and_check(context: Context, steps: Sequence[Step], snapshot: Snapshot) -> None:
+    """Show the plan, and see what may be missing before anything expensive starts."""
+    size = _size(context.config, context.run, snapshot)
+    _show_plan(context, steps, size)
+    _check_disk(context, steps, size)
 
 
 def run_stage(context: Context, step: Step) -> None:
+    """Run one stage and write its manifest.
+
+    step: from a look at the run after the stages it reads were finished.
+
+    Raises StageError, or another error of ours: what the stage could not do.
+    """
     stage, run, reporter = step.stage, context.run, context.reporter
     reporter.stage, reporter.events = stage.name, []
     mark: dict[str, Any] = {
         "fingerprint": step.fingerprint,
         "settings": stage.settings(context.config),
-        "inputs": {need: _id(run, need) for need in stage.needs},
+        "inputs": dict(step.inputs),
     }
     context.resumed = run.begin(stage.folder, mark)
     reporter.status("running")
     if context.resumed:
-        reporter.event(f"{stage.name} goes on from partial work")
+        reporter.event(f"{stage.name} resumes from partial work")
     started = time.monotonic()
     with NodeWatch(reporter):
         outcome = _guarded(stage, context)
@@ -363,30 +382,70 @@ def _guarded(stage: Stage, context: Context) -> Outcome:
 
 
 @contextlib.contextmanager
-def exclusive(run: RunDirectory) -> Iterator[None]:
-    """One process at a time in a local run directory."""
-    if not run.is_local:
-        yield
-        return
-    with run.node_file("running").open("w") as stream:
+def running(
+    directory: RunDirectory, reporter: Reporter, cluster: Cluster, done: str = "done"
+) -> Iterator[None]:
+    """A run or a sweep at work: alone in its run directory, with an end that is written down.
+
+    Holds the lock of `directory`, turns SIGTERM into KeyboardInterrupt, and reports storage
+    failures that are waited out. The state in status.json is `running`, then `done`, `stopped` or
+    `failed`, whatever ends the work. Stops `cluster` and writes the log at the end.
+
+    Args:
+        directory: the run directory to keep others out of.
+        reporter: writes log and status.json; a sweep's lie in its own folder.
+        cluster: what the work may start.
+        done: the state at the end of all work.
+
+    Raises:
+        ArtifactError: another process works in `directory`.
+    """
+    with (
+        exclusive(directory, partial(_lost, reporter)),
+        _terminable(reporter),
+        reporter.listening(),
+    ):
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ArtifactError(
-                f"another process is running in {run.uri}. Wait for it (icce-ray status), or "
-                "choose another run_dir=..."
-            ) from None
-        yield
+            reporter.status("running")
+            yield
+            reporter.stage = ""
+            reporter.status(done)
+        except (KeyboardInterrupt, SystemExit):  # the latter from Ray, for a signal while it starts
+            reporter.say("stopped; the same command resumes here")
+            reporter.status("stopped")
+            raise
+        except BaseException as error:
+            # Before the cluster stops: what ends this process then must not leave it "running".
+            ours = isinstance(error, IcceError)
+            reason = str(error) if ours else f"{type(error).__name__}: {one_line(error)}"
+            reporter.status("failed", error=reason)
+            reporter.log(f"error: {reason}")
+            raise
+        finally:
+            cluster.stop()
+            with contextlib.suppress(Exception):
+                reporter.flush()
+
+
+def _lost(reporter: Reporter, text: str) -> None:
+    """The lease of the run directory is another process's now: stop before both write."""
+    reporter.event(f"{text}. This process stops")
+    _thread.interrupt_main(signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM (a stopped job, a lost spot machine) end the run as Ctrl-C does."""
+def _terminable(reporter: Reporter) -> Iterator[None]:
+    """Let SIGTERM (a stopped job, a lost spot machine) end the work as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
+        # `timeout` sends two: the second must not interrupt the writing of the status.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # At once: where the whole process group got the signal, Ray is gone, and its client may end
+        # this process before the exception below is handled.
+        reporter.status("stopped")
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -400,12 +459,11 @@ __all__ = [
     "NAMES",
     "STAGES",
     "Step",
-    "exclusive",
     "fingerprints",
     "make_steps",
+    "names_between",
     "preflight",
     "run",
     "run_stage",
-    "select",
-    "terminable",
+    "running",
 ]

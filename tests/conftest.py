@@ -31,7 +31,10 @@ def ray_session() -> Iterator[None]:
 
     import ray
 
-    ray.init(
+    from icce_ray.distributed import compat
+
+    compat.init(
+        ray,
         address="local",
         num_cpus=4,
         include_dashboard=False,
@@ -57,21 +60,12 @@ def train_heads() -> Callable[[Any, Any], np.ndarray]:
     """
     import torch
 
-    from icce_ray.core.heads.trainer import Data, HeadTrainer
-    from icce_ray.core.projection import fit_projection, project
+    from icce_ray.core import method
 
     def train(run: Any, config: Any) -> np.ndarray:
         matrix = run.matrix("embeddings", "embedding")
-        projection = fit_projection(matrix, config.heads.pca, config.seed)
-        lists = (np.array(run.matrix("neighbors", name)) for name in ("ids", "count"))
-        ids, counts = map(torch.from_numpy, lists)
-        cpu, steps = torch.device("cpu"), config.heads.steps
-        data = Data(project(matrix, projection, cpu), ids, counts, cpu)
-        trainer = HeadTrainer(data, config.heads, config.head_clusters, config.seed, steps)
-        trainer.start()
-        for _ in range(steps):
-            trainer.step()
-        return trainer.assign()
+        ids, counts = run.matrix("neighbors", "ids"), run.matrix("selection", "count")
+        return method.train_heads(matrix, ids, counts, config, torch.device("cpu"))
 
     def train_with_one_thread(run: Any, config: Any) -> np.ndarray:
         threads = torch.get_num_threads()

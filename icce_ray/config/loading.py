@@ -1,4 +1,4 @@
-"""TODO"""
+"""Reading settings: YAML files, KEY=VALUE overrides, and messages about what is wrong in them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from icce_ray.config.schema import Config, describe
-from icce_ray.errors import ConfigError
+from icce_ray.config.removed import REMOVED
+from icce_ray.config.schema import Config, Node, describe, fields
+from icce_ray.errors import ConfigError, one_line
+
+Tree = TypeVar("Tree", bound=Node)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: no setting is one, and a folder may well be named 2024-01-01."""
+    """YAML without dates: no setting is a date, but a folder may be named 2024-01-01."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -58,12 +61,22 @@ def merge(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> d
 
 def validate(tree: Mapping[str, Any]) -> Config:
     """Check a plain tree. Raises ConfigError that lists all problems."""
+    return check(Config, tree)
+
+
+def check(kind: type[Tree], tree: Mapping[str, Any]) -> Tree:
+    """`validate` for any node of the tree, such as MethodConfig."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         problems = [_explain(problem, tree) for problem in error.errors()]
-        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{head} in the settings:\n  " + "\n  ".join(problems)) from None
+        raise problems_in("the settings", problems) from None
+
+
+def problems_in(what: str, problems: Sequence[str]) -> ConfigError:
+    """One error for all problems that were found."""
+    head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return ConfigError(f"{head} in {what}:\n  " + "\n  ".join(problems))
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -73,16 +86,35 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         return parse_yaml(_fetch(str(source)), str(source)), Path(
             str(source).partition("?")[0]
         ).stem
-    known = golden_configs()
+    return read_named("config", source, golden_configs())
+
+
+def read_named(
+    kind: str, source: str | Path, known: Mapping[str, Path]
+) -> tuple[dict[str, Any], str]:
+    """The content and the name of a YAML file that comes with the package, or of the user's own.
+
+    Args:
+        kind: what such a file is called: config, or space.
+        source: a name among `known`, or a path.
+        known: names and files that come with the package.
+
+    Raises:
+        ConfigError: there is no such file, or it is not a mapping in YAML.
+    """
     path = known.get(str(source)) or Path(source)
     if not path.is_file():
-        close = difflib.get_close_matches(str(source), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(
-            f"no config {str(source)!r}: it is neither a YAML file nor one of "
-            f"{', '.join(known)}.{hint}"
+            f"no {kind} {str(source)!r}: it is neither a YAML file nor one of "
+            f"{', '.join(known)}.{near(str(source), list(known))}"
         )
     return parse_yaml(path.read_bytes(), str(path)), path.stem
+
+
+def near(wanted: str, names: Sequence[str]) -> str:
+    """A hint at the name that was meant; empty where none is like it."""
+    close = difflib.get_close_matches(wanted, names, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _fetch(uri: str) -> bytes:
@@ -97,10 +129,11 @@ def _fetch(uri: str) -> bytes:
 
 
 def parse_yaml(text: bytes, name: str) -> dict[str, Any]:
+    """A YAML mapping as a plain tree. Raises ConfigError, which names the file by `name`."""
     try:
         tree = yaml.load(text.decode(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{name} is not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{name} must hold settings (key: value), not {type(tree).__name__}")
     return tree
@@ -115,7 +148,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts[:-1]):
         group = group_of(node, parts, depth)
         if group is not node and part.isdecimal():
-            node = group  # `part` said which one of a list
+            node = group  # `part` was an index of a list
             continue
         if group.get(part) is None:
             group[part] = {}
@@ -124,14 +157,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def group_of(node: Any, parts: Sequence[str], depth: int) -> Any:
-    """The mapping that parts[depth] is looked up in; of a list, the element it speaks of."""
+    """The mapping in which to look up parts[depth]; of a list, the element that parts[depth]
+    names."""
     part, above = parts[depth], ".".join(parts[:depth])
     if isinstance(node, list):
         if part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
         elif part.isdecimal() or len(node) != 1:
             raise ConfigError(
-                f"{'.'.join(parts)}: {above} is a list of {len(node)}; say which one, "
+                f"{'.'.join(parts)}: {above} is a list of {len(node)}; name one of them, "
                 f"from {above}.0 to {above}.{len(node) - 1}"
             )
         else:
@@ -142,7 +176,7 @@ def group_of(node: Any, parts: Sequence[str], depth: int) -> Any:
 
 
 def _value(parts: Sequence[str], text: str) -> Any:
-    """What YAML reads, but text as it stands where the setting is text (run_dir=2024)."""
+    """The value as YAML reads it, but the text unchanged for a text setting (run_dir=2024)."""
     if text in ("", "None"):
         return None
     try:
@@ -161,6 +195,10 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
     location = [part for part in problem["loc"] if part not in ("function-after",)]
     key = ".".join(str(part) for part in location)
     kind, value = problem["type"], problem.get("input")
+    if kind == "extra_forbidden" and key in REMOVED:
+        return f"{key}: this setting was removed. {REMOVED[key]}"
+    if kind == "literal_error" and f"{key}={value}" in REMOVED:
+        return f"{key}={value}: this choice was removed. {REMOVED[f'{key}={value}']}"
     if kind == "extra_forbidden":
         return f"{key}: unknown setting.{suggest(location)}"
     if kind == "missing":
@@ -174,7 +212,7 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
 
 
 def suggest(location: Sequence[Any]) -> str:
-    """Near names for an unknown key: within its own group first, then anywhere in the tree."""
+    """Similar names for an unknown key: in its own group first, then anywhere in the tree."""
     wanted = ".".join(str(part) for part in location if not isinstance(part, int))
     every = [key for key, *_ in describe()]
     near = difflib.get_close_matches(wanted, every, n=1, cutoff=0.75)
@@ -190,7 +228,8 @@ def to_yaml(config: Config) -> str:
     """The resolved tree with each setting's documentation above it; loads back to the same tree."""
     docs = {key: text for key, _, text in describe()}
     lines: list[str] = []
-    _dump(config.model_dump(mode="json"), "", 0, docs, lines)
+    tree = config.model_dump(mode="json")
+    _dump({name: tree[name] for name, _ in fields(Config)}, "", 0, docs, lines)
     return "\n".join(lines) + "\n"
 
 
@@ -214,7 +253,8 @@ def _dump(tree: Any, prefix: str, depth: int, docs: Mapping[str, str], lines: li
 
 
 def scalar(value: Any) -> str:
-    # Line breaks stay on one line between double quotes alone.
+    """A plain value as YAML, on one line."""
+    # Only double quotes keep a text with line breaks on one line.
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=1_000_000)
     return text.split("\n")[0]

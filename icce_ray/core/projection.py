@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from icce_ray.core.sampling import sample_rows
+
 STATISTICS_ROWS = 20_000  # rows that center and components are taken from
 PROJECTED_ROWS = 8192  # rows projected at a time
 
@@ -50,10 +52,7 @@ class Projection(nn.Module):
 def fit_projection(embeddings: np.ndarray, components: int | None, seed: int) -> Projection:
     """The projection that the settings ask for, from a sample of float16 embeddings [N, D]."""
     rows, features = embeddings.shape
-    chosen = np.arange(rows)
-    if rows > STATISTICS_ROWS:
-        generator = np.random.default_rng(seed)
-        chosen = np.sort(generator.choice(rows, STATISTICS_ROWS, replace=False))
+    chosen = sample_rows(rows, STATISTICS_ROWS, seed)
     sample = torch.from_numpy(np.asarray(embeddings[chosen], dtype=np.float32))
     if components is None or components >= features:
         projection = Projection(features, features)

@@ -16,18 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from icce_ray.errors import ConfigError, DataError
+from icce_ray.errors import ConfigError, DataError, one_line
 from icce_ray.rundir.cache import environment_cache
 
 SPLITS = ("train", "test")
-
-
 WITHOUT_SPLITS = ("digits",)
-
-
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
-
-
 FASHION = (
     *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
@@ -47,7 +41,7 @@ def check(name: str, folder: str) -> None:
     """Raises ConfigError where the folder cannot be that of the data set."""
     if "://" in folder:
         raise ConfigError(
-            f"data.dataset={name} writes to local folders alone; data.path is {folder}"
+            f"data.dataset={name} writes to local folders only; data.path is {folder}"
         )
     if name not in WITHOUT_SPLITS and Path(folder).name not in SPLITS:
         raise ConfigError(
@@ -59,7 +53,7 @@ def check(name: str, folder: str) -> None:
 def materialize(name: str, folder: str) -> bool:
     """Write a data set below `folder`, unless it is there. Returns whether anything was written.
 
-    Each folder appears whole or not at all. A split's sibling is written beside it.
+    Each folder appears whole or not at all. The other split is written beside it.
 
     Raises:
         ConfigError: for a folder that does not fit the data set.
@@ -84,7 +78,7 @@ def _load(name: str, split: str, target: Path) -> Arrays:
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         where = target if not split else target.parent / split
         raise DataError(
-            f"could not get {name} ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
+            f"could not get {name} ({type(error).__name__}: {one_line(error, 200)}). "
             f"Without a network, put its images by hand into {where}/CLASS/NAME.png and leave "
             "data.dataset out."
         ) from None
@@ -122,9 +116,9 @@ def _digits(split: str) -> Arrays:
     """
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = 255 - np.rint(found.images * (255 / 16)).astype(np.uint8)
-    return Arrays(images, found.target, tuple(str(n) for n in found.target_names))
+    bundle = load_digits()
+    images = 255 - np.rint(bundle.images * (255 / 16)).astype(np.uint8)
+    return Arrays(images, bundle.target, tuple(str(n) for n in bundle.target_names))
 
 
 def _fashion_mnist(split: str) -> Arrays:
@@ -138,7 +132,7 @@ def _fashion_mnist(split: str) -> Arrays:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """An array in the IDX format of MNIST (http://yann.lecun.com/exdb/mnist): uint8 alone."""
+    """An array in the IDX format of MNIST (http://yann.lecun.com/exdb/mnist): only uint8."""
     data = gzip.decompress(path.read_bytes())
     if data[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is not an IDX file of bytes")
@@ -155,8 +149,8 @@ def _torchvision(kind: str, split: str) -> Arrays:
     if kind == "STL10":
         stl = datasets.STL10(str(root), split=split, download=True)
         return Arrays(stl.data.transpose(0, 2, 3, 1), np.asarray(stl.labels), tuple(stl.classes))
-    found = getattr(datasets, kind)(str(root), train=split == "train", download=True)
-    return Arrays(np.asarray(found.data), np.asarray(found.targets), tuple(found.classes))
+    chosen = getattr(datasets, kind)(str(root), train=split == "train", download=True)
+    return Arrays(np.asarray(chosen.data), np.asarray(chosen.targets), tuple(chosen.classes))
 
 
 _LOADERS: Mapping[str, Callable[[str], Arrays]] = {

@@ -8,29 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
-from icce_ray.data.listing import PARQUET, _one_line, _suffix, find_files
-from icce_ray.errors import ArtifactError, DataError
+from icce_ray.config.schema import DataConfig
+from icce_ray.data.listing import (
+    PARQUET,
+    Listing,
+    find_files,
+    finish,
+    index_table,
+    number,
+    suffix_of,
+)
+from icce_ray.data.reading import row_uri
+from icce_ray.errors import ArtifactError, DataError, one_line
 from icce_ray.rundir.schemas import to_matrix
-from icce_ray.rundir.storage import locate, patiently
+from icce_ray.rundir.storage import Storage
 
 COLUMN = "embedding"
-
-
 URI_COLUMN = "uri"
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """What the files' heads say."""
+    """Given embeddings: what the heads of their files say."""
 
     uri: str  # as the user gave it
     files: tuple[str, ...]
@@ -45,12 +53,12 @@ class Vectors:
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
         """Consecutive blocks of at most `rows` rows, float32 [., D]."""
         for file in self.files:
-            read = _npy_blocks if _suffix(file) == "npy" else self._parquet
+            read = _npy_blocks if suffix_of(file) == "npy" else self._parquet
             yield from read(file, rows)
 
     def _parquet(self, file: str, rows: int) -> Iterator[np.ndarray]:
         batches = _Batches(file, rows)
-        while (batch := patiently(batches.following, file)) is not None:
+        while (batch := batches.following()) is not None:
             yield _matrix(batch.column(0), file, self.features)
 
 
@@ -58,14 +66,17 @@ class _Batches:
     """Record batches of a Parquet file, one at a time; after a failure it is opened anew."""
 
     def __init__(self, file: str, rows: int) -> None:
-        self.file, self.rows, self.taken = file, rows, 0
+        self.file, self.rows, self.taken = Storage(file), rows, 0
         self._open: Iterator[pa.RecordBatch] | None = None
 
     def following(self) -> pa.RecordBatch | None:
         """The next batch; None at the end."""
+        return self.file.attempt(self._following)
+
+    def _following(self, filesystem: pafs.FileSystem, path: str) -> pa.RecordBatch | None:
         try:
             if self._open is None:
-                self._open = islice(self._read(), self.taken, None)
+                self._open = islice(self._read(filesystem, path), self.taken, None)
             batch = next(self._open, None)
         except Exception:
             self._open = None
@@ -73,8 +84,7 @@ class _Batches:
         self.taken += 1
         return batch
 
-    def _read(self) -> Iterator[pa.RecordBatch]:
-        filesystem, path = locate(self.file)
+    def _read(self, filesystem: pafs.FileSystem, path: str) -> Iterator[pa.RecordBatch]:
         with filesystem.open_input_file(path) as stream:
             yield from pq.ParquetFile(stream).iter_batches(self.rows, columns=[COLUMN])
 
@@ -85,11 +95,8 @@ def open_vectors(uri: str) -> Vectors:
     Raises:
         DataError: no such file, not N x D numbers, or files of different D.
     """
-    try:
-        found = find_files(uri)
-    except DataError as error:
-        raise DataError(str(error).replace("data.path=", "data.embeddings=", 1)) from None
-    files = (found if found.is_file else found.only(PARQUET)).uris().to_pylist()
+    there = find_files(uri, setting="data.embeddings")
+    files = (there if there.is_file else there.only(PARQUET)).uris().to_pylist()
     if not files:
         raise DataError(f"data.embeddings={uri} is a folder without Parquet files")
     heads = [_head(file) for file in files]
@@ -105,20 +112,18 @@ def open_vectors(uri: str) -> Vectors:
 def _head(file: str) -> tuple[int, int]:
     """Rows and columns of one file."""
 
-    def read() -> tuple[int, int]:
-        filesystem, path = locate(file)
-        with filesystem.open_input_file(path) as stream:
-            if _suffix(file) == "npy":
-                (rows, width), _, _ = _npy_head(stream, file)
-                return rows, width
-            if _suffix(file) not in PARQUET:
-                raise DataError(f"{file}: embeddings come as .npy or Parquet")
-            return _parquet_head(pq.ParquetFile(stream), file)
+    def read(stream: pa.NativeFile) -> tuple[int, int]:
+        if suffix_of(file) == "npy":
+            (rows, width), _, _ = _npy_head(stream, file)
+            return rows, width
+        if suffix_of(file) not in PARQUET:
+            raise DataError(f"{file}: embeddings come as .npy or Parquet")
+        return _parquet_head(pq.ParquetFile(stream), file)
 
     try:
-        return patiently(read, file)
+        return Storage(file).load(read)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file} cannot be read: {_one_line(error)}") from None
+        raise DataError(f"{file} cannot be read: {one_line(error)}") from None
 
 
 def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
@@ -128,7 +133,7 @@ def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except ValueError as error:
-        raise DataError(f"{file} is not a .npy file: {_one_line(error)}") from None
+        raise DataError(f"{file} is not a .npy file: {one_line(error)}") from None
     if len(shape) != 2 or dtype.kind not in "fiu":
         raise DataError(
             f"{file} must hold N x D numbers, one row per image; it is {dtype} of shape {shape}"
@@ -142,21 +147,12 @@ def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
 
 
 def _npy_blocks(file: str, rows: int) -> Iterator[np.ndarray]:
-    filesystem, path = locate(file)
-
-    def read(size: int, position: int) -> bytes:
-        with filesystem.open_input_file(path) as stream:
-            return stream.read_at(size, position)
-
-    def read_head() -> tuple[tuple[int, int], np.dtype, int]:
-        with filesystem.open_input_file(path) as stream:
-            return _npy_head(stream, file)
-
-    (total, width), dtype, start = patiently(read_head, file)
+    source = Storage(file)
+    (total, width), dtype, start = source.load(lambda stream: _npy_head(stream, file))
     step = width * dtype.itemsize
     for first in range(0, total, rows):
         count = min(rows, total - first)
-        data = patiently(partial(read, count * step, start + first * step), file)
+        data = source.read_at(count * step, start + first * step)
         yield np.frombuffer(data, dtype).reshape(count, width).astype(np.float32)
 
 
@@ -188,11 +184,29 @@ def _matrix(column: pa.Array, file: str, width: int | None) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
+def list_rows(data: DataConfig) -> Listing:
+    """The rows of `data.embeddings` as images; Parquet columns `uri` and of labels are kept.
+
+    Raises:
+        DataError: as `open_vectors`; a row without uri, or one that occurs twice.
+    """
+    assert data.embeddings is not None
+    given = open_vectors(data.embeddings)
+    uris: Any = read_column(given.files, URI_COLUMN)
+    if uris is None:
+        pairs = zip(given.files, given.rows, strict=True)
+        uris = pa.chunked_array([number(row_uri(file), count) for file, count in pairs])
+    elif uris.null_count:
+        raise DataError(f"data.embeddings={data.embeddings}: {uris.null_count} rows have no uri")
+    labels = read_column(given.files, data.label_column)
+    return finish(index_table(uris, labels), "embeddings", data.limit)
+
+
 def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:
     """A text column of all Parquet files, or None where one of them lacks it."""
     parts = []
     for file in files:
-        part = None if _suffix(file) == "npy" else patiently(partial(_text, file, name), file)
+        part = None if suffix_of(file) == "npy" else _text(file, name)
         if part is None:
             return None
         parts.append(part)
@@ -200,10 +214,11 @@ def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:
 
 
 def _text(file: str, name: str) -> pa.ChunkedArray | None:
-    filesystem, path = locate(file)
-    with filesystem.open_input_file(path) as stream:
+    def read(stream: pa.NativeFile) -> pa.ChunkedArray | None:
         parquet = pq.ParquetFile(stream)
         schema = parquet.schema_arrow
         if name not in schema.names or pa.types.is_nested(schema.field(name).type):
             return None
         return parquet.read(columns=[name])[name].cast(pa.string())
+
+    return Storage(file).load(read)

@@ -23,45 +23,32 @@ import pyarrow.parquet as pq
 
 from icce_ray.config.schema import DataConfig
 from icce_ray.data.reading import REMOTE_THREADS, THREADS, row_uri
-from icce_ray.errors import DataError, StorageError
+from icce_ray.errors import DataError, StorageError, one_line
 from icce_ray.rundir.schemas import INDEX_SCHEMA
 from icce_ray.rundir.storage import (
+    Storage,
     absolute,
     hastily,
     is_remote,
     join_uri,
-    locate,
-    patiently,
     split_options,
 )
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
-
-
 PARQUET = ("parquet", "pq")
-
-
 TARS = ("tar",)
-
-
 FORMATS = {"folder": IMAGES, "parquet": PARQUET, "webdataset": TARS}
 
-
 BLOCK = 65_536  # names held as Python strings at a time
-
-
 MARK = "\0"  # stands for a name; none has it
-
-
 TAR_BUFFER = 1 << 23  # bytes read at once while an object store's tar streams by
-
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What was found."""
+    """The images of a run."""
 
     table: pa.Table  # INDEX_SCHEMA
     kind: str  # folder, parquet, webdataset
@@ -69,7 +56,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Found:
+class Files:
     """Files below a place, sorted by name."""
 
     base: str  # URI or absolute path of the place
@@ -77,6 +64,7 @@ class Found:
 
     @property
     def is_file(self) -> bool:
+        """Whether the place is itself a file."""
         return len(self.names) == 1 and not self.names[0].as_py()
 
     def uris(self) -> pa.Array:
@@ -89,34 +77,36 @@ class Found:
     def suffixes(self) -> pa.Array:
         """What follows the last dot of each file's name, in lower case; "" where there is none."""
         if self.is_file:
-            return pa.array([_suffix(self.base)])
+            return pa.array([suffix_of(self.base)])
         last = pc.replace_substring_regex(self.names, r"(?s)^.*/", "")
         after = pc.utf8_lower(pc.replace_substring_regex(last, r"(?s)^.*\.", ""))
         return pc.if_else(pc.match_substring(last, "."), after, "")
 
-    def only(self, suffixes: Sequence[str]) -> Found:
+    def only(self, suffixes: Sequence[str]) -> Files:
         """Those of the files that end so."""
-        return Found(self.base, self.names.filter(_any_of(self.suffixes(), suffixes)))
+        return Files(self.base, self.names.filter(_any_of(self.suffixes(), suffixes)))
 
 
 def _any_of(values: pa.Array, wanted: Sequence[str]) -> pa.Array:
     return pc.is_in(values, value_set=pa.array(list(wanted), pa.string()))
 
 
-def list_images(data: DataConfig) -> Listing:
+def list_images(data: DataConfig, setting: str = "data.path") -> Listing:
     """List the images of `data.path`, with labels where there are any.
+
+    setting: what the user gave the path as, for messages.
 
     Raises:
         DataError: nothing there, an ambiguous mixture, damaged or unsuitable files, an address
             that occurs twice.
     """
     assert data.path is not None
-    found = find_files(data.path)
-    kind = _kind(data, found)
+    files = find_files(data.path, setting)
+    kind = _kind(data, files, setting)
     # a single file may have any name, where the user gave its format
-    chosen = found if data.format != "auto" and found.is_file else found.only(FORMATS[kind])
+    chosen = files if data.format != "auto" and files.is_file else files.only(FORMATS[kind])
     if not len(chosen.names):
-        raise _nothing(data, kind, found)
+        raise _nothing(data, kind, files, setting)
     reader: Callable[..., pa.Table] = {
         "folder": _folder_rows,
         "parquet": _parquet_rows,
@@ -124,20 +114,20 @@ def list_images(data: DataConfig) -> Listing:
     }[kind]
     table = reader(data, chosen)
     if not table.num_rows:
-        raise _nothing(data, kind, found)
+        raise _nothing(data, kind, files, setting)
     return finish(table, kind, data.limit)
 
 
 def finish(table: pa.Table, kind: str, limit: int | None) -> Listing:
     """Give ids, after dropping all but `limit` evenly spaced rows. Raises DataError: duplicates."""
-    found = table.num_rows
+    total = table.num_rows
     if kind != "folder":
         _refuse_duplicates(table["uri"])
-    if limit is not None and limit < found:
-        table = table.take(pa.array(evenly(found, limit)))
+    if limit is not None and limit < total:
+        table = table.take(pa.array(evenly(total, limit)))
     ids = pa.array(np.arange(table.num_rows, dtype=np.int64))
     columns = [ids, *(table[name] for name in INDEX_SCHEMA.names[1:])]
-    return Listing(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA), kind, found)
+    return Listing(pa.Table.from_arrays(columns, schema=INDEX_SCHEMA), kind, total)
 
 
 def evenly(total: int, limit: int | None) -> np.ndarray:
@@ -157,30 +147,32 @@ def _refuse_duplicates(uris: pa.ChunkedArray) -> None:
     )
 
 
-def find_files(path: str) -> Found:
+def find_files(path: str, setting: str = "data.path") -> Files:
     """All files below a folder, or the file itself; hidden ones left out.
+
+    setting: what the user gave the path as, for messages.
 
     Raises:
         DataError: where there is nothing, or it cannot be listed.
     """
     base = absolute(path)
     try:
-        filesystem, inside = locate(base)
-        info = patiently(lambda: filesystem.get_file_info(inside), base)
+        place = Storage(base)
+        info = place.info()
         if info.type == pafs.FileType.File:
-            return Found(base, pa.array([""]))
+            return Files(base, pa.array([""]))
         if info.type == pafs.FileType.NotFound:
-            raise DataError(f"data.path={path}: there is no such file or folder")
-        walk = _walk_local(inside) if not is_remote(base) else _walk(filesystem, inside, base)
+            raise DataError(f"{setting}={path}: there is no such file or folder")
+        walk = _walk(place) if is_remote(base) else _walk_local(place.root)
         blocks = [pa.array(names, pa.string()) for names in walk]
     except UnicodeError as error:
         raise DataError(
-            f"data.path={path}: a file name is not valid UTF-8 ({error.object!r}); rename it"  # type: ignore[attr-defined]
+            f"{setting}={path}: a file name is not valid UTF-8 ({error.object!r}); rename it"  # type: ignore[attr-defined]
         ) from None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"data.path={path} cannot be listed: {_one_line(error)}") from None
+        raise DataError(f"{setting}={path} cannot be listed: {one_line(error)}") from None
     names = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
-    return Found(base, names.take(pc.sort_indices(names)))
+    return Files(base, names.take(pc.sort_indices(names)))
 
 
 def _walk_local(root: str) -> Iterator[list[str]]:
@@ -210,63 +202,64 @@ def _walk_local(root: str) -> Iterator[list[str]]:
     yield names
 
 
-def _walk(filesystem: pafs.FileSystem, root: str, uri: str) -> Iterator[list[str]]:
+def _walk(place: Storage) -> Iterator[list[str]]:
     """The same for any file system, a folder at a time: its client lists a folder as a whole."""
-    start, todo = len(root.rstrip("/")) + 1, [root]
+    todo = [""]
     while todo:
-        below = pafs.FileSelector(todo.pop())
-        infos = patiently(lambda below=below: filesystem.get_file_info(below), uri)  # type: ignore[misc]
+        folder = todo.pop()
+        infos = place.list(*folder.split("/")[:-1])
         shown = [info for info in infos if not info.base_name.startswith(".")]
-        todo += [info.path for info in shown if info.type == pafs.FileType.Directory]
-        yield [info.path[start:] for info in shown if info.type == pafs.FileType.File]
+        names = [(info.type, folder + info.base_name) for info in shown]
+        todo += [f"{name}/" for kind, name in names if kind == pafs.FileType.Directory]
+        yield [name for kind, name in names if kind == pafs.FileType.File]
 
 
 def check_exists(setting: str, uri: str) -> None:
     """See, within seconds, that the file or folder of a setting is there. Raises DataError."""
     try:
-        filesystem, path = locate(absolute(uri))
         with hastily():
-            info = patiently(lambda: filesystem.get_file_info(path), uri)
+            info = Storage(uri).info()
     except StorageError as error:
         raise DataError(f"{setting}={error}") from None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{setting}={uri} cannot be read: {_one_line(error)}") from None
+        raise DataError(f"{setting}={uri} cannot be read: {one_line(error)}") from None
     if info.type == pafs.FileType.NotFound:
         raise DataError(f"{setting}={uri}: there is no such file or folder")
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
+    """What follows the last dot of a file's address, in lower case; "" where there is none."""
     base = split_options(name)[0].rpartition("/")[2]
     return base.rpartition(".")[2].lower() if "." in base else ""
 
 
-def _kind(data: DataConfig, found: Found) -> str:
+def _kind(data: DataConfig, files: Files, setting: str) -> str:
     """The format: as given, or by the files' names."""
     if data.format != "auto":
         return data.format
-    suffixes = found.suffixes()
+    suffixes = files.suffixes()
     counts = {k: pc.sum(_any_of(suffixes, ends)).as_py() or 0 for k, ends in FORMATS.items()}
     present = [kind for kind, count in counts.items() if count]
     if len(present) > 1:
         text = ", ".join(f"{counts[kind]:,} of format {kind}" for kind in present)
         raise DataError(
-            f"data.path={data.path} holds several kinds of files: {text}. "
+            f"{setting}={data.path} holds several kinds of files: {text}. "
             "Say which to use: data.format=folder, parquet or webdataset."
         )
     if not present:
-        raise _nothing(data, "auto", found)
+        raise _nothing(data, "auto", files, setting)
     return present[0]
 
 
-def _nothing(data: DataConfig, kind: str, found: Found) -> DataError:
+def _nothing(data: DataConfig, kind: str, files: Files, setting: str) -> DataError:
     kinds = FORMATS if kind == "auto" else {kind: FORMATS[kind]}
     looked = "; ".join(f"{name}: {_dotted(ends)}" for name, ends in kinds.items())
-    seen = sorted(set(pc.unique(found.suffixes()).to_pylist()) - {""})
-    text = f"data.path={data.path} holds no images. Looked for {looked}"
+    seen = sorted(set(pc.unique(files.suffixes()).to_pylist()) - {""})
+    text = f"{setting}={data.path} holds no images. Looked for {looked}"
     if kind == "webdataset" and "tar" in seen:
         text += " with members KEY.jpg, KEY.png, ..., KEY being all before the first dot"
     if seen:
-        text += f". Found {len(found.names):,} files ending in {_dotted(seen[:8])}"
+        text += f". Found {len(files.names):,} files ending in {_dotted(seen[:8])}"
     if "gz" in seen or "tgz" in seen:
         text += " (compressed tars have to be unpacked: images are read out of tars by position)"
     return DataError(text + ".")
@@ -276,10 +269,6 @@ def _dotted(suffixes: Sequence[str]) -> str:
     return ", ".join(f".{suffix}" for suffix in suffixes)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _each(work: Callable[[str], T], uris: Sequence[str]) -> list[T]:
     """Results of many files in their order, several at a time."""
     threads = REMOTE_THREADS if is_remote(uris[0]) else THREADS
@@ -287,7 +276,7 @@ def _each(work: Callable[[str], T], uris: Sequence[str]) -> list[T]:
         return list(pool.map(work, uris))
 
 
-def _rows(
+def index_table(
     uris: pa.Array | pa.ChunkedArray,
     labels: Any = None,
     offsets: Any = None,
@@ -306,34 +295,34 @@ def _rows(
     return pa.table(dict(zip(names, columns, strict=True)))
 
 
-def _folder_rows(data: DataConfig, found: Found) -> pa.Table:
+def _folder_rows(data: DataConfig, files: Files) -> pa.Table:
     """Image files. Labels: the first folder below the root, where all lie in one and two differ."""
     labels = None
-    if pc.all(pc.match_substring(found.names, "/")).as_py():
-        first = pc.replace_substring_regex(found.names, r"(?s)/.*$", "")
+    if pc.all(pc.match_substring(files.names, "/")).as_py():
+        first = pc.replace_substring_regex(files.names, r"(?s)/.*$", "")
         labels = first if pc.count_distinct(first).as_py() > 1 else None
-    return _rows(found.uris(), labels)
+    return index_table(files.uris(), labels)
 
 
-def _parquet_rows(data: DataConfig, found: Found) -> pa.Table:
-    """Rows of Parquet files; their footers tell how many, only labels are read."""
-    uris = found.uris().to_pylist()
+def _parquet_rows(data: DataConfig, files: Files) -> pa.Table:
+    """Rows of Parquet files; their footers say how many; only labels are read."""
+    uris = files.uris().to_pylist()
     return pa.concat_tables(_each(lambda uri: _parquet_file(data, uri), uris))
 
 
 def _parquet_file(data: DataConfig, uri: str) -> pa.Table:
-    def read() -> pa.Table:
-        filesystem, path = locate(uri)
-        with filesystem.open_input_file(path) as stream:
-            parquet = pq.ParquetFile(stream)
-            _check_image_column(data.image_column, parquet.schema_arrow, uri)
-            labels = read_labels(parquet, data.label_column)
-            return _rows(number(row_uri(uri, data.image_column), parquet.metadata.num_rows), labels)
+    def read(stream: pa.NativeFile) -> pa.Table:
+        parquet = pq.ParquetFile(stream)
+        _check_image_column(data.image_column, parquet.schema_arrow, uri)
+        labels = _label_column(parquet, data.label_column)
+        return index_table(
+            number(row_uri(uri, data.image_column), parquet.metadata.num_rows), labels
+        )
 
     try:
-        return patiently(read, uri)
+        return Storage(uri).load(read)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{uri} cannot be read as Parquet: {_one_line(error)}") from None
+        raise DataError(f"{uri} cannot be read as Parquet: {one_line(error)}") from None
 
 
 def number(prefix: str, count: int) -> pa.Array:
@@ -357,7 +346,7 @@ def _check_image_column(name: str, schema: pa.Schema, uri: str) -> None:
     raise DataError(f"{uri}: column {name!r} {what}; columns are {', '.join(schema.names)}; {hint}")
 
 
-def read_labels(parquet: pq.ParquetFile, column: str) -> Any:
+def _label_column(parquet: pq.ParquetFile, column: str) -> Any:
     """The label column as text; None where there is none or it holds no plain values."""
     if column not in parquet.schema_arrow.names:
         return None
@@ -367,23 +356,23 @@ def read_labels(parquet: pq.ParquetFile, column: str) -> Any:
     return parquet.read(columns=[column])[column].cast(pa.string()).combine_chunks()
 
 
-def _tar_rows(data: DataConfig, found: Found) -> pa.Table:
+def _tar_rows(data: DataConfig, files: Files) -> pa.Table:
     """Members of uncompressed tars, by a scan of their headers."""
-    return pa.concat_tables(_each(_tar_file, found.uris().to_pylist()))
+    return pa.concat_tables(_each(_tar_file, files.uris().to_pylist()))
 
 
 def _tar_file(uri: str) -> pa.Table:
     try:
-        return patiently(lambda: _scan_tar(uri), uri)
+        return Storage(uri).attempt(lambda files, path: _scan_tar(files, path, uri))
     except (OSError, tarfile.TarError, pa.ArrowException) as error:
-        raise DataError(f"{uri} cannot be read as a tar: {_one_line(error)}") from None
+        raise DataError(f"{uri} cannot be read as a tar: {one_line(error)}") from None
 
 
-def _scan_tar(uri: str) -> pa.Table:
+def _scan_tar(filesystem: pafs.FileSystem, path: str, uri: str) -> pa.Table:
     images: list[tuple[str, int, int]] = []
     keys: list[str] = []
     labels: dict[str, str] = {}
-    for member, read in _members(uri):
+    for member, read in _members(filesystem, path):
         key, suffix = _key(member.name)
         if suffix in IMAGES:
             images.append((member.name, member.offset_data, member.size))
@@ -391,7 +380,7 @@ def _scan_tar(uri: str) -> pa.Table:
         elif suffix == "cls":
             labels[key] = read().decode("utf-8", "replace").strip()
     names = [f"{uri}#{name}" for name, _, _ in images]
-    return _rows(
+    return index_table(
         pa.array(names, pa.string()),
         pa.array([labels.get(key) for key in keys], pa.string()),
         pa.array([offset for _, offset, _ in images], pa.int64()),
@@ -406,13 +395,14 @@ def _key(name: str) -> tuple[str, str]:
     return str(path.parent / stem), suffix.lower() if stem else ""
 
 
-def _members(uri: str) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+def _members(
+    filesystem: pafs.FileSystem, path: str
+) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
     """Regular members of a tar, each with a function that reads it (at once or never).
 
     A local file is sought through; an object store's is streamed, since a request per header would
     take longer than to read all of it.
     """
-    filesystem, path = locate(uri)
     local = isinstance(filesystem, pafs.LocalFileSystem)
     opened = (
         filesystem.open_input_file(path)

@@ -24,32 +24,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from icce_ray.core.preprocess import BadImage, _one_line
-from icce_ray.errors import IcceError, NoAnswerError
-from icce_ray.rundir import storage
-from icce_ray.rundir.storage import is_remote, locate, patiently
+from icce_ray.core.preprocess import BadImage
+from icce_ray.errors import IcceError, NoAnswerError, one_line
+from icce_ray.rundir.storage import Storage, is_remote
 
 IMAGE_COLUMN = "image"
-
-
 THREADS = 4  # concurrent reads of local files
-
-
 REMOTE_THREADS = 32  # ... of an object store, where each read waits for the network
-
-
 GAP = 1 << 18  # bytes between two tar members that are read along rather than skipped
-
-
 RANGE = 1 << 25  # bytes read from a tar at once, at most (a larger member is read whole)
-
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is raised or quarantined
 
-
 _ROW = re.compile(r"(?P<file>.*)#(?:(?P<column>[^#]+)/)?(?P<row>\d+)", re.DOTALL)
-
-
 _TAR = re.compile(r"(?P<file>.*?\.tar(?:\?[^#]*)?)#", re.DOTALL)
 
 
@@ -65,10 +52,10 @@ def read_bytes(uri: str, offset: int | None = None, size: int | None = None) -> 
         BadImage: where it cannot be read.
         NoAnswerError: as read_many.
     """
-    found = read_many([uri], [offset], [size])[0]
-    if isinstance(found, BadImage):
-        raise found
-    return found
+    data = read_many([uri], [offset], [size])[0]
+    if isinstance(data, BadImage):
+        raise data
+    return data
 
 
 def read_many(
@@ -130,12 +117,12 @@ def _jobs(
 def _unreadable(error: Exception) -> BadImage:
     if isinstance(error, FileNotFoundError):
         return BadImage("not found")
-    return BadImage(f"cannot be read: {_one_line(error)}")
+    return BadImage(f"cannot be read: {one_line(error, 200)}")
 
 
 def _read_file(uri: str, position: int, out: list[bytes | BadImage]) -> None:
     try:
-        out[position] = storage.read(uri)
+        out[position] = Storage(uri).read()
     except NoAnswerError:
         raise
     except (OSError, pa.ArrowException, IcceError, ValueError) as error:
@@ -161,13 +148,8 @@ def _read_range(
     start = members[0][0]
     stop = max(offset + size for offset, size, _ in members)
 
-    def read() -> bytes:
-        filesystem, path = locate(file)
-        with filesystem.open_input_file(path) as stream:
-            return stream.read_at(stop - start, start)
-
     try:
-        data = patiently(read, file)
+        data = Storage(file).read_at(stop - start, start)
     except NoAnswerError:
         raise
     except (OSError, pa.ArrowException, IcceError, ValueError) as error:
@@ -181,9 +163,7 @@ def _read_range(
 @lru_cache(maxsize=64)
 def _group_ends(file: str) -> np.ndarray:
     """Row numbers at which the row groups of a Parquet file end."""
-    filesystem, path = locate(file)
-    with filesystem.open_input_file(path) as stream:
-        metadata = pq.ParquetFile(stream).metadata
+    metadata = Storage(file).load(lambda stream: pq.ParquetFile(stream).metadata)
     rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     return np.cumsum(rows, dtype=np.int64)
 
@@ -191,20 +171,22 @@ def _group_ends(file: str) -> np.ndarray:
 @lru_cache(maxsize=1)  # the next batch of rows is usually in the same group
 def _group(file: str, column: str, group: int) -> pa.ChunkedArray:
     """One row group's encoded images."""
-    filesystem, path = locate(file)
-    with filesystem.open_input_file(path) as stream:
+
+    def read(stream: pa.NativeFile) -> pa.ChunkedArray:
         parquet = pq.ParquetFile(stream)
-        kind = parquet.schema_arrow.field(column).type
-        leaf = f"{column}.bytes" if pa.types.is_struct(kind) else column
+        nested = pa.types.is_struct(parquet.schema_arrow.field(column).type)
+        leaf = f"{column}.bytes" if nested else column
         values = parquet.read_row_group(group, columns=[leaf]).column(column)
-    return pc.struct_field(values, "bytes") if pa.types.is_struct(kind) else values
+        return pc.struct_field(values, "bytes") if nested else values
+
+    return Storage(file).load(read)
 
 
 def _read_rows(
     file: str, column: str, rows: list[tuple[int, int]], out: list[bytes | BadImage]
 ) -> None:
     try:
-        ends = patiently(lambda: _group_ends(file), file)
+        ends = _group_ends(file)
         groups = np.searchsorted(ends, [row for row, _ in rows], side="right")
         for group in np.unique(groups):
             chosen = [rows[i] for i in np.flatnonzero(groups == group)]
@@ -213,8 +195,7 @@ def _read_rows(
             else:
                 first = int(ends[group - 1]) if group else 0
                 take = pa.array([row - first for row, _ in chosen])
-                read = partial(_group, file, column, int(group))
-                values = patiently(read, file).take(take).to_pylist()
+                values = _group(file, column, int(group)).take(take).to_pylist()
             for (_, position), value in zip(chosen, values, strict=True):
                 out[position] = value if isinstance(value, bytes) else BadImage("no image bytes")
     except NoAnswerError:

@@ -7,47 +7,23 @@ import logging
 import math
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from icce_ray.config.schema import RayConfig
-from icce_ray.distributed.compat import filter_native_stderr, hush_raylets
-from icce_ray.errors import IcceError, StageError
-
-# Ray's own chatter. Errors are raised as exceptions, so nothing is lost.
-_QUIET = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DEDUP_LOGS": "1",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives a failed run must not start Ray anew
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-
-
-# How long Ray Train waits for a place for a group it believes to fit before it counts anew. After a
-# lost node its belief is up to 20 s old; the default of 60 s is spent waiting for nothing.
-_PACE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
-
+from icce_ray.distributed import compat
+from icce_ray.errors import StageError
 
 SHARED_MEMORY = Path("/dev/shm")  # where Ray's object store is
-
-
 LEAST_SHARED_MEMORY = 1e9  # bytes; a container has 64 MB of its own
-
-
 LOOK_EVERY = 2.0  # seconds between looks at the cluster's nodes
-
-
 IDLE_CORES = 0.1  # share of the cores that tasks as large as a node may leave unused
-
-
-_WANTED_DEATHS = (1, 4)  # ray.nodes()["DeathReason"]: shut down in order; idle, by the autoscaler
+STOP_WITHIN = 5.0  # seconds that Ray gets to answer while a run ends
 
 
 @dataclass(frozen=True)
@@ -112,12 +88,21 @@ def shared_memory_hint() -> str | None:
 
 
 class Cluster:
-    """Starts or joins Ray at first use, so that a run with nothing to do starts nothing."""
+    """Starts or joins Ray at first use, so that a run with nothing to do starts nothing.
 
-    def __init__(self, settings: RayConfig | None = None, dashboard: bool = False) -> None:
+    Args:
+        dashboard: of a local Ray; it is what frees a stopped trial's workers.
+        parts: of how many equal users this one is, as one of several trials: each counts on that
+            part of every node's cores.
+    """
+
+    def __init__(
+        self, settings: RayConfig | None = None, dashboard: bool = False, parts: int = 1
+    ) -> None:
         self.settings = settings or RayConfig()
-        self.dashboard = dashboard  # of a local Ray; it is what frees a stopped trial's workers
+        self.dashboard, self.parts = dashboard, parts
         self._owned = False
+        self._levels: dict[str, int] = {}  # of Ray's loggers, before we came
 
     @property
     def address(self) -> str:
@@ -133,36 +118,28 @@ class Cluster:
 
     def start(self) -> Any:
         """Return the `ray` module, connected."""
-        for name, value in (_QUIET | _PACE).items():
-            os.environ.setdefault(name, value)
-        if self.is_local:  # workers of a local Ray share this environment; nothing to ship
-            os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         import ray
 
         if not ray.is_initialized():
             self._connect(ray)
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
         return ray
 
     def _connect(self, ray: Any) -> None:
-        filter_native_stderr()
-        hush_raylets()
+        compat.before_connecting()
         extra: dict[str, Any] = {}
         if self.is_local:
             extra = {"num_cpus": self.settings.num_cpus, "include_dashboard": self.dashboard}
-        main = threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGTERM)
+        local = compat.LOCAL if self.is_local else {}
         try:
-            ray.init(
-                address=self.address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-                **extra,
-            )
+            with compat.environment(local), compat.kept_signals(), compat.own_session():
+                compat.init(
+                    ray,
+                    address=self.address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=True,
+                    **extra,
+                )
         except Exception as error:  # Ray raises plain ones, too
             reason = str(error).strip().splitlines()
             raise StageError(
@@ -170,21 +147,34 @@ class Cluster:
                 f"{reason[0] if reason else type(error).__name__}"
             ) from None
         self._owned = True
-        if main:  # Ray's own handler would end the process without a word to the user
-            signal.signal(signal.SIGTERM, handler)
+        for name in ("ray", "ray.train", "ray.tune"):
+            self._levels[name] = logging.getLogger(name).level
+            logging.getLogger(name).setLevel(logging.ERROR)
 
     def stop(self) -> None:
-        """Disconnect; a local Ray that this object started ends with it."""
+        """Disconnect; a local Ray that this object started ends with it.
+
+        A Ray whose processes have ended already would keep us for a minute and then end this
+        process: it gets a few seconds.
+        """
         ray = sys.modules.get("ray")
         if self._owned and ray is not None and ray.is_initialized():
-            ray.shutdown()
+            if self.is_local and compat.local_ray_ended():
+                ending = threading.Thread(target=ray.shutdown, name="end-of-ray", daemon=True)
+                ending.start()
+                ending.join(STOP_WITHIN)
+            else:
+                ray.shutdown()
         self._owned = False
+        for name, level in self._levels.items():
+            logging.getLogger(name).setLevel(level)
+        self._levels = {}
 
     def resources(self) -> Resources:
         """What the connected cluster has now (an autoscaled one may grow when asked)."""
         nodes = [node["Resources"] for node in self.start().nodes() if node["Alive"]]
         working = [node for node in nodes if node.get("CPU") or node.get("GPU")]
-        each = tuple((node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in working)
+        each = tuple((self._part(node.get("CPU", 0.0)), node.get("GPU", 0.0)) for node in working)
         return Resources(
             cpus=int(sum(cpus for cpus, _ in each)),
             gpus=int(sum(gpus for _, gpus in each)),
@@ -192,6 +182,9 @@ class Cluster:
             memory=sum(node.get("memory", 0.0) for node in working),
             each=each,
         )
+
+    def _part(self, cpus: float) -> float:
+        return cpus if self.parts == 1 else float(max(1, cpus // self.parts))
 
     def used(self) -> dict[str, Any]:
         """What a stage ran on, for its manifest; without Ray, this process's machine."""
@@ -201,10 +194,10 @@ class Cluster:
         have = self.resources()
         return {"nodes": have.nodes, "cpus": have.cpus, "gpus": have.gpus, "ray": True}
 
-    def gpus_each(self, wanted: float | None) -> float:
-        """GPUs per worker: as asked for, else 1 where the cluster has any."""
-        if wanted is not None:
-            return wanted
+    def gpus_each(self) -> float:
+        """GPUs per worker: `ray.num_gpus`, else 1 where the cluster has any."""
+        if self.settings.num_gpus is not None:
+            return self.settings.num_gpus
         return 1.0 if self.resources().gpus else 0.0
 
     def workers(self, wanted: int | None, gpus_each: float) -> int:
@@ -281,7 +274,7 @@ class Wait:
         have = self.cluster.resources()
         if all(request.fits(have) for request in self.requests):
             if self._since is not None:
-                self.reporter.say(f"the cluster now has {have.describe()}: going on")
+                self.reporter.say(f"the cluster now has {have.describe()}: resuming")
                 self.reporter.status("running")
             self._since = None
             return True
@@ -346,11 +339,12 @@ class NodeWatch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
-        with contextlib.suppress(Exception):
-            self.look()
+        self._thread.join(STOP_WITHIN)  # a look may hang where Ray is gone
+        if kind is None:
+            with contextlib.suppress(Exception):
+                self.look()
 
     def _loop(self) -> None:
         while not self._ended.wait(LOOK_EVERY):
@@ -367,39 +361,6 @@ class NodeWatch:
         self._alive = {name for name, node in nodes.items() if node["Alive"]}
         for name in sorted(before - self._alive):
             node = nodes.get(name, {})
-            if node.get("DeathReason") not in _WANTED_DEATHS:
+            if compat.was_lost(node):
                 where = node.get("NodeManagerAddress", name)
                 self.reporter.event(f"a node was lost ({where}): others do its work again")
-
-
-def completed(ray: Any, refs: Sequence[Any], wait: Wait) -> Iterator[tuple[int, Any]]:
-    """Yield (position, result) of Ray tasks as they end; an error of ours keeps its type.
-
-    Raises:
-        StageError: where the cluster provides nothing that carries them, as `wait` says.
-    """
-    position = {ref: index for index, ref in enumerate(refs)}
-    waiting = list(refs)
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=LOOK_EVERY)
-        for ref in done:
-            yield position[ref], fetch(ray, ref)
-        if not done:
-            wait.check()
-
-
-def result(ray: Any, ref: Any, wait: Wait) -> Any:
-    """The result of one Ray task; see `completed`."""
-    return next(completed(ray, [ref], wait))[1]
-
-
-def fetch(ray: Any, ref: Any) -> Any:
-    """The result of one ended Ray task; an IcceError raised in it is raised here as itself."""
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, IcceError):
-            raise error.cause from None
-        raise StageError(f"a Ray task failed:\n{str(error).strip()[-2000:]}") from None
-    except ray.exceptions.RayError as error:
-        raise StageError(f"a Ray task was lost: {str(error).strip()[-500:]}") from None

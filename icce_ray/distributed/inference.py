@@ -1,88 +1,38 @@
-"""The pipeline that `embed` and `predict` share: addresses in, one result per image out.
+"""A model over all images: the models that actors hold, and what the driver does with results.
 
-Ray Data streams blocks of addresses through CPU tasks, which read and decode, to a pool of actors,
-each of which holds a model. The driver gathers results by id and writes a shard (a file of
-consecutive ids) as soon as all its rows are in, so a killed run loses only the shards in flight.
-
-Nothing here imports torch at the top: decoding tasks do without it.
-Shapes: N images, B batch, S side of the input.
+`embed`, `predict` and fine-tuning differ in the model, and in where the results go. All else is
+`infer`: find what is missing, stream it, check it, hand it to the shards.
+Shapes: N images, B batch, D features, K clusters, S side of the input.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import math
-import os
-import queue
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from icce_ray import errors
-from icce_ray.config.schema import BackboneConfig, EmbedConfig
-from icce_ray.core import preprocess as preprocess_
-from icce_ray.core.preprocess import BadImage, Preprocess
-from icce_ray.data import reading as images
-from icce_ray.distributed.cluster import LOOK_EVERY, Cluster, Request, Wait
-from icce_ray.errors import IcceError, StageError
+from icce_ray.config.schema import BackboneConfig
+from icce_ray.core.preprocess import Preprocess
+from icce_ray.distributed import stream
+from icce_ray.distributed.cluster import Cluster
+from icce_ray.distributed.stream import Columns, Job
+from icce_ray.errors import StageError
+from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.progress import Reporter
 
 if TYPE_CHECKING:
     import torch
 
-
-ADDRESS = ("image_id", "uri", "offset", "size")  # columns of the index that the pipeline reads
-
-
-TASK_ROWS = (64, 2048)  # images per decoding task, at least and at most
+UNIT = 1e-2  # largest deviation of a row's length from 1
+CLASSIFIER = "classifier"  # the folder of a run's classifier
+WEIGHTS, DESCRIPTION = "classifier.safetensors", "classifier.json"
 
 
-TASKS_PER_CPU = 4  # decoding tasks per core, where the images suffice for that
-
-
-CHUNK_ROWS = 64  # images decoded between two outputs of a task, at most ...
-
-
-CHUNK_BYTES = 8 << 20  # ... and their pixels
-
-
-BLOCK_BYTES = 32 << 20  # pixels per Ray Data block
-
-
-AHEAD = 2  # batches of results that wait for the driver
-
-
-ADVICE = "Lower embed.num_gpus"
-
-
-Columns = dict[str, np.ndarray]
-
-
-class Model(Protocol):
-    """What the actors compute. Travels to them unloaded."""
-
-    def load(self, device: torch.device) -> list[dict[str, Any]]:
-        """Load the weights; return Backbone.describe() of each backbone."""
-
-    def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
-        """Results [B, ...] of one uint8 batch [B, 3, S, S] per distinct preparation."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to do with each image, apart from where."""
-
-    model: Model
-    preprocess: tuple[Preprocess, ...]  # distinct ones
-    settings: EmbedConfig
+# --- the models, in the actors -------------------------------------------------------------------
 
 
 def preparations(backbones: Sequence[BackboneConfig]) -> tuple[tuple[Preprocess, ...], list[int]]:
@@ -94,332 +44,91 @@ def preparations(backbones: Sequence[BackboneConfig]) -> tuple[tuple[Preprocess,
     return distinct, [distinct.index(one) for one in each]
 
 
-def decode_rows(
-    table: pa.Table, preprocess: Sequence[Preprocess], max_pixels: int
-) -> Iterator[Columns]:
-    """Read and decode the images of a table of ADDRESS columns, a chunk at a time.
+class Embedder:
+    """Unit-norm features of one or several backbones (see core.backbone.join).
 
-    Yields image_id, reason ("" where all is well) and pixels0, pixels1, ...: uint8 [B, 3, S, S],
-    zeros where the image is bad.
+    Args:
+        slots: which of the distinct preparations each backbone takes; see `preparations`.
+        precision: embed.precision; once loaded, what the device computes in.
     """
-    size = sum(one.nbytes for one in preprocess)
-    step = max(1, min(CHUNK_ROWS, CHUNK_BYTES // size))
-    for start in range(0, table.num_rows, step):
-        part = table.slice(start, step)
-        addresses = (part[name].to_pylist() for name in ("uri", "offset", "size"))
-        pixels = [np.zeros((part.num_rows, 3, p.size, p.size), np.uint8) for p in preprocess]
-        reasons = [""] * part.num_rows
-        for row, data in enumerate(images.read_many(*addresses)):
-            try:
-                _prepare(data, row, preprocess, pixels, max_pixels)
-            except BadImage as error:
-                reasons[row] = str(error)
-        columns = {f"pixels{number}": array for number, array in enumerate(pixels)}
-        ids = part["image_id"].to_numpy()
-        yield {"image_id": ids, "reason": np.array(reasons, dtype=object), **columns}
+
+    product = "feature vectors"
+
+    def __init__(
+        self, configs: Sequence[BackboneConfig], slots: Sequence[int], precision: str
+    ) -> None:
+        self.configs, self.slots = configs, slots
+        self.precision: Any = precision
+        self.backbones: list[Any] = []
+
+    def load(self, device: torch.device) -> list[dict[str, Any]]:
+        """Load the backbones onto the device; returns their descriptions."""
+        from icce_ray.core import backbone as core
+
+        loaded = [core.load(config) for config in self.configs]
+        self.precision = core.arithmetic(self.precision, device)
+        described = [{**one.describe(), "precision": self.precision} for one in loaded]
+        self.backbones = [one.to(device) for one in loaded]
+        return described
+
+    def embed(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """uint8 [B, 3, S, S] per distinct preparation -> float32 [B, D], rows of length 1."""
+        from icce_ray.core import backbone as core
+
+        pairs = zip(self.backbones, self.slots, strict=True)
+        return core.join([one.embed(pixels[slot], self.precision) for one, slot in pairs])
+
+    def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
+        """`embedding` float16 [B, D], and `valid`: finite and not zero."""
+        features = self.embed(pixels)
+        valid = (features.norm(dim=-1) - 1).abs() < UNIT  # False for NaN
+        return {"embedding": features.half().cpu().numpy(), "valid": valid.cpu().numpy()}
 
 
-def _prepare(
-    data: bytes | BadImage,
-    row: int,
-    preprocess: Sequence[Preprocess],
-    pixels: Sequence[np.ndarray],
-    max_pixels: int,
-) -> None:
-    if isinstance(data, BadImage):
-        raise data
-    image = preprocess_.decode(data, max_pixels)
-    try:
-        for array, prepare in zip(pixels, preprocess, strict=True):
-            array[row] = prepare(image)
-    except (ValueError, OSError, MemoryError) as error:
-        raise BadImage(f"cannot be resized: {error}") from None
+class Predictor:
+    """A run's classifier on top of its backbones; a fine-tuned one brings its own backbone."""
 
+    product = "predictions"
 
-class Worker:
-    """An actor of the pool: a model on its device."""
+    def __init__(self, run: RunDirectory, embedder: Embedder, finetuned: bool) -> None:
+        self.run, self.embedder, self.finetuned = run, embedder, finetuned
+        self.classifier: Any = None
 
-    def __init__(self, model: Model, threads: int, gpu: bool) -> None:
+    def load(self, device: torch.device) -> list[dict[str, Any]]:
+        """Load classifier and backbones onto the device; returns the backbones' descriptions."""
+        from icce_ray.core.backbone import arithmetic
+        from icce_ray.core.classifier import model as core
+
+        weights = self.run.read_bytes(CLASSIFIER, WEIGHTS)
+        self.classifier = core.load(weights, self.run.read_json(CLASSIFIER, DESCRIPTION))
+        self.classifier = self.classifier.to(device).eval()
+        if not self.finetuned:
+            return self.embedder.load(device)
+        precision = self.embedder.precision = arithmetic(self.embedder.precision, device)
+        return [{**self.classifier.backbone.describe(), "precision": precision}]
+
+    def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
+        """`cluster` int32 [B], `confidence` float32 [B], and `valid`: finite."""
         import torch
 
-        self.model, self.note = model, ""
-        if not gpu:
-            torch.set_num_threads(min(threads, os.cpu_count() or 1))
-        self.device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
-        self.error: IcceError | None = None
-        try:
-            loaded = model.load(self.device)
-            self.note = json.dumps({"backbones": loaded, "restart": _restart()})
-        except IcceError as error:
-            self.error = error
+        with torch.inference_mode():
+            probability = self._logits(pixels).float().softmax(dim=1)
+            largest, cluster = probability.max(dim=1)
+        confidence = largest.cpu().numpy()
+        return {
+            "cluster": cluster.cpu().numpy().astype(np.int32),
+            "confidence": confidence,
+            "valid": np.isfinite(confidence),
+        }
 
-    def __call__(self, batch: Columns) -> Columns:
-        """Results of one batch; `note` of its first row says, as JSON, what was loaded, and which
-        restart of an actor this is. Every batch does: Ray drops what it got before a loss.
-
-        An error of ours comes back as data: Ray would hide its type behind one of its own.
-        """
-        notes = np.full(len(batch["image_id"]), "", dtype=object)
-        common = {"image_id": batch["image_id"], "reason": batch["reason"], "note": notes}
-        try:
-            found = self._results(batch)
-        except IcceError as error:
-            notes[0] = json.dumps({"error": type(error).__name__, "message": str(error)})
-            return common
-        notes[0] = self.note
-        return {**common, **found}
-
-    def _results(self, batch: Columns) -> Columns:
+    def _logits(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
-        if self.error is not None:
-            raise self.error
-        names = sorted(name for name in batch if name.startswith("pixels"))
-        return self._compute([torch.from_numpy(np.array(batch[name])) for name in names])
-
-    def _compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
-        """Halves the batch where the device's memory does not suffice."""
-        import torch
-
-        try:
-            return self.model.compute([p.to(self.device) for p in pixels])
-        except torch.OutOfMemoryError:
-            half = len(pixels[0]) // 2
-            if not half:
-                raise StageError(
-                    "the device's memory does not suffice for one image; use a smaller backbone or "
-                    "backbone.image_size"
-                ) from None
-            torch.cuda.empty_cache()
-        parts = [self._compute([p[s] for p in pixels]) for s in (slice(half), slice(half, None))]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _restart() -> str | None:
-    """A name for this life of the actor, if it is not the first: Ray runs it anew after a loss."""
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized():
-        return None
-    context = ray.get_runtime_context()
-    actor = context.get_actor_id()
-    if actor is None or not context.was_current_actor_reconstructed:
-        return None
-    return f"{actor}-{os.getpid()}"
-
-
-@dataclass(frozen=True)
-class Pool:
-    """How the cluster's devices are shared."""
-
-    least: int  # actors
-    most: int
-    gpus: float  # per actor
-    cpus: float  # reserved per actor
-    threads: int  # an actor's, on the CPU
-    decode_cpus: float  # reserved per decoding task
-    task_rows: int
-
-    def requests(self) -> list[Request]:
-        """The least that lets the pipeline run: an actor and a decoding task."""
-        return [Request(self.cpus, self.gpus), Request(self.decode_cpus)]
-
-
-def share(cluster: Cluster, settings: EmbedConfig, rows: int) -> Pool:
-    """Actors and reservations for `rows` images.
-
-    Without GPUs all actors of a node together reserve half of its cores, so that decoding tasks
-    always find room, and use all cores as threads: the operating system balances better than a
-    fixed division, since either side waits for the other most of the time.
-    """
-    have = cluster.resources()
-    gpus = cluster.gpus_each(settings.num_gpus)
-    most = settings.max_actors or cluster.workers(None, gpus)
-    most = min(max(most, settings.min_actors), max(1, math.ceil(rows / settings.batch_size)))
-    cores = cluster.cpus_each(1, 0)
-    large = sum(1 for cpus, _ in have.each if cpus >= cores)
-    per_node = math.ceil(most / max(1, large))
-    low, high = TASK_ROWS
-    wanted = math.ceil(rows / (TASKS_PER_CPU * max(1, have.cpus)))
-    return Pool(
-        least=min(settings.min_actors, most),
-        most=most,
-        gpus=gpus,
-        cpus=0.0 if gpus else _reservation(cores / 2 / per_node),
-        threads=max(1, cores // per_node),
-        decode_cpus=1.0 if cores >= 2 else 0.5,
-        task_rows=min(max(wanted, low), high),
-    )
-
-
-def _reservation(cpus: float) -> float:
-    """Whole cores from 2 on. Never what a decoding task reserves: Ray would run both in the actor,
-    one after the other."""
-    return float(int(cpus)) if cpus >= 2 else 0.9 * cpus
-
-
-def stream(cluster: Cluster, table: pa.Table, job: Job, reporter: Reporter) -> Iterator[Columns]:
-    """Results of the images of a table of ADDRESS columns, in whatever order they come.
-
-    Yields image_id, reason, note and what the model computes.
-
-    Raises:
-        IcceError: what an actor raised of our own.
-        StageError: anything else that went wrong in tasks or actors, or too long a wait for nodes.
-    """
-    ray = cluster.start()
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as exceptions
-    gpus = cluster.gpus_each(job.settings.num_gpus)
-    Wait(cluster, reporter, [Request(0.0 if gpus else 1.0, gpus)], ADVICE).until_there()
-    pool = share(cluster, job.settings, table.num_rows)
-    wait = Wait(cluster, reporter, pool.requests(), ADVICE)
-
-    def start() -> Iterator[Columns]:
-        dataset = _dataset(ray, table, job, pool)
-        return iter(dataset.iter_batches(batch_size=None, batch_format="numpy"))
-
-    restarts: set[str] = set()
-    try:
-        for batch in _polled(start, wait):
-            restarts |= _check(batch)
-            yield batch
-    except IcceError:
-        raise
-    except Exception as error:
-        raise StageError(f"a worker failed: {_reason(error)}") from None
-    finally:
-        if restarts:
-            were = "1 actor was" if len(restarts) == 1 else f"{len(restarts)} actors were"
-            reporter.event(f"{were} lost and restarted: the images in work were done again")
-
-
-def _polled(start: Callable[[], Iterator[Columns]], wait: Wait) -> Iterator[Columns]:
-    """Iterate in a thread, while the driver looks whether the cluster still carries the work."""
-    found: queue.Queue[Columns | BaseException | None] = queue.Queue(AHEAD)
-    ended = threading.Event()
-    feeding = threading.Thread(target=_feed, args=(start, found, ended), daemon=True)
-    feeding.start()
-    try:
-        while True:
-            try:
-                item = found.get(timeout=LOOK_EVERY)
-            except queue.Empty:
-                wait.check()
-                continue
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        ended.set()
-
-
-def _feed(
-    start: Callable[[], Iterator[Columns]],
-    found: queue.Queue[Columns | BaseException | None],
-    ended: threading.Event,
-) -> None:
-    def put(item: Columns | BaseException | None) -> None:
-        while not ended.is_set():
-            with contextlib.suppress(queue.Full):
-                return found.put(item, timeout=1)
-
-    try:
-        for batch in start():
-            put(batch)
-            if ended.is_set():
-                return
-        put(None)
-    except BaseException as error:
-        put(error)
-
-
-def _check(batch: Columns) -> set[str]:
-    """Raise the error that a batch brings. Returns the restarts of actors that it comes from."""
-    restarts = set()
-    for note in batch["note"][batch["note"].astype(bool)]:
-        found = json.loads(note)
-        if "error" in found:
-            raise getattr(errors, found["error"], StageError)(found["message"])
-        restarts.add(found["restart"])
-    return restarts - {None}
-
-
-def _reason(error: BaseException) -> str:
-    """The line that matters in Ray's report of an exception."""
-    text = str(error).split("The above exception was the direct cause")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[-1][:500]
-
-
-def _dataset(ray: Any, table: pa.Table, job: Job, pool: Pool) -> Any:
-    table = table.select(ADDRESS).combine_chunks()
-    blocks = [table.slice(i, pool.task_rows) for i in range(0, table.num_rows, pool.task_rows)]
-    dataset = ray.data.from_arrow(blocks)
-    dataset.context.target_max_block_size = BLOCK_BYTES
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
-    decoded = dataset.map_batches(
-        decode_rows,
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={"preprocess": job.preprocess, "max_pixels": job.settings.max_pixels},
-        num_cpus=pool.decode_cpus,
-    )
-    return decoded.map_batches(
-        Worker,
-        fn_constructor_kwargs={
-            "model": job.model,
-            "threads": pool.threads,
-            "gpu": pool.gpus > 0,
-        },
-        batch_size=job.settings.batch_size,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=pool.least, max_size=pool.most),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus or None,
-    )
-
-
-class Pace:
-    """Images per second since its creation."""
-
-    def __init__(self) -> None:
-        self.count, self.started = 0, time.monotonic()
-
-    @property
-    def rate(self) -> float:
-        return self.count / max(1e-9, time.monotonic() - self.started)
-
-    def note(self, count: int) -> str:
-        """Add images; the rate as text for a progress bar."""
-        self.count += count
-        return f"{self.rate:,.0f} images/s"
-
-
-def gather(
-    batches: Iterator[Columns],
-    take: Callable[[Columns], int],
-    reporter: Reporter,
-    title: str,
-    done: int,
-    total: int,
-) -> float:
-    """Take in all batches, showing progress. Returns images per second, without the start.
-
-    `take` returns how many images of a batch are new; `done` is what an earlier run finished.
-    """
-    first = next(batches, None)  # takes long: workers start and load the model
-    if first is None:
-        return 0.0
-    done += take(first)
-    pace = Pace()
-    with reporter.bar(title, total, "images", done=done) as bar:
-        for batch in batches:
-            count = take(batch)
-            done += count
-            bar.update(done, pace.note(count))
-    return pace.rate
+        if not self.finetuned:
+            return self.classifier(self.embedder.embed(pixels))
+        half = self.embedder.precision == "bfloat16"
+        with torch.autocast(pixels[0].device.type, torch.bfloat16, half):
+            return self.classifier(pixels[0])
 
 
 class Loaded:
@@ -436,21 +145,27 @@ class Loaded:
 
     @property
     def mixed(self) -> bool:
+        """Whether machines computed in different precisions."""
         return " and " in self.precision
+
+    @property
+    def names(self) -> str:
+        """The backbones, for messages."""
+        return ", ".join(one["name"] for one in self.backbones)
 
     def see(self, notes: np.ndarray) -> bool:
         """Take in the notes of a batch. Returns True where they are the first of this process, or
-        tell of another arithmetic.
+        name another precision than those before.
 
         Raises:
             StageError: an actor with other weights than the first, or than an earlier run.
         """
-        first = False
+        news = False
         for note in notes[notes.astype(bool)]:
-            found = json.loads(note)["backbones"]
-            first, self._seen = first or not self._seen, True
-            self.backbones = self.backbones or found
-            for one, other in zip(self.backbones, found, strict=True):
+            backbones = json.loads(note)["backbones"]
+            news, self._seen = news or not self._seen, True
+            self.backbones = self.backbones or backbones
+            for one, other in zip(self.backbones, backbones, strict=True):
                 if one["sha256"] != other["sha256"]:
                     raise StageError(
                         f"the weights of {one['name']} differ: {one['sha256'][:12]} from "
@@ -460,8 +175,8 @@ class Loaded:
                     )
                 known = one.setdefault("precision", other["precision"])
                 if other["precision"] not in known:
-                    one["precision"], first = f"{known} and {other['precision']}", True
-        return first
+                    one["precision"], news = f"{known} and {other['precision']}", True
+        return news
 
     def describe(self) -> list[str]:
         """One line per backbone."""
@@ -471,3 +186,95 @@ class Loaded:
             f"{one['precision']}"
             for one in self.backbones
         ]
+
+
+# --- in the driver -------------------------------------------------------------------------------
+
+
+class Results(Protocol):
+    """Where results go: `shards.Shards` or `shards.Arrays`."""
+
+    @property
+    def missing(self) -> np.ndarray: ...
+    def add(self, columns: Columns, keep: np.ndarray) -> int: ...
+    def check(self) -> None: ...
+
+
+Accept = Callable[[Columns], tuple[Columns, np.ndarray]]
+
+
+class Inference:
+    """One model over the images of a table, into `results`.
+
+    Args:
+        table: ADDRESS columns of all images; row i has image_id i.
+        results: knows which rows are missing, and takes in what comes.
+        accept: a batch with reason ("" where all is well) and the model's columns -> the columns to
+            keep, and which rows get one. Called once for each batch, in the driver.
+        loaded: what an earlier run of the same artifact had loaded.
+        on_load: called when the actors say for the first time what they loaded, or something new.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        reporter: Reporter,
+        table: pa.Table,
+        results: Results,
+        accept: Accept,
+        *,
+        loaded: Loaded | None = None,
+        on_load: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.cluster, self.reporter, self.table = cluster, reporter, table
+        self.results, self.accept = results, accept
+        self.loaded, self.on_load = loaded or Loaded(), on_load
+
+    def run(self, job: Job, title: str) -> float:
+        """Do what is missing. Returns images per second, without the time actors take to start.
+
+        Raises:
+            StageError: results that are not finite, weights that differ, images that never came
+                back, or what `stream.stream` raises.
+        """
+        missing, total = self.results.missing, self.table.num_rows
+        rate = 0.0
+        if len(missing):
+            if len(missing) < total:
+                self.reporter.say(f"{total - len(missing):,} of {total:,} images were done before")
+            rate = self._gather(job, missing, title)
+        self.results.check()
+        return rate
+
+    def _gather(self, job: Job, missing: np.ndarray, title: str) -> float:
+        total, done = self.table.num_rows, self.table.num_rows - len(missing)
+        table = self.table if not done else self.table.take(pa.array(missing))
+        batches = stream.stream(self.cluster, table, job, self.reporter)
+        first = next(batches, None)  # takes long: actors start and load the model
+        if first is None:
+            return 0.0
+        done += self._take(first, job)
+        started, counted = time.monotonic(), 0
+        with self.reporter.bar(title, total, "images", done=done) as bar:
+            for batch in batches:
+                counted += (count := self._take(batch, job))
+                done += count
+                rate = counted / max(1e-9, time.monotonic() - started)
+                bar.update(done, f"{rate:,.0f} images/s")
+        return counted / max(1e-9, time.monotonic() - started)
+
+    def _take(self, batch: Columns, job: Job) -> int:
+        """How many images of the batch are new."""
+        if self.loaded.see(batch["note"]):
+            for line in self.loaded.describe():
+                self.reporter.say(line)
+            self.on_load()
+        wrong = batch["image_id"][~batch["reason"].astype(bool) & ~batch["valid"]]
+        if len(wrong):
+            raise StageError(
+                f"{self.loaded.names} gave {len(wrong)} {job.model.product} of one batch that are "
+                f"zero or not finite, the first for {self.table['uri'][int(wrong[0])].as_py()}. "
+                "Check the weights, or try embed.precision=float32."
+            )
+        columns, keep = self.accept(batch)
+        return self.results.add(columns, keep)

@@ -1,24 +1,23 @@
-"""TODO"""
+"""Results by image number -> files of consecutive numbers, each written once it is complete.
+
+A killed run loses only the shards in flight. The driver writes them, in whatever order results
+come, so that a file never has two writers.
+Shapes: N images.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
+from icce_ray.distributed.stream import Columns
 from icce_ray.errors import ArtifactError, DataError, StageError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import QUARANTINE_SCHEMA
-
-if TYPE_CHECKING:
-    pass
-
-
-from icce_ray.distributed.inference import Columns
 
 LAYOUT = "layout.json"  # ids per shard: a restart keeps the first run's
 
@@ -57,7 +56,7 @@ class Quarantine:
         return DataError(
             f"{len(self.ids):,} of {self.total:,} images ({len(self.ids) / self.total:.1%}) cannot "
             f"be used, more than embed.max_bad_fraction={self.max_fraction:g} allows: {shown}. "
-            f"All found so far are listed in {self.place}. Repair or remove them, or raise "
+            f"Those seen so far are listed in {self.place}. Repair or remove them, or raise "
             "embed.max_bad_fraction; finished work is kept."
         )
 
@@ -170,9 +169,43 @@ class Shards:
 
     def check(self) -> None:
         """Raises StageError where rows never came back."""
-        missing = self.missing
-        if len(missing):
-            raise StageError(
-                f"{len(missing):,} of {self.total:,} images never came back from the workers, the "
-                f"first is number {missing[0]}. Run the same command again: it goes on from here."
-            )
+        _check_complete(self.missing, self.total)
+
+
+class Arrays:
+    """Results by image number, kept in memory: for what is small, and made anew when lost."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.seen = np.zeros(total, bool)  # rows that came in
+        self.kept = np.zeros(total, bool)  # rows with values
+        self.columns: dict[str, np.ndarray] = {}  # [N, ...] each; zeros where nothing was kept
+
+    @property
+    def missing(self) -> np.ndarray:
+        """Ids still to be done."""
+        return np.flatnonzero(~self.seen)
+
+    def add(self, columns: Columns, keep: np.ndarray) -> int:
+        """As `Shards.add`."""
+        ids = columns["image_id"]
+        count = int((~self.seen[ids]).sum())
+        self.seen[ids] = True
+        self.kept[ids[keep]] = True
+        for name, values in columns.items():
+            if name not in self.columns:
+                self.columns[name] = np.zeros((self.total, *values.shape[1:]), values.dtype)
+            self.columns[name][ids[keep]] = values[keep]
+        return count
+
+    def check(self) -> None:
+        """Raises StageError where rows never came back."""
+        _check_complete(self.missing, self.total)
+
+
+def _check_complete(missing: np.ndarray, total: int) -> None:
+    if len(missing):
+        raise StageError(
+            f"{len(missing):,} of {total:,} images never came back from the workers, the first is "
+            f"number {missing[0]}. Run the same command again: it resumes from here."
+        )

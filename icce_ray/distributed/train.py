@@ -1,256 +1,36 @@
-"""Ray Train glue shared by `heads` and `classifier`: fit, progress, checkpoints, restarts.
-
-Checkpoints are our own files in the run directory, not Ray's: the same ones serve a restarted
-worker group, a killed driver, another number of workers, and training without Ray Train workers.
-"""
+"""Ray Train: a loop on a group of workers, or in this process, with progress and restarts."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import threading
+import os
 import time
-import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from icce_ray import errors
-from icce_ray.core.collective import Alone, Collective, Distributed
+from icce_ray.distributed import compat
+from icce_ray.distributed.checkpoints import TRAIN, Checkpoints
 from icce_ray.distributed.cluster import Cluster, Request, Resources, Wait
-from icce_ray.errors import ArtifactError, IcceError, StageError
+from icce_ray.distributed.context import Context
+from icce_ray.distributed.tasks import collect
+from icce_ray.distributed.worker import Loop, State, read_error, read_progress, run_loop
+from icce_ray.errors import IcceError, StageError
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.stages.base import Context
-
-TRAIN = "train"  # working folder inside the stage's own
-
+from icce_ray.rundir.progress import Bar
 
 POLL = 0.5  # seconds between looks at the progress file
-
-
 REMOTE_POLL = 5.0
-
-
-PROGRESS_EVERY = 1.0  # seconds between progress files
-
-
-REMOTE_PROGRESS_EVERY = 10.0
-
-
 GROW_EVERY = 60.0  # seconds between looks whether a group that lost workers can have them back
+GIVE_BACK = 10.0  # seconds a group gets to end its workers in order, before it is killed
 
-
-class Checkpoints:
-    """Numbered checkpoints of a worker group, one file per worker, complete or ignored."""
-
-    def __init__(self, run: RunDirectory, folder: str) -> None:
-        self.run, self.folder = run, f"{folder}/{TRAIN}"
-
-    def save(self, step: int, rank: int, world: int, state: Mapping[str, Tensor]) -> None:
-        """Write one worker's share. Call `complete` on one worker once all have."""
-        from safetensors.torch import save
-
-        name = f"rank-{rank:05d}-of-{world:05d}.safetensors"
-        self.run.write_bytes(save(dict(state)), self.folder, _step_name(step), name)
-
-    def complete(self, step: int, world: int) -> None:
-        """Declare the checkpoint of `world` workers usable and remove the older ones."""
-        content = {"step": step, "world": world}
-        self.run.write_json(content, self.folder, _step_name(step), "complete.json")
-        for old in self._steps():
-            if old < step:
-                self.run.delete(f"{self.folder}/{_step_name(old)}")
-
-    def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
-        done = [
-            s for s in self._steps() if self.run.exists(self.folder, _step_name(s), "complete.json")
-        ]
-        return max(done, default=None)
-
-    def load(self, step: int) -> list[dict[str, Tensor]]:
-        """All workers' states. Raises ArtifactError for a damaged file."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        folder = f"{self.folder}/{_step_name(step)}"
-        states = []
-        # A group of another size may have been lost while it saved the same step.
-        world = self.run.read_json(folder, "complete.json")["world"]
-        for name in self.run.list(folder, f"-of-{world:05d}.safetensors"):
-            try:
-                states.append(load(self.run.read_bytes(folder, name)))
-            except (SafetensorError, ValueError) as error:
-                raise ArtifactError(
-                    f"the checkpoint {self.run.path(folder, name)} cannot be read ({error}). "
-                    f"Delete {self.run.path(folder)} to go on from the one before, or start over."
-                ) from None
-        return states
-
-    def _steps(self) -> list[int]:
-        names = self.run.folders(self.folder)
-        return [int(name[5:]) for name in names if name.startswith("step-")]
-
-
-def _step_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-class Worker:
-    """What a training loop sees of the world."""
-
-    def __init__(self, run: RunDirectory, folder: str, token: str, alone: bool) -> None:
-        self.run, self.folder, self.token = run, folder, token
-        self.alone = alone  # one process, without Ray Train
-        self.rank, self.world = (0, 1) if alone else _rank_and_world()
-        self.device = _device(alone)
-        self.collective: Collective = Distributed() if self.world > 1 else Alone()
-        self.checkpoints = Checkpoints(run, folder)
-        self._attempt = self._count_attempt()
-        self._reported = 0.0
-        self._scores: list[tuple[int, float]] = []
-        self._placement = None if alone else _placement_group()
-        self._reservation = None if alone else _reservation()
-
-    def _count_attempt(self) -> int:
-        """How often this fit has started its workers, read from the last one's progress."""
-        last = _read_progress(self.run, self.folder)
-        same = last is not None and last.get("token") == self.token
-        return last["attempt"] + 1 if last is not None and same else 1
-
-    def progress(
-        self, done: int, note: str = "", force: bool = False, score: float | None = None
-    ) -> None:
-        """Tell the driver how far the group is (one worker speaks, at most once a second).
-
-        A label-free score of the work so far is passed on to `Context.on_progress`.
-        """
-        every = PROGRESS_EVERY if self.run.is_local else REMOTE_PROGRESS_EVERY
-        now = time.monotonic()
-        if score is not None:
-            self._scores.append((done, score))
-        if self.rank != 0 or (now - self._reported < every and not force):
-            return
-        self._reported = now
-        state = {
-            "token": self.token,
-            "attempt": self._attempt,
-            "workers": self.world,
-            "done": done,
-            "note": note,
-            "scores": self._scores,
-            "placement": self._placement,
-            "reservation": self._reservation,
-        }
-        self.run.write_json(state, self.folder, TRAIN, "progress.json")
-
-    def barrier(self, metrics: Mapping[str, Any]) -> None:
-        """Wait for all workers; `metrics` appear in Ray's dashboard."""
-        if self.alone:
-            return
-        from ray import train
-
-        train.report(dict(metrics))
-
-    def save(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """A checkpoint of all workers; every worker must call it at the same step."""
-        self.checkpoints.save(step, self.rank, self.world, state)
-        self.barrier({"step": step})
-        if self.rank == 0:
-            self.checkpoints.complete(step, self.world)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    from ray import train
-
-    context = train.get_context()
-    return context.get_world_rank(), context.get_world_size()
-
-
-def _placement_group() -> str | None:
-    """Id of the reservation that this worker's group lives in."""
-    from ray.util import get_current_placement_group
-
-    found = get_current_placement_group()
-    return found.id.hex() if found is not None else None
-
-
-def _reservation() -> str | None:
-    """The name under which Ray Train keeps nodes for this worker's group."""
-    with contextlib.suppress(Exception):  # not part of Ray's interface
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        return f"train-{get_train_context().train_run_context.run_id}"
-    return None
-
-
-def release(run: RunDirectory, folder: str) -> None:
-    """Give back what the workers of a training hold whose driver was ended, as by Ray Tune.
-
-    Ray leaves this to a watchdog that needs the dashboard, and no second Ray on the machine. Nodes
-    that a killed driver had reserved it keeps for 3 minutes from a group that may shrink.
-    """
-    held = _read_progress(run, folder) or {}
-    if held.get("placement"):
-        from ray import PlacementGroupID
-        from ray.util import remove_placement_group
-        from ray.util.placement_group import PlacementGroup
-
-        with contextlib.suppress(Exception):  # already gone
-            group = PlacementGroupID(bytes.fromhex(held["placement"]))
-            remove_placement_group(PlacementGroup(group))
-    if held.get("reservation"):
-        import ray
-
-        with contextlib.suppress(Exception):  # there is no such actor, or Ray changed it
-            name = "AutoscalingCoordinator"
-            coordinator = ray.get_actor(name, namespace=name)
-            ray.get(coordinator.cancel_request.remote(held["reservation"]), timeout=5)
-
-
-def _device(alone: bool) -> torch.device:
-    if alone:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.cuda.is_available():
-        from ray.train.torch import get_device
-
-        return get_device()
-    return torch.device("cpu")
-
-
-def _read_progress(run: RunDirectory, folder: str) -> dict[str, Any] | None:
-    try:
-        return run.read_json(folder, TRAIN, "progress.json")
-    except (ArtifactError, OSError):
-        return None
-
-
-Loop = Callable[[Worker, Mapping[str, Any]], None]
-
-
-def _worker_main(config: Mapping[str, Any]) -> None:
-    """Runs in every worker. An error of ours is written down, since Ray would only retry it."""
-    run: RunDirectory = config["run"]
-    worker = Worker(run, config["folder"], config["token"], config["alone"])
-    try:
-        config["loop"](worker, config["config"])
-    except IcceError as error:
-        _write_error(run, config, type(error).__name__, str(error))
-        if worker.world > 1:  # the others wait for this one; alone, ending is enough
-            raise
-    except Exception:
-        _write_error(run, config, "", traceback.format_exc())
-        raise
-
-
-def _write_error(run: RunDirectory, config: Mapping[str, Any], kind: str, text: str) -> None:
-    content = {"kind": kind, "text": text, "token": config["token"]}
-    run.write_json(content, config["folder"], TRAIN, "error.json")
+# How long Ray Train waits for a place for a group it believes to fit before it counts anew. After a
+# lost node its belief is up to 20 s old; the default of 60 s is spent waiting for nothing.
+START_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 
 
 @dataclass(frozen=True)
@@ -258,9 +38,10 @@ class Group:
     """The workers of a training."""
 
     workers: int  # 0: none, the work is done in the driver's process
-    least: int  # workers that suffice to go on
+    least: int  # workers that suffice to resume
     cpus: float  # each
     gpus: float
+    grow_every: float = GROW_EVERY  # seconds
 
     @classmethod
     def plan(
@@ -268,14 +49,14 @@ class Group:
         cluster: Cluster,
         workers: int,
         gpus_each: float,
-        least: int | None = None,
         fed: bool = False,
     ) -> Group:
         """The group for `workers`; see `fit`. One that is `fed` by Ray Data leaves it cores."""
+        least = cluster.settings.min_workers or workers
         cpus = float(cluster.cpus_each(workers, gpus_each)) if workers else 0.0
         if fed and workers and not gpus_each:
             cpus -= _spare(cpus)
-        return cls(workers, min(least or workers, workers), cpus, gpus_each)
+        return cls(workers, min(least, workers), cpus, gpus_each, GROW_EVERY)
 
     def decode_cpus(self, have: Resources) -> float:
         """What a task of Ray Data that feeds the group may reserve."""
@@ -292,7 +73,7 @@ class Group:
         share = {"CPU": self.cpus, "GPU": self.gpus}
         return make(
             num_workers=(self.least, self.workers) if elastic else self.workers,
-            elastic_resize_monitor_interval_s=GROW_EVERY,
+            elastic_resize_monitor_interval_s=self.grow_every,
             use_gpu=bool(self.gpus),
             resources_per_worker={name: much for name, much in share.items() if much} or None,
             # GPUs of one node talk faster to each other; cores are better not shared.
@@ -302,7 +83,7 @@ class Group:
     def wait(self, context: Context, folder: str) -> Wait:
         """What says that the cluster lacks room for the group."""
         requests = [Request(self.cpus, self.gpus, self.least)] if self.workers else []
-        advice = f"Lower {folder}.num_workers or {folder}.num_gpus, set {folder}.min_workers"
+        advice = f"Lower {folder}.num_workers or ray.num_gpus, set ray.min_workers"
         return Wait(context.cluster, context.reporter, requests, advice)
 
 
@@ -329,62 +110,108 @@ def fit(
 ) -> None:
     """Run `loop(worker, config)` on a group of Ray Train workers and wait, showing progress.
 
+    When it returns or raises, by Ctrl-C as well, the group has ended: a next one finds its places.
+
     Args:
-        folder: the stage's folder; working files go to its `train/`.
-        group: its workers, as `Group.plan` says. With fewer than all a training goes on from its
-            last checkpoint, as long as `group.least` are there, and takes in new ones.
+        folder: of the stage; progress, errors and checkpoints go below it.
+        config: for the loop, as plain data.
+        group: with no workers, the loop runs in this process. A group that may shrink resumes from
+            the last checkpoint while `group.least` workers are there, and takes in new ones.
         total: the value of `worker.progress(done)` at the end.
         datasets: Ray Data sets, for `ray.train.get_dataset_shard`.
 
     Raises:
         StageError: for what the loop raised, workers lost too often, or resources never provided.
     """
-    context.cluster.start()
-    if group.workers:
-        release(context.run, folder)  # what an earlier driver, killed since, may still hold
-    token = uuid.uuid4().hex
-    direct = context.in_process or not (group.workers or datasets)
     work = {
         "run": context.run,
         "folder": folder,
-        "token": token,
+        "token": uuid.uuid4().hex,
         "loop": loop,
         "config": dict(config),
-        "alone": direct,
     }
-    trainer = _Direct(work) if direct else _trainer(context, work, group, datasets)
-    outcome: list[BaseException] = []
-    thread = threading.Thread(target=_run_trainer, args=(trainer, outcome), daemon=True)
-    thread.start()
     with context.reporter.bar(title, total, unit, done=0) as bar:
-        _watch(context, folder, token, thread, bar.update, group)
-    thread.join()
-    ours = _written_error(context.run, folder, token)
-    if ours is not None:
-        raise ours
-    if outcome:
-        raise _explain(context.run, folder, token, outcome[0])
+        watch = _Watch(context, work, group, bar)
+        if group.workers and not context.in_process:
+            _fit_in_group(context, work, group, datasets, watch)
+        else:
+            failures = context.config.ray.max_failures
+            _fit_here({**work, "listen": watch.see}, datasets, failures)
+    error = watch.error()  # of a single worker, which has ended as if all were well
+    if error is not None:
+        raise error
 
 
-class _Direct:
-    """Runs the loop as Ray Train does without workers, but without Ray Train."""
+def _fit_here(work: Mapping[str, Any], datasets: Any, failures: int) -> None:
+    """In this process and thread, so that Ctrl-C ends the training itself."""
+    try:
+        if not datasets:
+            run_loop(work)
+        else:  # Ray Train without workers hands the loop its part of the data
+            _trainer(work, Group(0, 0, 0.0, 0.0), datasets, failures).fit()
+    except IcceError:
+        raise
+    except Exception as error:
+        raise _explain(work, type(error).__name__, str(error)) from None
 
-    def __init__(self, work: Mapping[str, Any]) -> None:
-        self.work = work
 
-    def fit(self) -> None:
-        _worker_main(self.work)
+def _fit_in_group(
+    context: Context, work: Mapping[str, Any], group: Group, datasets: Any, watch: _Watch
+) -> None:
+    """The group's owner is a Ray task, not a thread of ours.
+
+    A thread cannot be ended: Ray Train would continue, and retry, behind the back of a driver that
+    has given up. The task can. Interrupted, it does what Ray Train does on Ctrl-C, which is to end
+    its workers; killed, its workers end with it, as Ray ends what a dead process owns.
+    """
+    ray = context.cluster.start()
+    release(context.run, work["folder"])  # what an earlier driver, killed since, may still hold
+    variables = {k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}
+    variables.setdefault(*START_TIMEOUT)
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=_here(ray))(_fit_task)
+    ref = task.remote(work, group, datasets, context.config.ray.max_failures, variables)
+    poll = POLL if context.run.is_local else REMOTE_POLL
+    wait = group.wait(context, work["folder"])
+    end = partial(_end_group, ray, context, work)
+    failed = next(collect(ray, [ref], wait, watch.look, poll, end))[1]
+    if failed is not None:
+        raise _explain(work, *failed)
 
 
-def _trainer(
-    context: Context, work: Mapping[str, Any], group: Group, datasets: Mapping[str, Any] | None
-) -> Any:
+def _here(ray: Any) -> Any:
+    """Beside the driver, which is often on a head node that is not lost with a spot node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    try:
+        node = ray.get_runtime_context().get_node_id()
+    except Exception:  # a driver outside of the cluster (ray://) is on no node
+        return "DEFAULT"
+    return NodeAffinitySchedulingStrategy(node, soft=True)
+
+
+def _fit_task(
+    work: Mapping[str, Any],
+    group: Group,
+    datasets: Any,
+    failures: int,
+    variables: Mapping[str, str],
+) -> tuple[str, str] | None:
+    """The body of the task that owns the group. Returns Ray's error, by name and text, if any."""
+    with compat.environment(variables):
+        try:
+            _trainer(work, group, datasets, failures).fit()
+        except Exception as error:
+            return type(error).__name__, str(error)
+    return None
+
+
+def _trainer(work: Mapping[str, Any], group: Group, datasets: Any, failures: int) -> Any:
     from ray import train
     from ray.train.torch import TorchTrainer
 
-    run = context.run
+    run: RunDirectory = work["run"]
     return TorchTrainer(
-        _worker_main,
+        run_loop,
         train_loop_config=dict(work),
         scaling_config=group.scaling(),
         # A fresh name per fit: Ray would otherwise resume by itself, past our own checkpoints.
@@ -392,68 +219,97 @@ def _trainer(
             name=f"ray-{work['token'][:8]}",
             storage_path=run.path(work["folder"], TRAIN),
             storage_filesystem=None if run.is_local else run.filesystem,
-            failure_config=train.FailureConfig(max_failures=context.config.ray.max_failures),
+            failure_config=train.FailureConfig(max_failures=failures),
         ),
         datasets=dict(datasets) if datasets else None,
     )
 
 
-def _run_trainer(trainer: Any, outcome: list[BaseException]) -> None:
-    # Outside the main thread Ray leaves Ctrl-C to us; its own handler would exit with status 0.
-    try:
-        trainer.fit()
-    except BaseException as error:
-        outcome.append(error)
+def _end_group(ray: Any, context: Context, work: Mapping[str, Any], ref: Any) -> None:
+    """End the task and its group, whatever it is doing: at work, waiting for a place, retrying."""
+    if context.cluster.is_local and compat.local_ray_ended():
+        return
+    ray.cancel(ref)  # Ray Train then ends its workers and gives back their places
+    if not ray.wait([ref], timeout=GIVE_BACK)[0]:
+        ray.cancel(ref, force=True)
+    release(work["run"], work["folder"])
 
 
-def _watch(
-    context: Context,
-    folder: str,
-    token: str,
-    thread: threading.Thread,
-    update: Callable[[int, str], None],
-    group: Group,
-) -> None:
-    run, seen, scored = context.run, "", 0
-    told = _Attempts(context, Checkpoints(run, folder).latest() or 0, group)
-    wait = group.wait(context, folder)
-    deadline = time.monotonic() + context.config.ray.worker_wait
-    poll = POLL if run.is_local else REMOTE_POLL
-    while thread.is_alive():
-        thread.join(poll)
-        ours = _written_error(run, folder, token)
-        if ours is not None:  # Ray would start the group again, to fail in the same way
-            raise ours
-        wait.check()
-        state = _read_progress(run, folder)
-        if state is None or state.get("token") != token:
-            if group.workers and time.monotonic() > deadline:
-                raise wait.error()
-            continue
-        told.see(state)
-        if json.dumps(state) != seen:
-            seen = json.dumps(state)
-            update(state["done"], state["note"])
-            scored = _pass_scores(context, state, scored)
+def release(run: RunDirectory, folder: str) -> None:
+    """Give back what the workers of a training hold whose driver was ended, as by Ray Tune.
+
+    Ray leaves this to a watchdog that needs the dashboard, and no second Ray on the machine. Nodes
+    that a killed driver had reserved it keeps for 3 minutes from a group that may shrink.
+    """
+    held = read_progress(run, folder) or {}
+    if held.get("placement"):
+        compat.release_placement(held["placement"])
+    if held.get("reservation"):
+        compat.cancel_reservation(held["reservation"])
 
 
-def _pass_scores(context: Context, state: Mapping[str, Any], after: int) -> int:
-    """Tell of the scores of later steps than `after`. Returns the last step told of."""
-    for step, score in state.get("scores", ()):
-        if step > after and context.on_progress is not None:
-            context.on_progress(step, score)
-            after = step
-    return after
+class _Watch:
+    """Shows what the workers report, and notices what they raise."""
+
+    def __init__(self, context: Context, work: Mapping[str, Any], group: Group, bar: Bar) -> None:
+        self.context, self.work, self.bar = context, work, bar
+        self.attempts = _Attempts(context, _resumed_at(context.run, work["folder"]), group)
+        self._deadline = time.monotonic() + context.config.ray.worker_wait
+        self._wait = group.wait(context, work["folder"])
+        self._seen = ""
+        self._scored = 0  # step of the last score that was passed on
+
+    def look(self) -> None:
+        """Read the workers' files.
+
+        Raises:
+            IcceError: what a worker raised. Ray would start the group again, to fail alike.
+            StageError: where no worker has begun for `ray.worker_wait` seconds.
+        """
+        error = self.error()
+        if error is not None:
+            raise error
+        state = read_progress(self.work["run"], self.work["folder"])
+        if state is not None and state.get("token") == self.work["token"]:
+            self._deadline = math.inf
+            self.see(state)
+        elif time.monotonic() > self._deadline:
+            raise self._wait.error()
+
+    def see(self, state: State) -> None:
+        """Take in one progress of this fit, unless it is the last one again."""
+        text = json.dumps(state)
+        if text == self._seen:
+            return
+        self._seen = text
+        self.attempts.see(state)
+        self.bar.update(state["done"], state["note"])
+        for step, score in state.get("scores", ()):
+            if step > self._scored and self.context.on_progress is not None:
+                self.context.on_progress(step, score)
+                self._scored = step
+
+    def error(self) -> IcceError | None:
+        """The error of ours that a worker of this fit raised, if one did."""
+        written = read_error(self.work)
+        if not written.get("kind"):  # one that is not ours: Ray Train restarts the group
+            return None
+        kind: type[IcceError] = getattr(errors, written["kind"], StageError)
+        return kind(written["text"])
+
+
+def _resumed_at(run: RunDirectory, folder: str) -> int:
+    return Checkpoints(run, folder).latest() or 0
 
 
 class _Attempts:
-    """Tells how the group starts, and how it goes on after it lost workers or got new ones."""
+    """Reports how the group starts, and how it resumes after it lost workers or got new ones."""
 
     def __init__(self, context: Context, resumed_at: int, group: Group) -> None:
         self.reporter, self.resumed_at, self.group = context.reporter, resumed_at, group
         self.attempt = self.workers = 0
 
-    def see(self, state: Mapping[str, Any]) -> None:
+    def see(self, state: State) -> None:
         """Take in a progress file of this fit."""
         if state["attempt"] <= self.attempt:
             return
@@ -466,38 +322,19 @@ class _Attempts:
         self.attempt, self.workers = state["attempt"], state["workers"]
 
     def _change(self, workers: int, done: int) -> str:
-        number = "1 worker goes" if workers == 1 else f"{workers} workers go"
+        number = "1 worker resumes" if workers == 1 else f"{workers} workers resume"
         if workers > self.workers:
-            return f"the cluster has room again: {number} on from {done:,}, before {self.workers}"
+            return f"the cluster has room again: {number} from {done:,}, before {self.workers}"
         if workers < self.workers:
-            return f"workers were lost; {number} on from {done:,}, before {self.workers}"
-        return f"workers were lost; a new group of {workers} goes on from {done:,}"
+            return f"workers were lost; {number} from {done:,}, before {self.workers}"
+        return f"workers were lost; a new group of {workers} resumes from {done:,}"
 
 
-def _read_error(run: RunDirectory, folder: str, token: str) -> dict[str, str]:
-    try:
-        written = run.read_json(folder, TRAIN, "error.json")
-    except (ArtifactError, OSError):
-        return {}
-    return written if written.get("token") == token else {}
-
-
-def _written_error(run: RunDirectory, folder: str, token: str) -> IcceError | None:
-    """The error of ours that a worker of this fit raised, if one did."""
-    written = _read_error(run, folder, token)
-    if not written.get("kind"):
-        return None
-    kind: type[IcceError] = getattr(errors, written["kind"], StageError)
-    return kind(written["text"])
-
-
-def _explain(run: RunDirectory, folder: str, token: str, error: BaseException) -> BaseException:
-    """Ray's error, with what the worker said."""
-    if isinstance(error, IcceError):
-        return error
-    detail = _read_error(run, folder, token).get("text")
-    reason = detail or str(error) or type(error).__name__
+def _explain(work: Mapping[str, Any], name: str, text: str) -> StageError:
+    """What to raise for Ray's error of that name and text: with what the worker said, if it did,
+    since Ray only says that it was lost."""
+    reason = read_error(work).get("text") or text or name
     return StageError(
-        f"training in {folder} failed, after {type(error).__name__}. Run the same command again "
-        f"to go on from the last checkpoint. What the worker said:\n{reason.strip()[-2000:]}"
+        f"training in {work['folder']} failed, after {name}. Run the same command again to resume "
+        f"from the last checkpoint. What the worker said:\n{reason.strip()[-2000:]}"
     )

@@ -2,38 +2,26 @@
 
 What a piece produces are artifacts and records in the run directory; Tune only places the work,
 compares intermediate scores (ASHA) and starts a piece again whose process was lost. A killed sweep
-goes on from the artifacts, so Tune's own state is thrown away.
+resumes from the artifacts, so Tune's own state is thrown away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from icce_ray.config.schema import RayConfig
-from icce_ray.distributed.cluster import Cluster, Resources
+from icce_ray.distributed import compat
+from icce_ray.distributed.context import Context
 from icce_ray.errors import StageError
-from icce_ray.rundir.directory import RunDirectory
-from icce_ray.rundir.progress import Bar, Reporter
-from icce_ray.stages.base import Context
-
-HEAD = "node:__internal_head__"  # a resource that every cluster's head node has
-
+from icce_ray.rundir.progress import Bar
 
 DONE = 100.0  # percent
-
-
 NEARLY_DONE = 99.0  # what a piece may report at most before its artifacts are written
-
-
 GRACE = 25.0  # percent before which ASHA stops nothing
-
-
 REDUCTION = 3.0  # ASHA keeps the best third at each rung: at 25 and at 75 percent
 
 
@@ -46,64 +34,25 @@ _QUIET = {
 }
 
 
-Report = Callable[[float, float], None]  # told (percent, score)
-
-
+Report = Callable[[float, float], None]  # called with (percent, score)
 Work = Callable[[str, Report], None]  # does the piece of that name
-
-
-class Silent(Reporter):
-    """Inside a trial: many write at once, and the sweep itself speaks."""
-
-    def __init__(self, run: RunDirectory) -> None:
-        super().__init__(run, quiet=True)
-
-    def say(self, text: str, log: bool = True) -> None:
-        pass
-
-    def status(self, state: str, **more: Any) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def _log(self, text: str) -> None:
-        pass
-
-
-class Share(Cluster):
-    """The part of a connected cluster that one of several trials may take for its workers."""
-
-    def __init__(self, settings: RayConfig, parts: int) -> None:
-        super().__init__(settings)
-        self.parts = parts
-
-    def start(self) -> Any:
-        import ray
-
-        return ray
-
-    def resources(self) -> Resources:
-        have = super().resources()
-        each = tuple((float(max(1, cpus // self.parts)), gpus) for cpus, gpus in have.each)
-        return replace(have, cpus=int(sum(cpus for cpus, _ in each)), each=each)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What each piece of work holds in its own process, and how many go on at once."""
+    """What each piece of work holds in its own process, and how many run at once."""
 
     cpus: float  # 0: the work is done by workers of its own
     gpus: float
     concurrent: int | None  # None: as many as the resources carry
     reuse: bool = False  # one process for many pieces
 
-    def resources(self) -> dict[str, float]:
+    def resources(self, ray: Any) -> dict[str, float]:
         """What Tune reserves. One that only waits for its workers must take no core from them,
-        but Tune wants something to reserve; on the head node it is not lost with a spot node.
+        but Tune wants something to reserve.
         """
         if not self.cpus:
-            return {HEAD: 0.001}
+            return compat.head_share(ray)
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
 
@@ -141,14 +90,13 @@ def search(
         StageError: where Tune itself fails.
     """
     context.cluster.start()
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     run = context.run
     run.delete(folder)
     with context.reporter.bar(title, len(names), unit) as bar:
         tuner = _tuner(context, folder, work, names, placement, early_stop, bar, on_end)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # Tune prints its plan even when quiet
+            # Tune prints its plan even when quiet.
+            with compat.environment(_QUIET), contextlib.redirect_stdout(io.StringIO()):
                 tuner.fit()
         except Exception as error:
             raise StageError(
@@ -183,7 +131,7 @@ def _tuner(
     )
     run = context.run
     return tune.Tuner(
-        tune.with_resources(_trainable(work), placement.resources()),
+        tune.with_resources(_trainable(work), placement.resources(context.cluster.start())),
         param_space={"name": tune.grid_search(list(names))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=placement.concurrent,

@@ -18,11 +18,8 @@ WIDTH, HEIGHT = 380, 210
 
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 34
-
-
+SIDE = 360  # cells of a heat image at most, either way
 MAX_COLUMNS = 80  # above, columns are too thin to tell apart
-
-
 Format = Callable[[float], str]
 
 
@@ -35,11 +32,12 @@ def short(value: float) -> str:
 
 
 def percent(value: float) -> str:
+    """A share in 0..1 as an axis shows it: 25%."""
     return f"{100 * value:.3g}%"
 
 
 def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
-    """Round values between low and high, about `count` of them; `whole`: integers alone."""
+    """Round values between low and high, about `count` of them; `whole`: only integers."""
     span = high - low
     if not math.isfinite(span) or span <= 0:
         return [low]
@@ -57,11 +55,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten between low and high; fewer where they are many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        found = [m * 10.0**p for p in powers for m in steps]
-        found = [v for v in found if low * 0.999 <= v <= high * 1.001]
-        if len(found) <= 6:
-            return found if len(found) > 1 else [low, high]
-    return found[:: math.ceil(len(found) / 6)]
+        values = [m * 10.0**p for p in powers for m in steps]
+        values = [v for v in values if low * 0.999 <= v <= high * 1.001]
+        if len(values) <= 6:
+            return values if len(values) > 1 else [low, high]
+    return values[:: math.ceil(len(values) / 6)]
 
 
 class Plot:
@@ -91,12 +89,14 @@ class Plot:
         self._axes(x_title, x_format, y_format, x_whole)
 
     def px(self, value: float) -> float:
+        """Horizontal position of a value, in the drawing's units."""
         low, high = self.x_range
         if self.x_log:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return self.left + (value - low) / (high - low) * (WIDTH - self.left - RIGHT)
 
     def py(self, value: float) -> float:
+        """Vertical position of a value, in the drawing's units."""
         low, high = self.y_range
         return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
 
@@ -117,6 +117,7 @@ class Plot:
         return log_ticks(*self.x_range) if self.x_log else ticks(*self.x_range, whole=whole)
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> None:
+        """A text at a position of the drawing (not of the axes). kind: CSS classes."""
         self.marks.append(
             f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}'
             "</text>"
@@ -135,6 +136,7 @@ class Plot:
         )
 
     def line(self, x: Sequence[float], y: Sequence[float], kind: str = "line") -> None:
+        """A line through points; those of no finite y are left out."""
         points = " ".join(
             f"{self.px(a):.1f},{self.py(b):.1f}"
             for a, b in zip(x, y, strict=True)
@@ -143,12 +145,14 @@ class Plot:
         self.marks.append(f'<polyline class="{kind}" points="{points}"/>')
 
     def dot(self, x: float, y: float, title: str, radius: float = 4, kind: str = "fill") -> None:
+        """A dot, named by a title that shows when pointed at."""
         self.marks.append(
             f'<circle class="{kind}" cx="{self.px(x):.1f}" cy="{self.py(y):.1f}" r="{radius:.1f}">'
             f"<title>{escape(title)}</title></circle>"
         )
 
     def svg(self) -> Markup:
+        """The drawing as markup."""
         body = "".join(self.marks)
         return Markup(
             f'<svg class="chart" viewBox="0 0 {WIDTH} {self.height}" role="img" '
@@ -171,7 +175,7 @@ def histogram(
     x_format: Format = short,
     x_whole: bool = False,
 ) -> Markup:
-    """counts [B], edges [B + 1]."""
+    """A column per bin. counts: [B]. edges: [B + 1]. unit: what is counted."""
     plot = Plot(
         (float(edges[0]), float(edges[-1])),
         (0, float(counts.max())),
@@ -212,15 +216,13 @@ def sorted_sizes(sizes: np.ndarray, label: str) -> Markup:
     return plot.svg()
 
 
-def curves(
-    steps: Sequence[float], values: np.ndarray, *, label: str, x_title: str = "step"
-) -> Markup:
-    """Many faint lines and their mean. values: [S, H]."""
+def curves(steps: Sequence[float], values: np.ndarray, *, label: str) -> Markup:
+    """A faint line per head over the steps, and their mean. values: [S, H]."""
     keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 160)).astype(int))
     x, y = np.asarray(steps, dtype=float)[keep], values[keep]
     finite = y[np.isfinite(y)]
     bounds = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    plot = Plot((float(x[0]), float(x[-1])), bounds, label=label, x_title=x_title)
+    plot = Plot((float(x[0]), float(x[-1])), bounds, label=label, x_title="step")
     if y.shape[1] > 1:
         for head in range(y.shape[1]):
             plot.line(x.tolist(), y[:, head].tolist(), "line faint")
@@ -277,10 +279,10 @@ def reliability(
 Point = tuple[float, float, str, bool]  # x, y, what it is, whether it is the best trial
 
 
-def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
-    """A range with room around the values."""
+def padded(values: Sequence[float], part: float = 0.06) -> tuple[float, float]:
+    """A range with room around the values: `part` of their span on each side."""
     low, high = min(values), max(values)
-    pad = (high - low) * share or max(abs(high) * share, 1e-3)
+    pad = (high - low) * part or max(abs(high) * part, 1e-3)
     return low - pad, high + pad
 
 
@@ -345,21 +347,21 @@ def categories(
     return plot.svg()
 
 
-def heat_image(table: np.ndarray, side: int = 360) -> str:
+def heat_image(table: np.ndarray) -> str:
     """A big non-negative matrix as a small transparent PNG (data URI), row-normalized.
 
-    table: [C, K]. Blocks of cells are summed where it is larger than `side`. The ink is one color
+    table: [C, K]. Blocks of cells are summed where it is larger than SIDE. The ink is one color
     and its opacity the share, so that it reads on light and on dark ground.
     """
     from PIL import Image
 
     for axis in (0, 1):
-        step = math.ceil(table.shape[axis] / side)
+        step = math.ceil(table.shape[axis] / SIDE)
         table = np.add.reduceat(table, np.arange(0, table.shape[axis], step), axis=axis)
-    share = table / np.maximum(1, table.sum(axis=1, keepdims=True))
-    ink = np.zeros((*share.shape, 4), dtype=np.uint8)
+    rows = table / np.maximum(1, table.sum(axis=1, keepdims=True))
+    ink = np.zeros((*rows.shape, 4), dtype=np.uint8)
     ink[..., :3] = (45, 140, 190)
-    ink[..., 3] = np.round(255 * np.sqrt(share)).astype(np.uint8)  # the root shows small shares
+    ink[..., 3] = np.round(255 * np.sqrt(rows)).astype(np.uint8)  # the root shows small shares
     stream = io.BytesIO()
     Image.fromarray(ink, "RGBA").save(stream, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

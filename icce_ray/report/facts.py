@@ -1,4 +1,7 @@
-"""What the report of a run is made from: artifacts of all stages, read once."""
+"""What the page of a run is made from: the artifacts of all stages, read once.
+
+Shapes: N images, C classes, K clusters, S logged training steps, H heads.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
-from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import Manifest, RunDirectory
-from icce_ray.stages import evaluate
 
-# Folder and plain name of what the page tells about, in the order of the chain.
+# Folder and plain name of each stage the page speaks of, in the order of the chain.
 PARTS = (
     ("index", "Listing images"),
     ("embeddings", "Embedding"),
-    ("neighbors", "Neighbors"),
+    ("neighbors", "Searching neighbors"),
+    ("selection", "Selecting neighbors"),
     ("heads", "Training heads"),
     ("consensus", "Consensus"),
     ("classifier", "Classifier"),
@@ -25,64 +27,93 @@ PARTS = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunFacts:
     """Everything the page is made from, in the row order of the embeddings."""
 
     config: Config
-    files: RunDirectory
+    uri: str  # of the run directory
     manifests: dict[str, Manifest]  # by folder
     scores: dict[str, Any]  # metrics.json
     image_ids: np.ndarray  # int64 [N]
     clusters: np.ndarray  # int32 [N]
     confidence: np.ndarray  # float32 [N]
     table: dict[str, list[Any]]  # clusters.parquet, by column
-    truth: evaluate.Truth | None
-    contingency: np.ndarray | None = None  # int64 [C, K]
-    index: pa.Table | None = None
-    names: list[str] = field(default_factory=list)  # of the classes
+    history: dict[str, Any]  # of the heads: step [S], loss [S, H]; empty where there is none
+    quarantine: pa.Table | None  # uri, reason of the images that could not be read
+    index: pa.Table | None  # uri, offset, size by image_id
+    codes: np.ndarray | None = None  # true classes, int64 [N], -1 where there is no label
+    names: list[str] = field(default_factory=list)  # of the classes, [C]
+    contingency: np.ndarray | None = None  # images per class and cluster, int64 [C, K]
 
     @property
     def num_clusters(self) -> int:
+        """K, empty clusters included."""
         return len(self.table["cluster"])
 
     def class_name(self, code: int | None) -> str:
+        """The name of a class; empty where there is none (None or -1)."""
         return "" if code is None or code < 0 else self.names[code]
 
     def cluster_name(self, cluster: int) -> str:
-        """A cluster's matched class, else its number."""
+        """The class matched to a cluster, else its number."""
         return self.class_name(self.table["matched"][cluster]) or f"cluster {cluster}"
 
 
-def read_facts(config: Config, files: RunDirectory) -> RunFacts:
-    """Read what the page needs. Raises ArtifactError where a stage has not finished."""
-    manifests = {name: done for name, _ in PARTS if (done := files.manifest(name))}
-    if "evaluation" not in manifests:
-        raise ArtifactError(f"{files.path('evaluation')} is not finished; run that stage first")
-    image_ids = np.asarray(files.matrix("embeddings", "image_id"))
-    rows = len(image_ids)
-    found = RunFacts(
+def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) -> RunFacts:
+    """Read what the page needs from a run whose evaluation is finished.
+
+    codes: true classes, int64 [N], in the row order of the embeddings, or None.
+
+    Raises:
+        ArtifactError: an artifact is missing.
+    """
+    scores = files.read_json("evaluation", "metrics.json")
+    table = files.read_table("evaluation", "clusters.parquet").to_pydict()
+    names: list[str] = []
+    contingency = None
+    if codes is not None and "acc" in scores:
+        names = files.read_json("evaluation", "classes.json")["names"]
+        contingency = _contingency(files, len(names), len(table["cluster"]))
+    return RunFacts(
         config=config,
-        files=files,
-        manifests=manifests,
-        scores=files.read_json("evaluation", "metrics.json"),
-        image_ids=image_ids,
-        clusters=np.asarray(evaluate.column(files, "consensus", "cluster", rows)),
-        confidence=np.asarray(evaluate.column(files, "consensus", "confidence", rows)),
-        table=files.read_table("evaluation", "clusters.parquet").to_pydict(),
-        truth=None,
+        uri=files.uri,
+        manifests={name: done for name, _ in PARTS if (done := files.manifest(name))},
+        scores=scores,
+        image_ids=np.asarray(files.matrix("embeddings", "image_id")),
+        clusters=np.asarray(files.matrix("consensus", "cluster")),
+        confidence=np.asarray(files.matrix("consensus", "confidence")),
+        table=table,
+        history=_history(files),
+        quarantine=_quarantine(files),
+        index=_index(files),
+        codes=None if contingency is None else codes,
+        names=names,
+        contingency=contingency,
     )
-    if "acc" in found.scores:
-        found.truth = evaluate.truth(config, files, image_ids)
-        found.names = files.read_json("evaluation", "classes.json")["names"]
-        found.contingency = contingency_of(found)
-    if "index" in manifests and files.list("index", ".parquet"):
-        found.index = files.read_table("index", columns=["uri", "offset", "size"])
-    return found
 
 
-def contingency_of(found: RunFacts) -> np.ndarray:
-    cells = found.files.read_table("evaluation", "contingency.parquet")
-    out = np.zeros((len(found.names), found.num_clusters), dtype=np.int64)
-    out[cells["class"].to_numpy(), cells["cluster"].to_numpy()] = cells["count"].to_numpy()
-    return out
+def _contingency(files: RunDirectory, classes: int, clusters: int) -> np.ndarray:
+    cells = files.read_table("evaluation", "contingency.parquet")
+    dense = np.zeros((classes, clusters), dtype=np.int64)
+    dense[cells["class"].to_numpy(), cells["cluster"].to_numpy()] = cells["count"].to_numpy()
+    return dense
+
+
+def _history(files: RunDirectory) -> dict[str, Any]:
+    if not files.exists("heads", "history.json"):
+        return {}
+    return dict(files.read_json("heads", "history.json"))
+
+
+def _quarantine(files: RunDirectory) -> pa.Table | None:
+    names = [n for n in files.list("embeddings", ".parquet") if n.startswith("quarantine")]
+    if not names:
+        return None
+    return pa.concat_tables([files.read_table("embeddings", name) for name in names])
+
+
+def _index(files: RunDirectory) -> pa.Table | None:
+    if not files.list("index", ".parquet"):
+        return None
+    return files.read_table("index", columns=["uri", "offset", "size"])

@@ -1,4 +1,7 @@
-"""TODO"""
+"""Galleries: which images of each cluster are shown, and their thumbnails within a budget.
+
+Shapes: N images, K clusters.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,25 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
+from icce_ray.core import preprocess
+from icce_ray.data import reading
 from icce_ray.report.facts import RunFacts
+from icce_ray.report.pages import tail
 
+SIDE = 72  # of a thumbnail, pixels
 SIDE_MIN = 44  # pixels; smaller thumbnails show nothing
-
-
 PER_IMAGE = 190  # bytes of markup around a thumbnail, generously
-
-
 QUALITY = 72  # of the thumbnails
-
-
 READ = 512  # images whose encoded bytes are in memory at once
 
 
 def choose(
     clusters: np.ndarray, confidence: np.ndarray, num_clusters: int, sure: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rows of each cluster's `sure` surest images, and half as many of its least sure, worst first.
+    """Rows of each cluster's `sure` most confident images, and half as many of its least confident.
 
-    clusters: int [N]. confidence: float [N]. Ties are broken at random, not by file name; no row is
-    in both.
+    clusters: int [N]. confidence: float [N]. The second kind starts at the lowest confidence. Ties
+    are broken at random, not by file name. No row is in both.
     """
     ties = np.random.default_rng(seed).random(len(clusters))
     order = np.lexsort((ties, -confidence, clusters))
@@ -50,32 +51,32 @@ def choose(
 
 @dataclass
 class Galleries:
-    """Thumbnails, given out rank by rank over all clusters until the page's budget is spent.
+    """Thumbnails that fit the page's budget.
 
-    So every cluster shows equally many, whatever the number of clusters.
+    They are added rank by rank: the first image of every cluster, then the second of every cluster.
+    So all clusters show equally many, whatever the number of clusters.
     """
 
-    found: RunFacts
+    facts: RunFacts
     listed: Sequence[int]  # clusters
     budget: float  # bytes
     images: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown ones, by row
     ranks: list[np.ndarray] = field(default_factory=list)  # rows shown, one array per rank
-    side: int = 0
+    side: int = SIDE  # pixels
 
     def __post_init__(self) -> None:
-        report, found = self.found.config.report, self.found
-        self.side = report.thumbnail
         picks = choose(
-            found.clusters,
-            found.confidence,
-            found.num_clusters,
-            report.images_per_cluster,
-            found.config.seed,
+            self.facts.clusters,
+            self.facts.confidence,
+            self.facts.num_clusters,
+            self.facts.config.report.images_per_cluster,
+            self.facts.config.seed,
         )
         self.picks = {cluster: picks[cluster] for cluster in self.listed}
 
     @property
     def count(self) -> int:
+        """Thumbnails shown; a name that stands for an unreadable image is none."""
         return sum(image["src"] is not None for image in self.images.values())
 
     def fill(self) -> None:
@@ -102,7 +103,7 @@ class Galleries:
         return True
 
     def of(self, cluster: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Shown images of a cluster: surest, least sure."""
+        """Shown images of a cluster: the most and the least confident ones."""
         sure, unsure = (
             [self.images[int(row)] for row in rows if int(row) in self.images]
             for rows in self.picks[cluster]
@@ -110,8 +111,9 @@ class Galleries:
         return sure, unsure
 
     def _by_rank(self) -> Iterator[np.ndarray]:
-        """The first image of all clusters, then the second, ...: two sure ones, one unsure one."""
-        most = self.found.config.report.images_per_cluster
+        """The first image of all clusters, then the second, and so on: two confident ones, then one
+        of low confidence."""
+        most = self.facts.config.report.images_per_cluster
         for rank in range(most):
             turns = [(0, rank)] + ([(1, rank // 2)] if rank % 2 else [])
             for kind, place in turns:
@@ -122,8 +124,8 @@ class Galleries:
                     yield np.array(rows)
 
     def _expected(self, waiting: list[np.ndarray]) -> list[np.ndarray]:
-        """The ranks that should fit, judged by a sample; with smaller thumbnails where full ones
-        would leave fewer than 9 per cluster."""
+        """The ranks that should fit, estimated from a sample. Thumbnails are made smaller where
+        fewer than 9 full ones per cluster would fit."""
         if not waiting or self.budget <= 0:
             return []
         sample = waiting[0][:: max(1, len(waiting[0]) // 32)]
@@ -136,32 +138,32 @@ class Galleries:
         return waiting[: int(np.searchsorted(total, 1.15 * self.budget / each, side="right"))]
 
     def _read(self, rows: np.ndarray) -> dict[int, dict[str, Any]]:
-        """Thumbnails of these rows. In ascending order, so that a tar or a Parquet row group, which
-        holds neighboring images, is read once."""
+        """Thumbnails of these rows, in ascending order: a tar or a Parquet row group holds
+        neighboring images and is then read once."""
         made: dict[int, dict[str, Any]] = {}
         for start in range(0, len(rows), READ):
             part = rows[start : start + READ]
-            places = self._places(self.found.image_ids[part])
-            sources = thumbnails(self.found.config, places, self.side)
+            places = self._places(self.facts.image_ids[part])
+            sources = thumbnails(self.facts.config, places, self.side)
             for row, place, source in zip(part, places, sources, strict=True):
                 made[int(row)] = self._image(int(row), place, source)
         return made
 
     def _places(self, image_ids: np.ndarray) -> list[dict[str, Any]]:
         """Where images are: uri, offset, size."""
-        if self.found.index is None:
+        if self.facts.index is None:
             return [{"uri": f"row {i}", "offset": None, "size": None} for i in image_ids]
-        return self.found.index.take(pa.array(image_ids)).to_pylist()
+        return self.facts.index.take(pa.array(image_ids)).to_pylist()
 
     def _image(self, row: int, place: dict[str, Any], source: str | None) -> dict[str, Any]:
-        found = self.found
-        code = int(found.truth.codes[row]) if found.truth else -1
-        label = found.class_name(code)
-        expected = found.table["matched"][int(found.clusters[row])]
+        facts = self.facts
+        code = -1 if facts.codes is None else int(facts.codes[row])
+        label = facts.class_name(code)
+        expected = facts.table["matched"][int(facts.clusters[row])]
         return {
             "src": source,
-            "name": _tail(place["uri"]),
-            "confidence": float(found.confidence[row]),
+            "name": tail(place["uri"]),
+            "confidence": float(facts.confidence[row]),
             "label": label,
             "wrong": code >= 0 and code != expected,
         }
@@ -172,22 +174,14 @@ def _weight(image: dict[str, Any]) -> int:
     return PER_IMAGE + len(image["src"] or "") + 2 * len(image["name"]) + 2 * len(image["label"])
 
 
-def _tail(uri: str, length: int = 60) -> str:
-    """The end of an address: what tells one image from another."""
-    short = "/".join(str(uri).rsplit("/", 2)[-2:])
-    return short if len(short) <= length else "…" + short[-length:]
-
-
 def thumbnails(config: Config, places: Sequence[dict[str, Any]], side: int) -> list[str | None]:
     """Square thumbnails as data URIs; None where there is no image, or it cannot be read.
 
-    A moved or deleted image must not cost the report: its name stands in its place.
+    A moved or deleted image must not prevent the report: the page shows its name instead.
     """
     if config.data.embeddings:
         return [None] * len(places)
-    from icce_ray.data import reading as images
-
-    data = images.read_many(
+    data = reading.read_many(
         *([place[key] for place in places] for key in ("uri", "offset", "size"))
     )
     shrink = partial(_thumbnail, side=side, max_pixels=config.embed.max_pixels)
@@ -196,8 +190,6 @@ def thumbnails(config: Config, places: Sequence[dict[str, Any]], side: int) -> l
 
 
 def _thumbnail(data: Any, side: int, max_pixels: int) -> str | None:
-    from icce_ray.core import preprocess
-
     if not isinstance(data, bytes):
         return None
     try:

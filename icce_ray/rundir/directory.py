@@ -1,4 +1,4 @@
-"""The run directory: schemas, atomic writes, manifests, fingerprints.
+"""The run directory: artifacts of stages, their manifests and fingerprints.
 
 A run directory lives on any pyarrow file system (local, s3://, gs://). Each stage owns one folder.
 Its `manifest.json` is written last, atomically; a folder without one is unfinished work. While a
@@ -12,57 +12,37 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import errno
-import fcntl
 import hashlib
 import io
 import json
-import os
 import platform
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from icce_ray.errors import ArtifactError, StageError
-from icce_ray.rundir.cache import environment_cache
+from icce_ray.errors import ArtifactError
+from icce_ray.rundir.cache import NodeCache, free_bytes
 from icce_ray.rundir.schemas import to_matrix
-from icce_ray.rundir.storage import absolute, is_full, join_uri, locate, patiently
+from icce_ray.rundir.storage import Storage
 
-FORMAT_VERSION = 1
-
+FORMAT_VERSION = 2  # 2: search and selection of neighbors are two stages
 
 MANIFEST = "manifest.json"
-
-
 PARTIAL = "partial.json"
-
-
-T = TypeVar("T")
-
-
-def _full_disk(error: OSError, where: str, elsewhere: str = "") -> StageError | None:
-    """The error for a full disk; `elsewhere` says how to use another one."""
-    if not is_full(error):
-        return None
-    return StageError(
-        f"no disk space left while writing {where}. Free some{elsewhere} and run the same command "
-        "again: finished work is kept."
-    )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished stage says of itself."""
+    """What a finished stage says of itself: manifest.json."""
 
     stage: str
     fingerprint: str
@@ -82,11 +62,11 @@ class Manifest:
 def library_versions() -> dict[str, str]:
     """Versions of what can change a result."""
     names = ("icce-ray", "ray", "torch", "timm", "faiss-gpu", "numpy", "pyarrow", "scikit-learn")
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def fingerprint(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -97,62 +77,88 @@ def fingerprint(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, st
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys whose values differ, as `key: old -> new`."""
-    found: list[str] = []
+    keys: list[str] = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differing_keys(before, after, f"{prefix}{key}.")
+            keys += differing_keys(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return found
+            keys.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return keys
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a stage's folder holds, from one look at it."""
+
+    manifest: Manifest | None = None  # of a finished stage
+    partial: Mapping[str, Any] | None = None  # of an unfinished one: fingerprint, settings, inputs
+    empty: bool = True  # no work that would be lost
 
 
 class RunDirectory:
-    """A run's files. Holds only its address, so that it travels to Ray workers."""
+    """A run's files. Holds only where they are, so that it travels to Ray workers.
 
-    def __init__(self, uri: str) -> None:
-        self.uri = absolute(uri)
-        self._opened: tuple[pafs.FileSystem, str] | None = None
+    Requests are patient and raise as `storage.Storage` does.
+    """
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.uri}
+    def __init__(self, uri: str, places: Mapping[str, str] | None = None) -> None:
+        """Name a run directory; nothing is opened yet.
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        self.__init__(state["uri"])  # type: ignore[misc]
+        Args:
+            uri: local path or URI.
+            places: of folders that lie elsewhere in the run, as a sweep's trials have them: the
+                name that stages use -> where it lies, both relative to the run.
+        """
+        self.storage = Storage(uri)
+        self.places = dict(places or {})
+
+    @property
+    def uri(self) -> str:
+        """The address, absolute."""
+        return self.storage.uri
 
     @property
     def filesystem(self) -> pafs.FileSystem:
-        if self._opened is None:
-            self._opened = locate(self.uri)
-        return self._opened[0]
+        """pyarrow's file system, for libraries that take one."""
+        return self.storage.filesystem
 
     @property
     def root(self) -> str:
-        _ = self.filesystem
-        assert self._opened is not None
-        return self._opened[1]
+        """The address as a path in `filesystem`."""
+        return self.storage.root
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.filesystem, pafs.LocalFileSystem)
+        """Whether it is on this machine's file system."""
+        return self.storage.is_local
+
+    @property
+    def cache(self) -> NodeCache:
+        """What this node keeps of the run."""
+        return NodeCache(self.storage)
+
+    def place(self, folder: str) -> str:
+        """Where a folder, or a file in one, lies, relative to the run."""
+        first, slash, rest = folder.partition("/")
+        return self.places.get(first, first) + slash + rest
 
     def path(self, *parts: str) -> str:
-        """The path of a file inside this directory's file system."""
-        return "/".join([self.root.rstrip("/"), *parts])
+        """The path of a file in `filesystem`."""
+        return self.storage.path(*self._inside(parts))
 
     def address(self, *parts: str) -> str:
         """The path or URI of a file, as a user would give it."""
-        return join_uri(self.uri, *parts)
+        return self.storage.address(*self._inside(parts))
 
-    def _patiently(self, work: Callable[[], T]) -> T:
-        return patiently(work, self.uri)
+    def _inside(self, parts: Sequence[str]) -> builtins.list[str]:
+        return [self.place("/".join(parts))] if parts else []
 
-    # reading; a storage that fails for a while is waited for
+    # reading
 
     def exists(self, *parts: str) -> bool:
-        path = self.path(*parts)
-        info = self._patiently(lambda: self.filesystem.get_file_info(path))
-        return info.type != pafs.FileType.NotFound
+        """Whether there is such a file or folder."""
+        return self.storage.exists(*self._inside(parts))
 
     def list(self, folder: str, suffix: str = "") -> list[str]:
         """Sorted names of the files directly inside a folder; empty where there is none."""
@@ -164,27 +170,21 @@ class RunDirectory:
         return self._names(folder, pafs.FileType.Directory)
 
     def _names(self, folder: str, kind: pafs.FileType) -> builtins.list[str]:
-        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
-        found = self._patiently(lambda: self.filesystem.get_file_info(selector))
-        return sorted(info.base_name for info in found if info.type == kind)
+        infos = self.storage.list(*self._inside([folder]))
+        return [info.base_name for info in infos if info.type == kind]
 
     def read_bytes(self, *parts: str) -> bytes:
-        path = self.path(*parts)
+        """A whole file. Raises ArtifactError: there is none."""
         try:
-            return self._patiently(lambda: self._read(path))
+            return self.storage.read(*self._inside(parts))
         except FileNotFoundError:
-            raise ArtifactError(f"{path} is missing") from None
-
-    def _read(self, path: str) -> bytes:
-        # Not a stream: that is read in several requests, between which the object may change.
-        with self.filesystem.open_input_file(path) as file:
-            return file.read()
+            raise ArtifactError(f"{self.path(*parts)} is missing") from None
 
     def read_json(self, *parts: str) -> Any:
-        try:
+        """The content of a JSON file. Raises ArtifactError: missing or damaged."""
+        with contextlib.suppress(ValueError):
             return json.loads(self.read_bytes(*parts))
-        except ValueError:
-            pass  # an object may have been replaced by a longer one after its size was asked for
+        # An object may have been replaced by a longer one after its size was asked for.
         try:
             return json.loads(self.read_bytes(*parts))
         except ValueError as error:
@@ -194,98 +194,90 @@ class RunDirectory:
             ) from None
 
     def read_table(self, *parts: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A Parquet file, or all shards of a folder, in name order (quarantine left out)."""
-        folder = parts[-1] if not parts[-1].endswith(".parquet") else None
-        if folder is None:
-            return self._read_parquet(self.path(*parts), columns)
-        names = self.list("/".join(parts), ".parquet")
-        names = [name for name in names if not name.startswith("quarantine")]
+        """A Parquet file, or all shards of a folder, in name order (quarantine left out).
+
+        Raises ArtifactError: missing, damaged, or without one of the columns.
+        """
+        if parts[-1].endswith(".parquet"):
+            return self._read_parquet(parts, columns)
+        names = self._shards("/".join(parts))
         if not names:
             raise ArtifactError(f"{self.path(*parts)} holds no Parquet files")
-        tables = [self._read_parquet(self.path(*parts, n), columns) for n in names]
-        return pa.concat_tables(tables)
+        return pa.concat_tables([self._read_parquet([*parts, name], columns) for name in names])
 
-    def _read_parquet(self, path: str, columns: Sequence[str] | None) -> pa.Table:
+    def _shards(self, folder: str) -> builtins.list[str]:
+        return [n for n in self.list(folder, ".parquet") if not n.startswith("quarantine")]
+
+    def _read_parquet(self, parts: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
         chosen = None if columns is None else [*columns]
 
-        def read() -> pa.Table:
-            return pq.read_table(path, columns=chosen, filesystem=self.filesystem)
+        def read(files: pafs.FileSystem, path: str) -> pa.Table:
+            return pq.read_table(path, columns=chosen, filesystem=files)
 
         try:
-            return self._patiently(read)
+            return self.storage.attempt(read, *self._inside(parts))
         except FileNotFoundError:
-            raise ArtifactError(f"{path} is missing") from None
+            raise ArtifactError(f"{self.path(*parts)} is missing") from None
         except (pa.ArrowInvalid, OSError) as error:
-            raise ArtifactError(f"{path} cannot be read: {error}") from None
+            raise ArtifactError(f"{self.path(*parts)} cannot be read: {error}") from None
 
-    # writing
+    # writing: whole or not at all
 
     def write_bytes(self, data: bytes | memoryview, *parts: str) -> None:
-        """Write a file so that a reader sees all of it or nothing."""
-        path = self.path(*parts)
-        write = self._write_local if self.is_local else self._write_remote
-        try:
-            self._patiently(lambda: write(path, data))
-        except OSError as error:
-            raise _full_disk(error, path) or error from None
-
-    def _write_local(self, path: str, data: bytes | memoryview) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _write_remote(self, path: str, data: bytes | memoryview) -> None:
-        # An object store shows an object only once its upload is complete.
-        with self.filesystem.open_output_stream(path) as stream:
-            stream.write(data)
+        """Write a file so that a reader sees all of it or nothing. Raises StageError: full disk."""
+        self.storage.write(data, *self._inside(parts))
 
     def write_json(self, value: Any, *parts: str) -> None:
+        """Write a JSON file; numpy scalars and arrays become numbers and lists."""
         self.write_bytes(json.dumps(value, indent=1, default=_plain).encode(), *parts)
 
     def write_table(self, table: pa.Table, *parts: str) -> None:
+        """Write a Parquet file."""
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd", compression_level=1)
         self.write_bytes(buffer.getbuffer(), *parts)
 
     def delete(self, folder: str) -> None:
         """Remove a folder and everything in it, the manifest first."""
-        self._delete_file(folder, MANIFEST)
-        path = self.path(folder)
-        with contextlib.suppress(FileNotFoundError):
-            self._patiently(lambda: self.filesystem.delete_dir(path))
+        self.delete_file(folder, MANIFEST)
+        self.storage.delete_folder(*self._inside([folder]))
 
-    def _delete_file(self, *parts: str) -> None:
-        path = self.path(*parts)
-        with contextlib.suppress(FileNotFoundError):
-            self._patiently(lambda: self.filesystem.delete_file(path))
+    def delete_file(self, *parts: str) -> None:
+        """Remove a file; nothing happens where there is none."""
+        self.storage.delete(*self._inside(parts))
 
     # manifests
 
+    def look(self, folder: str) -> Content:
+        """What a stage's folder holds: one listing, and one read where there is something.
+
+        Raises ArtifactError: a damaged manifest, or one of another version.
+        """
+        names = set(self.list(folder))
+        if MANIFEST in names:
+            return Content(self._manifest(folder), empty=False)
+        partial = self.read_json(folder, PARTIAL) if PARTIAL in names else None
+        return Content(None, partial, empty=not names - {PARTIAL} and not self.folders(folder))
+
     def manifest(self, folder: str) -> Manifest | None:
         """The manifest of a finished stage, or None. Raises ArtifactError where it is damaged."""
-        if not self.exists(folder, MANIFEST):
-            return None
+        return self._manifest(folder) if self.exists(folder, MANIFEST) else None
+
+    def _manifest(self, folder: str) -> Manifest:
         content = self.read_json(folder, MANIFEST)
         try:
-            found = Manifest(**content)
+            manifest = Manifest(**content)
         except TypeError:
             raise ArtifactError(
                 f"{self.path(folder, MANIFEST)} is not a manifest this version can read"
             ) from None
-        if found.format != FORMAT_VERSION:
+        if manifest.format != FORMAT_VERSION:
             raise ArtifactError(
-                f"{self.path(folder)} has format {found.format}; this version reads "
-                f"{FORMAT_VERSION}. Use another run_dir, or the version that wrote it."
+                f"{self.path(folder)} was made by another version of icce_ray (format "
+                f"{manifest.format}; this one reads {FORMAT_VERSION}). Run again with another "
+                "run_dir=..., or use the version that made it."
             )
-        return found
+        return manifest
 
     def partial(self, folder: str) -> Mapping[str, Any] | None:
         """What an unfinished stage was working for: fingerprint, settings, inputs; or None."""
@@ -302,140 +294,91 @@ class RunDirectory:
         return False
 
     def finish(self, folder: str, manifest: Manifest) -> None:
+        """Declare a stage done: its manifest is the last thing written."""
         self.write_json(vars(manifest), folder, MANIFEST)
-        self._delete_file(folder, PARTIAL)
+        self.delete_file(folder, PARTIAL)
 
-    # big matrices
+    # node files
 
     def matrix(self, folder: str, column: str) -> np.ndarray:
         """A column of a finished stage as one read-only, memory-mapped array [N, ...].
 
         Built once per node from the Parquet shards, whose rows are in image_id order, and kept
-        beside a local run, or in this node's cache. Processes of one node share its pages.
+        in the node's cache. Processes of one node share its pages.
+
+        Raises:
+            ArtifactError: the stage is not finished, or its shards do not fit its manifest.
+            StageError: no space in the cache.
         """
         done = self.manifest(folder)
         if done is None:
             raise ArtifactError(f"{self.path(folder)} is not finished; run that stage first")
-        name = self.matrix_name(folder)
-        target = self.node_file(f"{name}-{column}-{done.id}.npy")
-        if not target.exists():
-            with self.node_lock(target):
-                if not target.exists():
-                    _remove_stale(target, f"{name}-{column}-*.npy")
-                    self.write_matrix(target, done.rows, self._parts(folder, column, done.rows))
-        return np.load(target, mmap_mode="r", allow_pickle=False)
+        rows, name = done.rows, f"{self.matrix_name(folder)}-{column}"
+        return self.cache.array(name, done.id, rows, lambda: self._parts(folder, column, rows))
 
     def matrix_name(self, folder: str) -> str:
-        """What the node files of a folder's matrices are called."""
-        return folder
-
-    def node_file(self, name: str) -> Path:
-        """Where this node keeps something that is derived from the run and can be rebuilt."""
-        if self.is_local:
-            folder = Path(self.root) / ".cache"
-        else:
-            folder = environment_cache() / hashlib.sha256(self.uri.encode()).hexdigest()[:12]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._cache_error(error, folder) from None
-        return folder / name
-
-    def _cache_error(self, error: OSError, path: Path) -> Exception:
-        """For a node file that cannot be written: what to do."""
-        where = "" if self.is_local else ", or name a folder on another disk by ICCE_RAY_CACHE,"
-        if full := _full_disk(error, str(path), where):
-            return full
-        if self.is_local:
-            return StageError(f"{self.uri} cannot be written: {error}. Choose another run_dir=...")
-        return StageError(
-            f"this node's cache cannot be written: {error}. Name another folder by ICCE_RAY_CACHE."
-        )
-
-    @contextlib.contextmanager
-    def node_lock(self, path: Path) -> Iterator[None]:
-        """Hold the lock of a node file, so that one process of the node builds it."""
-        try:
-            stream = path.with_suffix(".lock").open("w")
-        except OSError as error:
-            raise self._cache_error(error, path) from None
-        with stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
-
-    @contextlib.contextmanager
-    def writing(self, path: Path) -> Iterator[None]:
-        """Around what a library writes to a node file through its `.tmp`.
-
-        Raises:
-            StageError: no space left, or a cache that cannot be written; the `.tmp` is removed.
-        """
-        try:
-            yield
-        except OSError as error:
-            raise self._cache_error(error, path) from None
-        except RuntimeError as error:  # faiss's
-            if "No space left" not in str(error) and "File too large" not in str(error):
-                raise
-            raise self._cache_error(OSError(errno.ENOSPC, str(error)), path) from None
-        finally:
-            path.with_suffix(".tmp").unlink(missing_ok=True)
+        """What the node files made of a folder are called: after its place, so that the trials of a
+        sweep share those of what they share, and do not remove each other's."""
+        return self.place(folder).replace("/", "-")
 
     def _parts(self, folder: str, column: str, rows: int) -> Iterator[np.ndarray]:
         """A column's shards one by one. Raises ArtifactError: not of one shape, or not N rows."""
-        names = [n for n in self.list(folder, ".parquet") if not n.startswith("quarantine")]
-        first, found = None, 0
+        names = self._shards(folder)
+        first, count = None, 0
         for name in names:
             part = to_matrix(self.read_table(folder, name, columns=[column])[column])
             kind = (part.shape[1:], part.dtype)
-            first, found = first or kind, found + len(part)
+            first, count = first or kind, count + len(part)
             if kind != first:
                 raise ArtifactError(f"{self.path(folder, name)} does not fit {names[0]}")
             yield part
-        if first is None or found != rows:
+        if first is None or count != rows:
             raise ArtifactError(
-                f"{self.path(folder)} has {found} rows, its manifest {rows}. Run that stage again "
+                f"{self.path(folder)} has {count} rows, its manifest {rows}. Run that stage again "
                 "(--overwrite)."
             )
 
+    def node_file(self, name: str) -> Path:
+        """Where this node keeps something that is derived from the run. See NodeCache.file."""
+        return self.cache.file(name)
+
+    def node_lock(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of a node file, so that one process of the node builds it."""
+        return self.cache.lock(path)
+
+    def writing(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """Around what a library writes to a node file. See NodeCache.writing."""
+        return self.cache.writing(path)
+
     def write_matrix(self, target: Path, rows: int, parts: Iterable[np.ndarray]) -> None:
-        """A node file of N rows from consecutive parts [., ...], whole or not at all."""
-        # Plain writes, not a writable map: on a full disk a map kills the process.
-        temporary, found = target.with_suffix(".tmp"), 0
-        try:
-            with temporary.open("wb") as stream:
-                for part in parts:
-                    if not found:
-                        _write_npy_header(stream, (rows, *part.shape[1:]), part.dtype)
-                    stream.write(np.ascontiguousarray(part).data)
-                    found += len(part)
-            if found != rows:
-                raise ArtifactError(f"{target} was to have {rows} rows, but {found} came")
-            temporary.replace(target)
-        except OSError as error:
-            raise self._cache_error(error, target) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        """A node file of N rows from consecutive parts. See NodeCache.write_matrix."""
+        self.cache.write_matrix(target, rows, parts)
 
     def free_bytes(self) -> int | None:
         """Free disk space below a local run directory; None for object stores."""
-        if not self.is_local:
-            return None
-        folder = Path(self.root)
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        return free_bytes(Path(self.root)) if self.is_local else None
 
 
-def _write_npy_header(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    kind = np.lib.format.dtype_to_descr(dtype)
-    header = {"descr": kind, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)
+class Snapshot:
+    """What the stages' folders of a run hold, each looked at once until it is forgotten.
 
+    One command needs one: a stage that finishes, or is deleted, is the only one looked at again.
+    Trials of a sweep that share artifacts share a snapshot, as folders go by their places.
+    """
 
-def _remove_stale(target: Path, pattern: str) -> None:
-    for old in target.parent.glob(pattern):
-        old.unlink(missing_ok=True)
+    def __init__(self) -> None:
+        self._known: dict[str, Content] = {}
+
+    def look(self, run: RunDirectory, folder: str) -> Content:
+        """What a folder holds. Raises as RunDirectory.look."""
+        path = run.path(folder)
+        if path not in self._known:
+            self._known[path] = run.look(folder)
+        return self._known[path]
+
+    def forget(self, run: RunDirectory, folder: str) -> None:
+        """Look at a folder again when it is asked for."""
+        self._known.pop(run.path(folder), None)
 
 
 def _plain(value: Any) -> Any:

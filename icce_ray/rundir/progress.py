@@ -11,31 +11,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, Any
 
 from icce_ray.errors import IcceError
 from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.lock import this_process
 from icce_ray.rundir.storage import hastily, listening
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
 LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
-
-
 STATUS_EVERY = 3.0  # seconds between writes of status.json
-
-
 REMOTE_EVERY = 30.0  # the same on object stores, where each write costs
-
-
 LOG_EVERY = 60.0  # seconds between writes of the log on object stores
 
 
@@ -56,32 +45,47 @@ def _encode(text: str) -> bytes:
 
 
 class Bar:
-    """One long step: how far, how fast, how long still."""
+    """One long step: how far it is, and how long it will still take."""
 
     def __init__(self, reporter: Reporter, title: str, total: int, unit: str, done: int) -> None:
-        self.reporter, self.title, self.total, self.unit = reporter, title, total, unit
-        self.done, self._start_at = done, done
-        self._started = self._line = time.monotonic()
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._reporter, self._start_at = reporter, done
+        self._first: tuple[float, int] | None = None  # time and count at the first unit done here
+        self.line_at = time.monotonic()  # of the last progress line
 
     def update(self, done: int, note: str = "") -> None:
         """Set how many are done (not an increment); `note` is shown beside it."""
         self.done = done
-        self.reporter._moved(self, note)
+        if self._first is None and done > self._start_at:
+            self._first = (time.monotonic(), done)
+        self._reporter.moved(self, note)
 
     def remaining(self) -> float | None:
-        """Seconds still to go at the mean rate of this session, or None at the start."""
-        made = self.done - self._start_at
-        if made <= 0:
+        """Seconds still to go, or None before there is a measurement.
+
+        The rate is that since the first unit done in this session: what came before it was
+        start-up (importing, compiling, filling buffers), which will not come again.
+        """
+        if self._first is None or self.done <= self._first[1]:
             return None
-        return (self.total - self.done) * (time.monotonic() - self._started) / made
+        started, count = self._first
+        return (self.total - self.done) * (time.monotonic() - started) / (self.done - count)
 
 
 class Reporter:
-    """Progress, messages, the log file and status.json of one run."""
+    """Progress, messages, the log file and status.json of one run.
 
-    def __init__(self, run: RunDirectory, quiet: bool = False) -> None:
+    Args:
+        quiet: nothing in the terminal.
+        silent: no log and no status.json either, as inside a sweep's trial, where many write at
+            once and the sweep itself reports.
+    """
+
+    def __init__(self, run: RunDirectory, quiet: bool = False, silent: bool = False) -> None:
+        from rich.console import Console
+
         self.run = run
-        self.quiet = quiet
+        self.quiet, self.silent = quiet or silent, silent
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.stage = ""
         self.events: list[str] = []
@@ -101,14 +105,17 @@ class Reporter:
         if not self.quiet:
             self.console.print(text, markup=False)
         if log:
-            self._log(text)
+            self.log(text)
 
     def event(self, text: str) -> None:
-        """Something the user should find again in the report: a lost worker, a resumed stage."""
+        """A line that the report shows again: a lost worker, a resumed stage."""
         self.events.append(text)
         self.say(f"! {text}")
 
-    def _log(self, text: str) -> None:
+    def log(self, text: str) -> None:
+        """A line for the log only; on object stores it is written with later ones."""
+        if self.silent:
+            return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         line = f"{stamp} {self.stage or '-':<10} {text}\n"
         if self.run.is_local:
@@ -146,7 +153,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Meanwhile tell the user of storage failures that are waited out."""
+        """Meanwhile report storage failures that are waited out to the user."""
         with listening(self._storage):
             yield
 
@@ -163,7 +170,9 @@ class Reporter:
     def status(self, state: str, **more: Any) -> None:
         """Write status.json: state, stage, process, time, and whatever is known of progress."""
         self._status_at = time.monotonic()
-        content = {"state": state, "stage": self.stage, "pid": os.getpid(), "time": time.time()}
+        if self.silent:
+            return
+        content = {"state": state, "stage": self.stage, "time": time.time(), **this_process()}
         # Losing one status line must not stop a run, nor hold it up.
         with hastily(), contextlib.suppress(Exception):
             self.run.write_json({**content, **more}, "status.json")
@@ -174,31 +183,24 @@ class Reporter:
     def bar(self, title: str, total: int, unit: str = "", done: int = 0) -> Iterator[Bar]:
         """Show progress of a step of `total` units, `done` of which an earlier run finished."""
         bar = Bar(self, title, total, unit, done)
-        if self.console.is_terminal and not self.quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit + " {task.fields[note]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, console=self.console, transient=True) as progress:
-                self._progress = progress
-                self._task = self._progress.add_task(title, total=total, completed=done, note="")
-                try:
-                    yield bar
-                finally:
-                    self._progress = None
-        else:
+        if not self.console.is_terminal or self.quiet:
             yield bar
+            return
+        with _progress(self.console, unit) as progress:
+            self._progress = progress
+            self._task = progress.add_task(title, total=total, completed=done, note="")
+            try:
+                yield bar
+            finally:
+                self._progress = None
 
-    def _moved(self, bar: Bar, note: str) -> None:
+    def moved(self, bar: Bar, note: str) -> None:
+        """Show where a bar is: in the terminal at once, elsewhere from time to time."""
         now = time.monotonic()
         if self._progress is not None:
             self._progress.update(self._task, completed=bar.done, note=note)
-        if now - bar._line >= LINE_EVERY:
-            bar._line = now
+        if now - bar.line_at >= LINE_EVERY:
+            bar.line_at = now
             self._line(bar, note)
         every = STATUS_EVERY if self.run.is_local else REMOTE_EVERY
         if now - self._status_at >= every:
@@ -218,4 +220,19 @@ class Reporter:
         text += f" ({note})" if note else ""
         if self._progress is None and not self.quiet:
             print(text, file=sys.stderr, flush=True)
-        self._log(text)
+        self.log(text)
+
+
+def _progress(console: Console, unit: str) -> Progress:
+    """A bar of a terminal. Its library is imported where there is one to show."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn(unit + " {task.fields[note]}"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    return progress.Progress(*columns, console=console, transient=True)

@@ -1,4 +1,7 @@
-"""TODO"""
+"""Columns of the Parquet files, and the way between them and numpy arrays.
+
+Shapes: N images, D features, M neighbors.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,23 @@ INDEX_SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),  # dense, 0..N-1, in listing order
         ("uri", pa.string()),  # where the image is; for a row or a member: FILE#ROW, TAR#MEMBER
-        ("label", pa.string()),  # ground truth, or null; read by evaluate and report alone
+        ("label", pa.string()),  # ground truth, or null; read only by evaluate and report
         ("offset", pa.int64()),  # byte offset inside a tar, else null
         ("size", pa.int64()),  # bytes inside a tar, else null
     ]
 )
-
 
 QUARANTINE_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())]
 )
 
 
+# The first `count` of an image's list of neighbors are kept.
+SELECTION_SCHEMA = pa.schema([("image_id", pa.int64()), ("count", pa.int32())])
+
 CONSENSUS_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("cluster", pa.int32()), ("confidence", pa.float32())]
 )
-
 
 PREDICTIONS_SCHEMA = pa.schema(
     [
@@ -45,13 +49,12 @@ def embeddings_schema(features: int) -> pa.Schema:
 
 
 def neighbors_schema(neighbors: int) -> pa.Schema:
-    """image_id, ids int32[M] best first, similarity float16[M], count int32 (of valid ones)."""
+    """image_id, ids int32[M] best first, similarity float16[M]."""
     return pa.schema(
         [
             ("image_id", pa.int64()),
             ("ids", pa.fixed_shape_tensor(pa.int32(), [neighbors])),
             ("similarity", pa.fixed_shape_tensor(pa.float16(), [neighbors])),
-            ("count", pa.int32()),
         ]
     )
 

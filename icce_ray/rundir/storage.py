@@ -1,4 +1,4 @@
-"""Files on any pyarrow file system: addresses, patience while a storage fails, clear errors.
+"""Bytes on any file system: addresses, patience while a storage fails, clear errors.
 
 An address is a local path or a URI: s3://, gs://, abfs://. Options may follow a URI's path, as in
 s3://bucket/runs/1?endpoint_override=localhost:9000&scheme=http; they stay at its end when names are
@@ -11,8 +11,11 @@ import contextlib
 import errno
 import logging
 import os
+import random
 import re
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -20,46 +23,31 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import tenacity
 
-from icce_ray.errors import ArtifactError, NoAnswerError, StorageError
+from icce_ray.errors import ArtifactError, NoAnswerError, StageError, StorageError, one_line
 
 # Each can be set in the environment, as ICCE_RAY_STORAGE_PATIENCE and so on; all in seconds.
-PATIENCE = 300.0  # how long a storage that fails is tried again, in all
-
-
+PATIENCE = 300.0  # how long a failing request is repeated, in all
 PAUSE = 1.0  # before the second try; then twice as long each time ...
-
-
 LONGEST_PAUSE = 30.0  # ... up to this
-
-
 TIMEOUT = 8.0  # without a byte, after which one request counts as failed
 
-
-CONNECT_TIMEOUT = 3.0
-
-
-REQUESTS = 2  # of the storage's own client, before its failure is ours to handle
-
+CONNECT_TIMEOUT = 3.0  # seconds
+REQUESTS = 2  # tries of the storage's own client, before its failure is ours to handle
 
 T = TypeVar("T")
-
-
 Listener = Callable[[str, bool], None]  # what happens; whether the storage answers again
 
-
 _log = logging.getLogger(__name__)
-
-
 _thread = threading.local()
-
-
 _listeners: list[Listener] = []
 
 
+# --- addresses -----------------------------------------------------------------------------------
+
+
 def _seconds(name: str) -> float:
-    """A constant of this module, or what the environment says instead."""
+    """One of the first four constants, unless the environment gives another value."""
     return float(os.environ.get(f"ICCE_RAY_STORAGE_{name}") or globals()[name])
 
 
@@ -72,13 +60,14 @@ _OPTIONS = re.compile(
 
 
 def is_remote(uri: str) -> bool:
+    """Whether an address is on an object store, not on a disk of this machine."""
     return "://" in uri and not uri.startswith("file://")
 
 
 def split_options(uri: str) -> tuple[str, str]:
     """A URI without its options, and these, with the question mark."""
-    found = _OPTIONS.search(uri) if "://" in uri else None
-    return (uri[: found.start()], found.group()) if found else (uri, "")
+    options = _OPTIONS.search(uri) if "://" in uri else None
+    return (uri[: options.start()], options.group()) if options else (uri, "")
 
 
 def join_uri(folder: str, *names: str) -> str:
@@ -108,13 +97,14 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _tuned(filesystem: pafs.FileSystem, uri: str) -> pafs.FileSystem:
-    """S3: soon to say that nobody answers (a request would take 99 s), small files at one request.
+    """The same file system with short limits.
 
-    GCS: the same, where the limit would be 15 minutes.
+    S3's client would take 99 s to say that nobody answers, and two requests for a small file. The
+    client of GCS would take 15 minutes.
     """
     kinds = {"s3": _tune_s3, "gcs": _tune_gcs}
     if filesystem.type_name not in kinds or "tls_" in uri or "retry_limit_seconds" in uri:
-        return filesystem  # what it was told in other ways does not survive being rebuilt
+        return filesystem  # these options do not survive being rebuilt
     rebuild, (options, *_) = filesystem.__reduce__()
     return rebuild({**options, **kinds[filesystem.type_name]()})
 
@@ -155,6 +145,8 @@ def locate(uri: str) -> tuple[pafs.FileSystem, str]:
     return filesystem, f"{root.rstrip('/')}/{path}" if path else root
 
 
+# --- failures ------------------------------------------------------------------------------------
+
 _PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_?DOWN|REQUEST_TIME|THROTTL|SERVICE_UNAVAILABLE|INTERNAL_FAILURE"
     r"|INTERNAL_?ERROR|HTTP status(?: code)?:? (?:429|5\d\d)|UNAVAILABLE|DEADLINE_EXCEEDED"
@@ -162,7 +154,6 @@ _PASSING = re.compile(
     r"|connection (?:refused|reset|closed|aborted)|could not (?:connect|resolve)",
     re.IGNORECASE,
 )
-
 
 _REFUSED = re.compile(
     r"ACCESS_?DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH"
@@ -172,15 +163,12 @@ _REFUSED = re.compile(
     re.IGNORECASE,
 )
 
-
 _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|ContainerNotFound|bucket does not exist", re.IGNORECASE)
-
 
 _PASSING_CODES = {
     *(errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE),
     *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EAGAIN, errno.ESTALE),
 }
-
 
 _FULL_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -196,7 +184,7 @@ def is_full(error: BaseException) -> bool:
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later: no answer, or a busy or broken server.
 
-    Not so what a file system says of the file, of rights or of space.
+    False for what concerns the file itself, rights or space.
     """
     if not _of_storage(error) or is_full(error):
         return False
@@ -218,13 +206,13 @@ def _of_file(error: BaseException) -> bool:
 
 
 def _short(error: BaseException) -> str:
-    """One line, without what concerns the storage's operators alone."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\s*\(Request ID: \S+\)", "", text)[:300].rstrip(". ")
+    """One line, without what only the storage's operators need."""
+    text = re.sub(r"\s*\(Request ID: \S+\)", "", one_line(error, 1000))
+    return text[:300].rstrip(". ")
 
 
 def _hint(uri: str) -> str:
-    """How each kind of storage is told who asks."""
+    """Where each kind of storage takes its credentials from."""
     hints = {
         "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role",
         "gs": "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the "
@@ -233,8 +221,8 @@ def _hint(uri: str) -> str:
         "AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET, or a managed identity",
     }
     scheme = uri.partition("://")[0]
-    found = hints.get({"gcs": "gs", "abfss": "abfs"}.get(scheme, scheme))
-    return f". Credentials come from: {found}" if found else ""
+    hint = hints.get({"gcs": "gs", "abfss": "abfs"}.get(scheme, scheme))
+    return f". Credentials come from: {hint}" if hint else ""
 
 
 def explain(error: Exception, uri: str) -> Exception:
@@ -257,59 +245,53 @@ def explain(error: Exception, uri: str) -> Exception:
     return StorageError(f"{uri}: the storage failed ({text})")
 
 
-def patiently(work: Callable[[], T], uri: str) -> T:
-    """The result of a request that may be repeated; failures that may pass are waited out.
-
-    Raises:
-        StorageError: what will not pass: no access, no such bucket.
-        NoAnswerError: what might have passed, but has not after PATIENCE seconds.
-        OSError: what concerns the file: missing, a full disk, a local file system's failure.
-    """
-    tries = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_pass),
-        wait=tenacity.wait_exponential_jitter(
-            _seconds("PAUSE"), LONGEST_PAUSE, jitter=_seconds("PAUSE") / 2
-        ),
-        stop=tenacity.stop_after_delay(0 if _hasty() else _seconds("PATIENCE")),
-        before_sleep=_tell_failure,
-        reraise=True,
+def full_disk(error: OSError, where: str, elsewhere: str = "") -> StageError | None:
+    """The error for a full disk, or None; `elsewhere` says how to use another disk."""
+    if not is_full(error):
+        return None
+    return StageError(
+        f"no disk space left while writing {where}. Free some{elsewhere} and run the same command "
+        "again: finished work is kept."
     )
-    try:
-        found = tries(work)
-    except (OSError, pa.ArrowException) as error:
-        if not may_pass(error):  # an answer as well
-            _tell_answer(tries.statistics)
-        raise explain(error, uri) from None
-    _tell_answer(tries.statistics)
-    return found
 
 
-def read(uri: str) -> bytes:
-    """A whole file. Raises as `patiently`."""
-
-    def work() -> bytes:
-        filesystem, path = locate(uri)
-        # Not a stream: that is read in several requests, between which the object may change.
-        with filesystem.open_input_file(path) as file:
-            return file.read()
-
-    return patiently(work, uri)
+# --- patience ------------------------------------------------------------------------------------
 
 
-def _tell_answer(statistics: dict[str, Any]) -> None:
-    if statistics.get("attempt_number", 1) > 1:
-        _tell(f"the storage answers again, after {statistics['idle_for']:.0f} s of waiting", True)
+def _patiently(work: Callable[[], T], uri: str) -> T:
+    """The result of a request that may be repeated; failures that may pass are waited out."""
+    end = time.monotonic() + (0.0 if _hasty() else _seconds("PATIENCE"))
+    pause, waited = _seconds("PAUSE"), 0.0
+    while True:
+        try:
+            result = work()
+        except (OSError, pa.ArrowException) as error:
+            passing = may_pass(error)
+            if passing and time.monotonic() < end:
+                waited += _wait(min(pause, LONGEST_PAUSE), error)
+                pause *= 2
+                continue
+            if not passing:  # an answer as well
+                _report_answer(waited)
+            raise explain(error, uri) from None
+        _report_answer(waited)
+        return result
 
 
-def _tell_failure(state: tenacity.RetryCallState) -> None:
-    assert state.outcome is not None and state.next_action is not None
-    error = state.outcome.exception()
-    assert error is not None
-    pause = state.next_action.sleep
-    _tell(f"the storage does not answer ({_short(error)}): trying again in {pause:.0f} s", False)
+def _wait(pause: float, error: Exception) -> float:
+    """Wait about `pause` seconds, apart from others who wait, and return for how long."""
+    pause += random.uniform(0.0, _seconds("PAUSE") / 2)
+    _notify(f"the storage does not answer ({_short(error)}): trying again in {pause:.0f} s", False)
+    time.sleep(pause)
+    return pause
 
 
-def _tell(text: str, well: bool) -> None:
+def _report_answer(waited: float) -> None:
+    if waited:
+        _notify(f"the storage answers again, after {waited:.0f} s of waiting", True)
+
+
+def _notify(text: str, well: bool) -> None:
     for listener in _listeners:
         listener(text, well)
     if not _listeners:  # in Ray's workers
@@ -318,7 +300,7 @@ def _tell(text: str, well: bool) -> None:
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Meanwhile tell `listener` of failures that are waited out, from whichever thread."""
+    """Meanwhile notify `listener` of failures that are waited out, from whichever thread."""
     _listeners.append(listener)
     try:
         yield
@@ -340,6 +322,142 @@ def hastily() -> Iterator[None]:
         _thread.hasty = before
 
 
+# --- files ---------------------------------------------------------------------------------------
+
+
+class Storage:
+    """Files at and below one address. Every request is patient. Travels to Ray workers.
+
+    `parts` are names below the address; without any, a method concerns the address itself.
+
+    Every method raises, beside what it says itself:
+        ArtifactError: an address that cannot be understood.
+        StorageError: a failure that will not pass: no access, no such bucket.
+        NoAnswerError: a failure that might have passed, but has not after PATIENCE seconds.
+        OSError: what concerns the file: missing (FileNotFoundError), a local disk's failure.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = absolute(uri)
+        self._opened: tuple[pafs.FileSystem, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "_opened": None}
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        """pyarrow's file system, for libraries that take one."""
+        if self._opened is None:
+            self._opened = locate(self.uri)
+        return self._opened[0]
+
+    @property
+    def root(self) -> str:
+        """The address as a path in `filesystem`."""
+        _ = self.filesystem
+        assert self._opened is not None
+        return self._opened[1]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a plain path of this machine's file system."""
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def path(self, *parts: str) -> str:
+        """The path of a file in `filesystem`."""
+        return "/".join([self.root.rstrip("/"), *parts]) if parts else self.root
+
+    def address(self, *parts: str) -> str:
+        """The path or URI of a file, as a user would give it."""
+        return join_uri(self.uri, *parts) if parts else self.uri
+
+    def attempt(self, work: Callable[[pafs.FileSystem, str], T], *parts: str) -> T:
+        """work(filesystem, path), called again after a failure that may pass.
+
+        All other requests are made of this one. `work` must be harmless to repeat.
+        """
+        return _patiently(lambda: work(self.filesystem, self.path(*parts)), self.uri)
+
+    def info(self, *parts: str) -> pafs.FileInfo:
+        """Type, size and time of a file or folder; of type NotFound where there is none."""
+        return self.attempt(lambda files, path: files.get_file_info(path), *parts)
+
+    def exists(self, *parts: str) -> bool:
+        """Whether there is such a file or folder."""
+        return self.info(*parts).type != pafs.FileType.NotFound
+
+    def list(self, *parts: str) -> list[pafs.FileInfo]:
+        """What is directly inside a folder, sorted by name; empty where there is none."""
+
+        def work(files: pafs.FileSystem, path: str) -> list[pafs.FileInfo]:
+            return files.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+
+        return sorted(self.attempt(work, *parts), key=lambda info: info.base_name)
+
+    def load(self, work: Callable[[pa.NativeFile], T], *parts: str) -> T:
+        """work(file), called again with the file opened anew after a failure that may pass."""
+
+        def open_and_work(files: pafs.FileSystem, path: str) -> T:
+            # Not a stream: that is read in several requests, between which the object may change.
+            with files.open_input_file(path) as file:
+                return work(file)
+
+        return self.attempt(open_and_work, *parts)
+
+    def read(self, *parts: str) -> bytes:
+        """A whole file."""
+        return self.load(lambda file: file.read(), *parts)
+
+    def read_at(self, size: int, position: int, *parts: str) -> bytes:
+        """`size` bytes of a file from `position` on."""
+        return self.load(lambda file: file.read_at(size, position), *parts)
+
+    def write(self, data: bytes | memoryview, *parts: str) -> None:
+        """Write a file so that a reader sees all of it or nothing.
+
+        Raises:
+            StageError: a full disk.
+        """
+        write = self._write_local if self.is_local else self._write_remote
+        try:
+            self.attempt(lambda _, path: write(path, data), *parts)
+        except OSError as error:
+            raise full_disk(error, self.path(*parts)) or error from None
+
+    def _write_local(self, path: str, data: bytes | memoryview) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".tmp-{target.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _write_remote(self, path: str, data: bytes | memoryview) -> None:
+        # An object store shows an object only once its upload is complete.
+        with self.filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+    def delete(self, *parts: str) -> None:
+        """Remove a file; nothing happens where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.attempt(lambda files, path: files.delete_file(path), *parts)
+
+    def delete_folder(self, *parts: str) -> None:
+        """Remove a folder and everything in it; nothing happens where there is none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.attempt(lambda files, path: files.delete_dir(path), *parts)
+
+
+def read(uri: str) -> bytes:
+    """A whole file. Raises as `Storage`."""
+    return Storage(uri).read()
+
+
 def check(uri: str) -> None:
     """See, within seconds, that a remote folder can be listed. It need not exist; its bucket must.
 
@@ -347,9 +465,6 @@ def check(uri: str) -> None:
         ArtifactError: a URI that cannot be understood.
         StorageError: no answer, no access, no such bucket.
     """
-    if not is_remote(uri):
-        return
-    filesystem, path = locate(uri)
-    selector = pafs.FileSelector(path)
-    with hastily(), contextlib.suppress(FileNotFoundError):
-        patiently(lambda: filesystem.get_file_info(selector), uri)
+    if is_remote(uri):
+        with hastily(), contextlib.suppress(FileNotFoundError):
+            Storage(uri).attempt(lambda files, path: files.get_file_info(pafs.FileSelector(path)))

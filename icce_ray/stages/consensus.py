@@ -1,103 +1,54 @@
-"""Stage 5: the heads' clusterings become one. A single Ray task. It reads label vectors, and
-neighbor lists: some to tell good heads by, all to tell how sure an image is.
+"""The heads' clusterings become one, in one Ray task.
 
-Writes consensus/part-00000.parquet: image_id, cluster, confidence, in the heads' row order.
+Reads label vectors, and neighbor lists: to choose good heads, and to measure how sure each image
+is. Writes consensus/part-00000.parquet: image_id, cluster, confidence, in the heads' row order.
 Shapes: N images, H heads, L clusters per head, K clusters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.config.schema import KEEP_LEAST, KEEP_SHARE, Config, settings
-from icce_ray.core.ensemble import agreement as agreement_
-from icce_ray.core.ensemble import graph as graph_
-from icce_ray.core.ensemble import selection
-from icce_ray.core.ensemble.confidence import NEIGHBORS, supported
-from icce_ray.core.evaluation.labelfree import EVIDENCE
-from icce_ray.core.neighbors import reference_k
-from icce_ray.distributed.cluster import Cluster, Request, Wait, result
-from icce_ray.errors import ArtifactError
+from icce_ray.config.schema import Config
+from icce_ray.core import method
+from icce_ray.core.ensemble.base import Consensus
+from icce_ray.distributed.cluster import Request
+from icce_ray.distributed.tasks import run_task
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import CONSENSUS_SCHEMA
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "consensus"
-LAST_LOSSES = 0.05  # share of the recorded losses whose mean is a head's final loss
+ADVICE = "Start a node with a CPU core"
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    keep = config.consensus.keep or [KEEP_SHARE, KEEP_LEAST]
-    return {
-        "consensus": {**settings(config.consensus), "keep": keep},
-        "evidence": EVIDENCE,
-        "confidence": NEIGHBORS,
-        "num_classes": config.num_classes,
-        "seed": config.seed,
-    }
-
-
-def final_losses(run: RunDirectory) -> np.ndarray:
-    """Loss of each head at the end of training, float64 [H]: the mean over its last records.
-
-    One record is the loss of one batch; all heads saw the same ones.
-
-    Raises:
-        ArtifactError: where the heads' history holds none.
-    """
-    losses = np.array(run.read_json("heads", "history.json")["loss"], dtype=np.float64)
-    if losses.ndim != 2 or not losses.size:
-        raise ArtifactError(
-            f"{run.path('heads', 'history.json')} holds no losses, which consensus.keep_by=loss "
-            "and consensus.weights=loss need; use agreement"
-        )
-    return losses[-max(1, round(LAST_LOSSES * len(losses))) :].mean(axis=0)
-
-
-def _solve(run: RunDirectory, config: Config) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _solve(run: RunDirectory, config: Config) -> Consensus:
     """Runs in the task, which opens the assignments on its own node."""
     assignments, ids = run.matrix("heads", "assignments"), run.matrix("neighbors", "ids")
-    chosen = config.consensus
-    by_loss = "loss" in (chosen.keep_by, chosen.weights)
-    losses = final_losses(run) if by_loss else None
-    weights, choice = selection.choose(assignments, ids, config, losses)
-    found = selection.merge(assignments, weights, config)
-    merged = assignments[:, weights > 0]
-    agreement = agreement_.head_agreement(merged, config.head_clusters, max_rows=chosen.max_rows)
-    confidence = supported(found.confidence, found.labels, _nearest(ids, config))
-    told = {"head_weights": weights.tolist(), "head_agreement": agreement, **choice}
-    info = {**found.info, **told}
-    return found.labels, confidence, info
+    return method.merge(assignments, ids, config)
 
 
-def _nearest(ids: np.ndarray, config: Config) -> np.ndarray:
-    """The neighbors that confidence goes by, int [N, M]."""
-    return ids[:, : reference_k(NEIGHBORS, len(ids), config.num_classes, ids.shape[1])]
-
-
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """Merge the heads' clusterings into one, with a confidence for each image."""
     config, run = context.config, context.run
-    labels, confidence, info = _solve(run, config) if context.in_process else _task(context)
-    table = pa.table([run.matrix("heads", "image_id"), labels, confidence], CONSENSUS_SCHEMA)
-    run.write_table(table, FOLDER, "part-00000.parquet")
-    context.reporter.say(_summary(info, float(confidence.mean())))
-    sizes = np.bincount(labels, minlength=config.num_classes).tolist()
-    results = {**info, "sizes": sizes, "confidence": float(confidence.mean())}
-    return Outcome(len(labels), results)
+    if context.in_process:
+        merged = _solve(run, config)
+    else:
+        merged = run_task(context, _solve, run, config, request=Request(1), advice=ADVICE)
+    columns = [run.matrix("heads", "image_id"), merged.labels, merged.confidence]
+    run.write_table(pa.table(columns, CONSENSUS_SCHEMA), FOLDER, "part-00000.parquet")
+    confidence = float(merged.confidence.mean())
+    context.reporter.say(_summary(merged.info, confidence, config.heads.count))
+    sizes = np.bincount(merged.labels, minlength=config.num_classes).tolist()
+    results = {**merged.info, "sizes": sizes, "confidence": confidence}
+    return Outcome(len(merged.labels), results)
 
 
-def _task(context: Context) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    ray = context.cluster.start()
-    ref = ray.remote(num_cpus=1)(_solve).remote(context.run, context.config)
-    wait = Wait(context.cluster, context.reporter, [Request(1)], "Start a node with a CPU core")
-    return result(ray, ref, wait)
-
-
-def _summary(info: dict[str, Any], confidence: float) -> str:
-    every = len(info["head_weights"])
+def _summary(info: Mapping[str, Any], confidence: float, every: int) -> str:
     kept = f"{every}" if info["heads"] == every else f"{info['heads']} of {every}"
     aim = f" (heads.balance={info['balance']:g})" if "balance" in info else ""
     text = (
@@ -107,28 +58,3 @@ def _summary(info: dict[str, Any], confidence: float) -> str:
     if info["empty_clusters"]:
         text += f"; {info['empty_clusters']} of {info['num_clusters']} clusters are empty"
     return text
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    """From measurements: the label matrix twice, and the graph or table of the method."""
-    images, heads = size.images or 0, config.heads.count
-    labels = 2 * images * heads * (2 if config.head_clusters < 2**15 else 4)
-    fitted = min(images, config.consensus.max_rows)
-    graph = {
-        "cspa": 26.0 * min(images, graph_.CSPA_ROWS) ** 2,
-        "hgpa": 300.0 * fitted * max(graph_.CLIQUE_DEGREE // 2, heads),
-        "hbgf": 280.0 * fitted * heads,
-        "dawid-skene": 60.0 * fitted * heads,
-    }
-    memory = 2e8 + labels + graph.get(config.consensus.method, 0.0)
-    return Need(memory=memory, disk=16.0 * images, where="one task")
-
-
-STAGE = Stage(
-    name="consensus",
-    folder=FOLDER,
-    needs=("neighbors", "heads"),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

@@ -1,4 +1,4 @@
-"""Scores of a run: against ground truth where there is any, and label-free ones always.
+"""Scores of a run: label-free ones always, and against ground truth where there is any.
 
 Reads embeddings, neighbors, head assignments, consensus and classifier predictions, all in the row
 order of the embeddings (a quarantined image has no row). Writes, in evaluation/:
@@ -8,7 +8,7 @@ order of the embeddings (a quarantined image has no row). Writes, in evaluation/
   contingency.parquet  class, cluster, count: the non-zero cells   (with labels)
   classes.json         names of the classes, by code               (with labels)
 
-Ground truth is read here and by `report`; by sweeps and `predict` through this file, when their
+Ground truth is read here, and by `report`, sweeps and `predict` through this file, after their
 clusters are made.
 Shapes: N rows, C classes, K clusters, H heads.
 """
@@ -22,13 +22,15 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
-from icce_ray.config.schema import settings as slice_of
+from icce_ray.core.ensemble.agreement import mean_nmi
 from icce_ray.core.evaluation import kmeans as kmeans_
+from icce_ray.core.evaluation import labelfree
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.distributed.cluster import Cluster, Request, Wait, result
+from icce_ray.distributed.cluster import Request
+from icce_ray.distributed.tasks import run_task
 from icce_ray.errors import ArtifactError, DataError
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "evaluation"
 CONTINGENCY_SCHEMA = pa.schema(
@@ -56,35 +58,18 @@ class Truth:
 
     @property
     def known(self) -> np.ndarray:
+        """Which rows have a label, bool [N]."""
         return self.codes >= 0
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """The slice of the config that the scores depend on."""
-    return {
-        "evaluate": slice_of(config.evaluate),
-        "labels": config.data.labels,
-        "seed": config.seed,
-        "num_classes": config.num_classes,
-    }
-
-
-def estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    """Memory is that of the k-means task: one float32 copy of what it holds at once."""
-    rows, width = size.images or 0, size.features or 0
-    large = kmeans_.kmeans_is_large(rows, width, config.num_classes)
-    held = min(rows, max(100_000, 256 * config.num_classes)) if large else rows
-    return Need(memory=4.0 * held * width * 2, disk=2e6, where="one task (k-means)")
 
 
 def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | None:
     """Labels of these images, or None where there are none. image_ids: int64 [N]."""
-    from icce_ray.stages.index import load_labels
+    from icce_ray.data.labels import load_labels
 
-    found = load_labels(config, run)
-    if found is None:
+    labels = load_labels(config, run)
+    if labels is None:
         return None
-    codes, names = found
+    codes, names = labels
     if len(image_ids) and int(image_ids.max()) >= len(codes):
         raise DataError(
             f"there are {len(codes)} labels for images numbered up to {int(image_ids.max())}; "
@@ -92,22 +77,6 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
         )
     codes = np.asarray(codes)[np.asarray(image_ids)]
     return Truth(codes, [str(name) for name in names]) if (codes >= 0).any() else None
-
-
-def preflight(context: Context) -> None:
-    """Check the ground truth against the index, before anything expensive. Raises DataError."""
-    from icce_ray.stages.index import load_labels
-
-    if context.run.manifest("index") is not None:
-        _require(context.config, load_labels(context.config, context.run) is not None)
-
-
-def _require(config: Config, known: bool) -> None:
-    if config.evaluate.require_labels and not known:
-        raise DataError(
-            "evaluate.require_labels=true, but there is no ground truth. Give data.labels=FILE, "
-            "use class folders or a label column, or drop require_labels."
-        )
 
 
 def column(run: RunDirectory, folder: str, name: str, rows: int) -> np.ndarray:
@@ -130,22 +99,23 @@ def run(context: Context) -> Outcome:
     {acc [H], acc_mean, acc_best, acc_min}, `calibration`, `purity`, `matched`.
 
     Raises:
-        DataError: evaluate.require_labels without labels.
         ArtifactError: artifacts of different runs.
     """
     config, files = context.config, context.run
     known = truth(config, files, files.matrix("embeddings", "image_id"))
-    _require(config, known is not None)
     rows = len(files.matrix("embeddings", "image_id"))
     clusters = np.asarray(column(files, "consensus", "cluster", rows))
     confidence = np.asarray(column(files, "consensus", "confidence", rows))
     probe = _probe(files, rows)
     result: dict[str, Any] = {"rows": rows, "num_classes": config.num_classes}
     result["label_free"] = _label_free(context, clusters, confidence, probe)
+    contingency = None
     if known is not None:
         result |= _against(context, known, clusters, confidence, probe)
-        _write_contingency(files, known, clusters)
-    _write_clusters(files, known, clusters, confidence, config.num_classes)
+        contingency = metrics.contingency(known.codes[known.known], clusters[known.known])
+        _write_contingency(files, contingency, known.names)
+    table = cluster_table(clusters, confidence, config.num_classes, contingency)
+    files.write_table(table, FOLDER, "clusters.parquet")
     files.write_json(result, FOLDER, "metrics.json")
     context.reporter.say(summary(result))
     return Outcome(rows=rows, results=_headline(result))
@@ -187,11 +157,11 @@ def _label_free(
 ) -> dict[str, Any]:
     files, rows = context.run, len(clusters)
     assignments = merged_heads(files, column(files, "heads", "assignments", rows))
-    ids, counts = column(files, "neighbors", "ids", rows), column(files, "neighbors", "count", rows)
-    sizes = metrics.cluster_sizes(clusters, context.config.num_classes)
+    ids, counts = column(files, "neighbors", "ids", rows), column(files, "selection", "count", rows)
+    sizes = labelfree.spread_of_sizes(clusters, context.config.num_classes)
     return {
-        "head_agreement": metrics.head_agreement(assignments),
-        "neighbor_consistency": metrics.neighbor_consistency(clusters, ids, counts),
+        "head_agreement": mean_nmi(assignments),
+        "neighbor_consistency": labelfree.neighbor_share(clusters, ids, counts),
         "probe_agreement": None if probe is None else float((probe == clusters).mean()),
         "confidence": float(confidence.mean()),
         "confident": float((confidence >= 0.9).mean()),
@@ -219,7 +189,7 @@ def _against(
     correct = match.cluster_class[clusters[rows]] == labels
     result["calibration"] = metrics.calibration(confidence[rows], correct)
     merged = merged_heads(files, files.matrix("heads", "assignments"))
-    result["heads"] = heads_alone(merged[rows], labels)
+    result["heads"] = accuracy_of_heads(merged[rows], labels)
     if probe is not None:
         result["classifier"] = metrics.scores(labels, probe[rows])
     if config.evaluate.kmeans:
@@ -230,12 +200,12 @@ def _against(
 def merged_heads(files: RunDirectory, assignments: np.ndarray) -> np.ndarray:
     """The heads that the consensus was made of, int [N, H]."""
     done = files.manifest("consensus")
-    weights = done.results.get("head_weights") if done else None
-    return np.asarray(assignments if weights is None else assignments[:, np.array(weights) > 0])
+    kept = done.results.get("kept") if done else None
+    return np.asarray(assignments if kept is None else assignments[:, kept])
 
 
-def heads_alone(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy of every head by itself. assignments: int [N, H]."""
+def accuracy_of_heads(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy of each single head. assignments: int [N, H]."""
     each = [metrics.accuracy(labels, assignments[:, h]) for h in range(assignments.shape[1])]
     return {
         "acc": each,
@@ -248,58 +218,59 @@ def heads_alone(assignments: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 def _kmeans(context: Context, rows: int) -> np.ndarray:
     """k-means in a Ray task, which reads the features where it runs. Returns int32 [N]."""
     config, files, cluster = context.config, context.run, context.cluster
-    ray = cluster.start()
     width = files.matrix("embeddings", "embedding").shape[1]
     large = kmeans_.kmeans_is_large(rows, width, config.num_classes)
-    gpus = cluster.gpus_each(None) if large else 0
+    gpus = cluster.gpus_each() if large else 0
     context.reporter.say(
         f"k-means for comparison: {rows:,} x {width} features, K={config.num_classes}, "
-        f"{config.evaluate.kmeans_restarts} restarts"
+        f"{kmeans_.RESTARTS} restarts"
     )
     request = Request(cluster.cpus_each(1, gpus), gpus)
-    task = ray.remote(num_cpus=request.cpus, num_gpus=gpus)(_kmeans_task)
-    ref = task.remote(files, config.num_classes, config.evaluate.kmeans_restarts, config.seed, gpus)
-    return result(ray, ref, Wait(cluster, context.reporter, [request], "Set evaluate.kmeans=false"))
+    return run_task(
+        context,
+        _kmeans_task,
+        *(files, config.num_classes, config.seed, gpus),
+        request=request,
+        advice="Set evaluate.kmeans=false",
+    )
 
 
-def _kmeans_task(
-    files: RunDirectory, num_clusters: int, restarts: int, seed: int, gpus: float
-) -> np.ndarray:
+def _kmeans_task(files: RunDirectory, num_clusters: int, seed: int, gpus: float) -> np.ndarray:
     features = files.matrix("embeddings", "embedding")
-    return kmeans_.kmeans_baseline(features, num_clusters, restarts, seed, gpu=gpus > 0)
+    return kmeans_.kmeans_baseline(features, num_clusters, seed, gpu=gpus > 0)
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _write_contingency(files: RunDirectory, known: Truth, clusters: np.ndarray) -> None:
-    table = metrics.contingency(known.codes[known.known], clusters[known.known])
-    classes, columns = np.nonzero(table)
-    content = {"class": classes, "cluster": columns, "count": table[classes, columns]}
-    files.write_table(pa.table(content).cast(CONTINGENCY_SCHEMA), FOLDER, "contingency.parquet")
-    files.write_json({"names": known.names}, FOLDER, "classes.json")
+def _write_contingency(files: RunDirectory, contingency: np.ndarray, names: list[str]) -> None:
+    """contingency: images per class and cluster, int64 [C, K]. Most cells of many classes are 0."""
+    classes, clusters = np.nonzero(contingency)
+    cells = {"class": classes, "cluster": clusters, "count": contingency[classes, clusters]}
+    files.write_table(pa.table(cells).cast(CONTINGENCY_SCHEMA), FOLDER, "contingency.parquet")
+    files.write_json({"names": names}, FOLDER, "classes.json")
 
 
-def _write_clusters(
-    files: RunDirectory,
-    known: Truth | None,
-    clusters: np.ndarray,
-    confidence: np.ndarray,
-    num_clusters: int,
-) -> None:
+def cluster_table(
+    clusters: np.ndarray, confidence: np.ndarray, num_clusters: int, contingency: np.ndarray | None
+) -> pa.Table:
+    """A row per cluster: CLUSTERS_SCHEMA.
+
+    clusters: int [N]. confidence: float [N]. contingency: labeled images per class and cluster,
+    int64 [C, at most K], or None without labels.
+    """
     sizes = np.bincount(clusters, minlength=num_clusters)
     count = len(sizes)
     total = np.bincount(clusters, weights=confidence, minlength=count)
     labeled = np.zeros(count, np.int64)
     matched, majority = np.full(count, -1), np.full(count, -1)
     purity = np.zeros(count)
-    if known is not None:
-        table = metrics.contingency(known.codes[known.known], clusters[known.known])
-        seen = table.shape[1]
-        labeled[:seen] = table.sum(axis=0)
-        matched[:seen] = metrics.match(table).cluster_class
-        majority[:seen] = np.where(labeled[:seen] > 0, table.argmax(axis=0), -1)
-        purity[:seen] = table.max(axis=0) / np.maximum(1, labeled[:seen])
+    if contingency is not None:
+        seen = contingency.shape[1]  # the last clusters may have no labeled image
+        labeled[:seen] = contingency.sum(axis=0)
+        matched[:seen] = metrics.match(contingency).cluster_class
+        majority[:seen] = np.where(labeled[:seen] > 0, contingency.argmax(axis=0), -1)
+        purity[:seen] = contingency.max(axis=0) / np.maximum(1, labeled[:seen])
     content = [
         pa.array(np.arange(count)),
         pa.array(sizes),
@@ -309,12 +280,11 @@ def _write_clusters(
         pa.array(majority, mask=majority < 0),
         pa.array(purity, mask=labeled == 0),
     ]
-    table = pa.Table.from_arrays(content, names=CLUSTERS_SCHEMA.names)
-    files.write_table(table.cast(CLUSTERS_SCHEMA), FOLDER, "clusters.parquet")
+    return pa.Table.from_arrays(content, names=CLUSTERS_SCHEMA.names).cast(CLUSTERS_SCHEMA)
 
 
 def _headline(result: dict[str, Any]) -> dict[str, Any]:
-    """The scores a table of runs shows, flat, for the manifest."""
+    """The main scores, flat, for the manifest."""
     free = result["label_free"]
     names = ("head_agreement", "neighbor_consistency", "probe_agreement", "confidence")
     flat = {name: free[name] for name in names}
@@ -323,13 +293,3 @@ def _headline(result: dict[str, Any]) -> dict[str, Any]:
         if part in result:
             flat[f"{part}_acc"] = result[part]["acc"]
     return flat
-
-
-STAGE = Stage(
-    name="evaluate",
-    folder=FOLDER,
-    needs=("index", "embed", "neighbors", "heads", "consensus", "classifier"),
-    settings=settings,
-    run=run,
-    estimate=estimate,
-)

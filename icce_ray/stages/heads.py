@@ -1,4 +1,4 @@
-"""Stage 4: train the clustering heads with Ray Train and assign every image with each.
+"""Train the clustering heads with Ray Train and assign every image with each.
 
 Worker w of W owns heads w, w + W, ...; all draw the same pairs, and exchange only the pair
 agreements of their heads.
@@ -6,9 +6,7 @@ agreements of their heads.
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,58 +15,43 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from icce_ray.config.schema import Config, HeadsConfig, default_batch, default_steps, settings
-from icce_ray.core.heads.trainer import (
-    Data,
-    HeadTrainer,
-    merge_states,
-)
-from icce_ray.core.projection import fit_projection
+from icce_ray.config.schema import Config, MethodConfig
+from icce_ray.core import method
+from icce_ray.core.evaluation.labelfree import NEAREST
+from icce_ray.core.heads.trainer import HeadTrainer, merge_states
 from icce_ray.distributed import train as training
+from icce_ray.distributed.checkpoints import TRAIN, Checkpoints
 from icce_ray.distributed.cluster import Cluster
+from icce_ray.distributed.worker import Worker
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import tensor_column
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
+from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "heads"
+JUDGE = "judge"  # of a sweep: the search whose neighbors all of its trials are judged by
 HISTORY_POINTS = 200  # loss values kept per head
 PROBES = 10  # scores of an unfinished training, where a sweep asks for them
 PROBE_ROWS = 20_000  # rows whose neighbors they look at, at most
 ROWS_PER_FILE = 1_000_000
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """With what stands for the settings not given, so that other defaults make other heads."""
-    heads, clusters = config.heads, config.head_clusters
-    resolved = {
-        "clusters": clusters,
-        "steps": heads.steps or default_steps(clusters),
-        "batch_size": heads.batch_size or default_batch(clusters),
-        "balance": settings(heads.balances),
-    }
-    return {"heads": {**settings(heads), **resolved}, "seed": config.seed}
-
-
 # --- in the workers ------------------------------------------------------------------------------
 
 
-def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
+def _train(worker: Worker, config: Mapping[str, Any]) -> None:
     """The loop of one worker: resume, step, checkpoint, assign."""
-    chosen = HeadsConfig.model_validate(config["heads"])
+    chosen = MethodConfig.model_validate(config["method"])
     latest = worker.checkpoints.latest()
-    if latest == config["steps"] + 1:
+    if latest == method.head_steps(chosen) + 1:
         return  # lost after its last checkpoint: nothing is left to do
     embeddings = worker.run.matrix("embeddings", "embedding")
-    projection = fit_projection(embeddings, chosen.pca, config["seed"])
-    ids, counts = (worker.run.matrix("neighbors", name) for name in ("ids", "count"))
-    data = Data.of(embeddings, ids, counts, projection, worker.device)
-    trainer = HeadTrainer(
-        data, chosen, config["num_classes"], config["seed"], config["steps"], worker.collective
-    )
+    ids, counts = worker.run.matrix("neighbors", "ids"), worker.run.matrix("selection", "count")
+    data, projection = method.head_data(embeddings, ids, counts, chosen, worker.device)
+    trainer = method.head_trainer(data, chosen, worker.collective)
     history = _History(trainer)
     watched = config["watched"] and worker.rank == 0
-    probe = _Probe(worker.run, config["seed"]) if watched else None
+    probe = _Probe(worker.run, chosen.seed) if watched else None
     worker.progress(latest or 0, "starting", force=True)
     if latest is None:
         trainer.start()
@@ -77,19 +60,19 @@ def _train(worker: training.Worker, config: Mapping[str, Any]) -> None:
         trainer.restore(states)
         history.restore(states)
     while trainer.step_number < trainer.steps:
-        history.add(trainer.step())
-        worker.progress(trainer.step_number, f"loss {history.last:.3f}")
+        history.step()
+        worker.progress(trainer.step_number, history.note)
         if probe is not None and probe.due(trainer):
             worker.progress(trainer.step_number, force=True, score=probe.score(trainer))
-        if trainer.step_number % chosen.checkpoint_every == 0:
+        if trainer.step_number % chosen.heads.checkpoint_every == 0:
             worker.save(trainer.step_number, trainer.state() | history.state())
     worker.progress(trainer.step_number, "assigning", force=True)
 
-    def tell(rows: int) -> None:
+    def report(rows: int) -> None:
         worker.progress(trainer.step_number, f"assigned {rows:,} of {len(data):,} images")
 
     final = trainer.state() | history.state()
-    final["assignments"] = torch.from_numpy(trainer.assign(tell))
+    final["assignments"] = torch.from_numpy(trainer.assign(report))
     if worker.rank == 0:
         final |= {f"projection.{k}": v.cpu() for k, v in projection.state_dict().items()}
     worker.save(trainer.steps + 1, final)
@@ -102,11 +85,11 @@ class _Probe:
     """
 
     def __init__(self, run: RunDirectory, seed: int) -> None:
-        nearest = run.matrix("nearest", "ids")
+        nearest = run.matrix(JUDGE, "ids")
         generator = np.random.default_rng(seed)
         most = min(len(nearest), PROBE_ROWS)
         self.rows = np.sort(generator.choice(len(nearest), most, replace=False))
-        self.ids = np.asarray(nearest[self.rows])
+        self.ids = np.asarray(nearest[self.rows, :NEAREST])
 
     def due(self, trainer: HeadTrainer) -> bool:
         return trainer.step_number % max(1, trainer.steps // PROBES) == 0
@@ -123,13 +106,21 @@ class _History:
         self.every = max(1, trainer.steps // HISTORY_POINTS)
         self.steps: list[int] = []
         self.losses: list[Tensor] = []
-        self.last = float("nan")
+        self.last: Tensor | None = None  # [H], on the device
 
-    def add(self, loss: Tensor) -> None:
-        self.last = float(loss.mean())
-        if self.trainer.step_number % self.every == 0:
-            self.steps.append(self.trainer.step_number)
+    def step(self) -> None:
+        """One step of the training. Only where its loss is recorded is one computed, and waited
+        for: else the device would have nothing to do until the host has prepared the next step."""
+        trainer = self.trainer
+        loss = trainer.step(want_loss=(trainer.step_number + 1) % self.every == 0)
+        if loss is not None:
+            self.last = loss
+            self.steps.append(trainer.step_number)
             self.losses.append(loss.cpu())
+
+    def note(self) -> str:
+        """The last loss as text. Waits for the device."""
+        return "" if self.last is None else f"loss {float(self.last.mean()):.3f}"
 
     def state(self) -> dict[str, Tensor]:
         heads = len(self.trainer.numbers)
@@ -147,27 +138,25 @@ class _History:
 # --- in the driver -------------------------------------------------------------------------------
 
 
-def _run(context: Context) -> Outcome:
+def run(context: Context) -> Outcome:
+    """Train the heads and assign every image by each. Raises StageError: workers lost for good."""
     config, run, cluster = context.config, context.run, context.cluster
     rows = run.matrix("embeddings", "image_id").shape[0]
-    steps = config.heads.steps or default_steps(config.head_clusters)
-    gpus = cluster.gpus_each(config.heads.num_gpus)
+    steps = method.head_steps(config)
+    gpus = cluster.gpus_each()
     workers = _workers(config, cluster, gpus)
     workers = min(workers, config.heads.count)
-    checkpoints = training.Checkpoints(run, FOLDER)
+    checkpoints = Checkpoints(run, FOLDER)
     if checkpoints.latest() != steps + 1:
         training.fit(
             context,
             FOLDER,
             _train,
             {
-                "heads": config.heads.model_dump(mode="json"),
-                "num_classes": config.head_clusters,
-                "seed": config.seed,
-                "steps": steps,
+                "method": config.method.model_dump(mode="json"),
                 "watched": context.on_progress is not None,
             },
-            group=training.Group.plan(cluster, workers, gpus, config.heads.min_workers),
+            group=training.Group.plan(cluster, workers, gpus),
             title=f"training {config.heads.count} heads",
             total=steps,
         )
@@ -175,7 +164,7 @@ def _run(context: Context) -> Outcome:
     if final is None:
         raise ArtifactError(f"{run.path(FOLDER)} has no checkpoint after training")
     results = _write(run, checkpoints.load(final), rows)
-    run.delete(f"{FOLDER}/{training.TRAIN}")
+    run.delete(f"{FOLDER}/{TRAIN}")
     return Outcome(rows, {**results, "steps": steps, "workers": workers, "gpus_per_worker": gpus})
 
 
@@ -228,29 +217,3 @@ def _write_assignments(run: RunDirectory, assignments: np.ndarray, rows: int) ->
             }
         )
         run.write_table(table, FOLDER, f"part-{part:05d}.parquet")
-
-
-def _estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    images, features = size.images or 0, size.features or 1024
-    inputs = min(features, config.heads.pca or features)
-    widths = [inputs, *config.heads.hidden, config.head_clusters]
-    weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.heads.count
-    pairs = config.heads.batch_size or default_batch(config.head_clusters)
-    own = math.ceil(config.heads.count / max(1, config.heads.num_workers or 1))
-    batch = 2 * pairs * own
-    activations = batch * (sum(widths[1:]) + 4 * config.head_clusters) * 4 * 2
-    matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4)
-    assigned = images * config.heads.count * 2
-    # student, teacher, gradient and AdamW's two moments: five copies of the weights, float32
-    memory = matrix + 5 * 4 * weights + activations + assigned
-    return Need(memory=memory, disk=assigned + 4 * 4 * weights, where="train workers")
-
-
-STAGE = Stage(
-    name="heads",
-    folder=FOLDER,
-    needs=("embed", "neighbors"),
-    settings=_settings,
-    run=_run,
-    estimate=_estimate,
-)

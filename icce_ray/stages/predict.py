@@ -3,7 +3,7 @@
     predict("runs/quickstart", "new-images/", "predictions/")
 
 Writes part-*.parquet (PREDICTIONS_SCHEMA) in the order of the addresses, and manifest.json last;
-a killed call goes on from the shards it wrote. Nothing that is there already is ever deleted.
+a killed call resumes from the shards it wrote. Nothing that is there already is ever deleted.
 Shapes: N images, B batch, K clusters.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,24 +23,25 @@ import yaml
 from icce_ray import config as configs
 from icce_ray.config.schema import BackboneConfig, Config
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.data import listing
-from icce_ray.distributed import inference as streaming
+from icce_ray.data import labels, listing
 from icce_ray.distributed.cluster import Cluster, NodeWatch
-from icce_ray.distributed.inference import Columns, Job, Loaded
+from icce_ray.distributed.inference import (
+    CLASSIFIER,
+    DESCRIPTION,
+    Embedder,
+    Inference,
+    Loaded,
+    Predictor,
+    preparations,
+)
 from icce_ray.distributed.shards import Shards
-from icce_ray.errors import ArtifactError, ConfigError, StageError
+from icce_ray.distributed.stream import Columns, Job
+from icce_ray.errors import ArtifactError, ConfigError
 from icce_ray.rundir import storage
 from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter, duration
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
-from icce_ray.stages import index
-from icce_ray.stages.embed import Embedder
 
-if TYPE_CHECKING:
-    import torch
-
-CLASSIFIER = "classifier"
-WEIGHTS, DESCRIPTION = "classifier.safetensors", "classifier.json"
 GROUPS = ("embed", "ray", "data")  # settings that a call may change
 SHOW = 3  # reasons of bad images that are shown
 
@@ -69,7 +70,7 @@ def predict(
     Raises:
         ArtifactError: no finished classifier, or `out` holds something else.
         ConfigError, DataError: settings or images that cannot be used.
-        StageError: workers failed; the same call again goes on.
+        StageError: workers failed; the same call again resumes.
     """
     run = RunDirectory(run_uri)
     folder, target = _target(out or run.address("predictions"))
@@ -82,9 +83,9 @@ def predict(
     description = run.read_json(CLASSIFIER, DESCRIPTION)
     config = _config(run, images, overrides)
     backbones = _backbones(description)
-    table = listing.list_images(config.data).table
+    table = listing.list_images(config.data, setting="images").table
     if config.data.labels not in ("auto", "none"):
-        index.labels_of(config.data.labels, table)  # a file that does not fit is told now
+        labels.labels_of(config.data.labels, table)  # a file that does not fit is refused now
     mark = _mark(images, table, trained, config)
     finished = _claim(target, folder, mark)
     if finished is not None:
@@ -106,7 +107,7 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
     for override in overrides:
         if override.partition(".")[0] not in GROUPS:
             raise ConfigError(
-                f"{override}: predict takes {', '.join(f'{g}.*' for g in GROUPS)} settings alone; "
+                f"{override}: predict takes {', '.join(f'{g}.*' for g in GROUPS)} settings only; "
                 "all else is as the run was made"
             )
     tree = yaml.safe_load(run.read_bytes("config.yaml"))
@@ -118,14 +119,14 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
 
 
 def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
-    found = description.get("backbone") or []
-    if not found:
+    described = description.get("backbone") or []
+    if not described:
         raise ConfigError(
             "this run was made from given embeddings: it knows no backbone for new images. "
             "Classify their embeddings with classifier.safetensors (see core/classifier.py)."
         )
     fields = BackboneConfig.model_fields
-    each = [{key: value for key, value in one.items() if key in fields} for one in found]
+    each = [{key: value for key, value in one.items() if key in fields} for one in described]
     if description["kind"] == "finetune":  # its weights are the classifier's own
         each = [{**one, "pretrained": False, "weights": None} for one in each]
     return tuple(BackboneConfig.model_validate(one) for one in each)
@@ -133,7 +134,7 @@ def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
 
 def _target(out: str) -> tuple[str, RunDirectory]:
     """The last folder of `out`, and what holds it."""
-    uri, options = storage.split_options(listing.absolute(out))
+    uri, options = storage.split_options(storage.absolute(out))
     parent, _, folder = uri.rstrip("/").rpartition("/")
     if not folder or not parent or parent.endswith(":/"):
         raise ConfigError(f"out={out} must name a folder below the bucket or the root")
@@ -145,15 +146,15 @@ def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> di
     digest = hashlib.sha256()
     for batch in table.select(["uri"]).to_batches(max_chunksize=65_536):
         digest.update("\n".join(batch.column(0).to_pylist()).encode() + b"\n")
-    found = {
-        "images": listing.absolute(images),
+    settings = {
+        "images": storage.absolute(images),
         "count": table.num_rows,
         "sha256": digest.hexdigest(),
         "precision": config.embed.precision,
     }
     inputs = {CLASSIFIER: trained.id}
-    print_ = fingerprint("predict", found, inputs)
-    return {"fingerprint": print_, "settings": found, "inputs": inputs}
+    key = fingerprint("predict", settings, inputs)
+    return {"fingerprint": key, "settings": settings, "inputs": inputs}
 
 
 def _claim(target: RunDirectory, folder: str, mark: Mapping[str, Any]) -> Manifest | None:
@@ -175,52 +176,6 @@ def _claim(target: RunDirectory, folder: str, mark: Mapping[str, Any]) -> Manife
             f"{where} holds other files (no {MANIFEST}, no {PARTIAL}). Choose an empty out=..."
         )
     return None
-
-
-# --- in the actors -------------------------------------------------------------------------------
-
-
-class Predictor:
-    """A classifier on top of its backbones."""
-
-    def __init__(self, run: RunDirectory, embedder: Embedder, finetuned: bool) -> None:
-        self.run, self.embedder, self.finetuned = run, embedder, finetuned
-        self.classifier: Any = None
-
-    def load(self, device: torch.device) -> list[dict[str, Any]]:
-        from icce_ray.core.backbone import arithmetic
-        from icce_ray.core.classifier import model as core
-
-        weights = self.run.read_bytes(CLASSIFIER, WEIGHTS)
-        self.classifier = core.load(weights, self.run.read_json(CLASSIFIER, DESCRIPTION))
-        self.classifier = self.classifier.to(device).eval()
-        if not self.finetuned:
-            return self.embedder.load(device)
-        precision = self.embedder.precision = arithmetic(self.embedder.precision, device)
-        return [{**self.classifier.backbone.describe(), "precision": precision}]
-
-    def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
-        """`cluster` int32 [B], `confidence` float32 [B], and `valid`: finite."""
-        import torch
-
-        with torch.inference_mode():
-            probability = self._logits(pixels).float().softmax(dim=1)
-            confidence, cluster = probability.max(dim=1)
-        found = confidence.cpu().numpy()
-        return {
-            "cluster": cluster.cpu().numpy().astype(np.int32),
-            "confidence": found,
-            "valid": np.isfinite(found),
-        }
-
-    def _logits(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-        import torch
-
-        if not self.finetuned:
-            return self.classifier(self.embedder.embed(pixels))
-        half = self.embedder.precision == "bfloat16"
-        with torch.autocast(pixels[0].device.type, torch.bfloat16, half):
-            return self.classifier(pixels[0])
 
 
 # --- in the driver -------------------------------------------------------------------------------
@@ -247,10 +202,8 @@ class _Work:
         self.reporter.stage = "predict"
         self.shards = self._open(resumed)
         self.bad = 0
-        self.loaded = Loaded(() if self._finetuned else self._expected())
         with self.reporter.listening(), NodeWatch(self.reporter):
-            rate = self._gather()
-        self.shards.check()
+            rate = self._classify()
         return self._finish(mark, time.monotonic() - started, rate)
 
     @property
@@ -259,10 +212,10 @@ class _Work:
 
     def _expected(self) -> list[Mapping[str, Any]]:
         """Backbones with the hash of their weights, as the run had them."""
-        found = self.description["backbone"]
-        if not all("sha256" in one for one in found):
+        described = self.description["backbone"]
+        if not all("sha256" in one for one in described):
             return []
-        return [{k: v for k, v in one.items() if k != "precision"} for one in found]
+        return [{k: v for k, v in one.items() if k != "precision"} for one in described]
 
     def _open(self, resumed: bool) -> Shards:
         size, total = self.config.embed.shard_size, self.table.num_rows
@@ -283,41 +236,32 @@ class _Work:
             schema=PREDICTIONS_SCHEMA,
         )
 
-    def _gather(self) -> float:
-        missing, total = self.shards.missing, self.table.num_rows
-        if not len(missing):
-            return 0.0
-        if len(missing) < total:
-            self.reporter.say(f"{total - len(missing):,} of {total:,} images were done before")
-        preprocess, slots = streaming.preparations(self.backbones)
+    def _classify(self) -> float:
+        """Returns images per second."""
+        preprocess, slots = preparations(self.backbones)
         embedder = Embedder(self.backbones, slots, self.config.embed.precision)
-        job = Job(Predictor(self.source, embedder, self._finetuned), preprocess, self.config.embed)
-        table = self.table.take(pa.array(missing))
-        batches = streaming.stream(self.cluster, table, job, self.reporter)
-        done = total - len(missing)
-        return streaming.gather(batches, self._take, self.reporter, "classifying", done, total)
+        model = Predictor(self.source, embedder, self._finetuned)
+        loaded = Loaded(() if self._finetuned else self._expected())
+        inference = Inference(
+            self.cluster, self.reporter, self.table, self.shards, self._accept, loaded=loaded
+        )
+        return inference.run(Job(model, preprocess, self.config.embed), "classifying")
 
-    def _take(self, batch: Columns) -> int:
-        if self.loaded.see(batch["note"]):
-            for line in self.loaded.describe():
-                self.reporter.say(line)
+    def _accept(self, batch: Columns) -> tuple[Columns, np.ndarray]:
+        """Every image gets a row; a bad one has a reason in it."""
         bad = batch["reason"].astype(bool)
-        wrong = batch["image_id"][~bad & ~batch["valid"]]
-        if len(wrong):
-            uri = self.table["uri"][int(wrong[0])].as_py()
-            raise StageError(f"the classifier's output is not finite, first for {uri}")
         for row in np.flatnonzero(bad)[: max(0, SHOW - self.bad)]:
             uri = self.table["uri"][int(batch["image_id"][row])].as_py()
             self.reporter.say(f"! {uri}: {batch['reason'][row]}")
         self.bad += int(bad.sum())
         kept = ("image_id", "cluster", "confidence", "reason")
-        return self.shards.add({name: batch[name] for name in kept}, np.ones(len(bad), bool))
+        return {name: batch[name] for name in kept}, np.ones(len(bad), bool)
 
     def _finish(self, mark: dict[str, Any], seconds: float, rate: float) -> Manifest:
         run, total = self.target, self.table.num_rows
-        found = run.read_table(self.folder, columns=["cluster"])["cluster"].to_numpy()
-        bad = int((found < 0).sum())
-        scores = _scores(self.config, self.table, found)
+        clusters = run.read_table(self.folder, columns=["cluster"])["cluster"].to_numpy()
+        bad = int((clusters < 0).sum())
+        scores = _scores(self.config, self.table, clusters)
         manifest = Manifest(
             stage="predict",
             fingerprint=mark["fingerprint"],
@@ -349,7 +293,7 @@ class _Work:
 
 def _scores(config: Config, table: pa.Table, clusters: np.ndarray) -> dict[str, Any]:
     """How well the clusters, int [N], meet the images' labels; nothing where there are none."""
-    known = index.labels_of(config.data.labels, table)
+    known = labels.labels_of(config.data.labels, table)
     if known is None or not (both := (known >= 0) & (clusters >= 0)).any():
         return {}
     return {"labeled": int(both.sum()), **metrics.scores(known[both], clusters[both])}

@@ -1,74 +1,53 @@
-"""One self-contained HTML page about a run: what was found, how good it is, what it cost.
+"""Stage 9: one self-contained HTML page about a run: what it found, how good it is, what it cost.
 
-Reads every other stage's artifacts and the images of the galleries; writes report/index.html, which
-loads nothing from anywhere (styles, script, charts and thumbnails are inside) and stays below
+Reads the artifacts of every other stage and the images of the galleries. Writes report/index.html,
+which loads nothing from anywhere (styles, script, charts and thumbnails are inside) and stays below
 report.max_megabytes.
-Shapes: N rows, C classes, K clusters, H heads.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import yaml
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
-from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError
+from icce_ray.report.pages import FOLDER, PAGE
 from icce_ray.report.run_page import render
 from icce_ray.rundir import storage
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.stages import evaluate
-from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
-
-FOLDER = "report"
-
-
-PAGE = "index.html"
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """The slice of the config that the page depends on."""
-    return {**evaluate.settings(config), "report": configs.settings(config.report)}
-
-
-def estimate(config: Config, size: Size, cluster: Cluster) -> Need:
-    """Columns of a few bytes per image, the page twice (pieces and text)."""
-    page = config.report.max_megabytes * 1e6
-    return Need(memory=120.0 * (size.images or 0) + 3 * page, disk=page)
+from icce_ray.stages.base import Context, Outcome
 
 
 def run(context: Context) -> Outcome:
     """Write the page. Raises ArtifactError where something it reads is missing."""
-    page, shown = render(context.config, context.run)
-    context.run.write_bytes(page, FOLDER, PAGE)
+    page, shown = _write(context.config, context.run)
     context.reporter.say(f"Report: {context.run.address(FOLDER, PAGE)} ({len(page) / 1e6:.1f} MB)")
     results = {"bytes": len(page), "images_shown": shown}
     return Outcome(rows=context.config.num_classes, results=results)
 
 
 def build(run_uri: str) -> str:
-    """Write the page of a finished run again, from its own config. Returns the page's path.
+    """Write the page of a finished run again, with the run's own config. Returns the page's path.
 
     Raises:
-        ArtifactError: where `run_uri` is no run directory, or its evaluation is not finished.
+        ArtifactError: `run_uri` is no run directory, or its evaluation is not finished.
     """
     storage.check(run_uri)
     files = RunDirectory(run_uri)
     if not files.exists("config.yaml"):
         raise ArtifactError(f"{run_uri} is not a run directory: it has no config.yaml")
     config = configs.validate(yaml.safe_load(files.read_bytes("config.yaml")))
-    page, _ = render(config, files)
-    files.write_bytes(page, FOLDER, PAGE)
+    _write(config, files)
     return files.address(FOLDER, PAGE)
 
 
-STAGE = Stage(
-    name="report",
-    folder=FOLDER,
-    needs=("index", "embed", "neighbors", "heads", "consensus", "classifier", "evaluate"),
-    settings=settings,
-    run=run,
-    estimate=estimate,
-)
+def _write(config: Config, files: RunDirectory) -> tuple[bytes, int]:
+    """Write the page. Returns it, and how many thumbnails it holds."""
+    if files.manifest(evaluate.FOLDER) is None:
+        raise ArtifactError(f"{files.path(evaluate.FOLDER)} is not finished; run that stage first")
+    known = evaluate.truth(config, files, files.matrix("embeddings", "image_id"))
+    page, shown = render(config, files, None if known is None else known.codes)
+    files.write_bytes(page, FOLDER, PAGE)
+    return page, shown

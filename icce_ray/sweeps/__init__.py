@@ -1,0 +1,1 @@
+"""Many settings tried side by side, and ranked without labels."""

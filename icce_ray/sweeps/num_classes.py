@@ -1,9 +1,9 @@
 """num_classes=auto: how many classes there are, where nobody knows.
 
-A sweep over numbers of classes, on embeddings that the run goes on with; its score is the
+A sweep over numbers of classes, on the run's own embeddings and neighbors. Its score is the
 modularity of the clusters on the graph of nearest neighbors, which rises with each further cluster
-that costs fewer agreements between neighbors than it takes from chance. README says how close it
-came, and how far to trust it.
+that costs fewer agreements between neighbors than it takes from chance. The run then continues from
+the heads of the best number. README says how close it came, and how far to trust it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from icce_ray.config import loading
 from icce_ray.config.schema import Config
 from icce_ray.errors import ConfigError
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.sweeps import running as sweep
+from icce_ray.rundir.lock import exclusive
 from icce_ray.sweeps import space
 
 SPACE = "classes"  # the golden space, and the sweep's name
-
-
 MOST_TRIED = 16  # numbers of a range, spread evenly by ratio
 
 
@@ -40,27 +38,33 @@ def resolve(
 ) -> Config | None:
     """`config.load`, but with num_classes found where it is `auto` or a range such as 4-30.
 
-    Finds it by a sweep, RUN/sweeps/classes, which goes on where it was interrupted. Returns None
-    where only the plan of that sweep was asked for. overwrite: as of `pipeline.run`, of the
-    embeddings and of that sweep's results.
+    Finds it by a sweep, RUN/sweeps/classes, which resumes where it was interrupted, and puts what
+    the sweep made for the best number into the run. Returns None where only the plan of that sweep
+    was asked for. overwrite: as of `pipeline.run`, and of that sweep's results.
 
     Raises:
-        ConfigError, DataError, ArtifactError, StageError: as `config.load` and `sweep.run`.
+        ConfigError, DataError, ArtifactError, StageError: as `config.load` and `running.run`.
     """
     tree = configs.merge(source, overrides)
     numbers = numbers_to_try(tree.get("num_classes"))
     if numbers is None:
         return configs.validate(tree)
+    from icce_ray.sweeps import running  # imports torch: only where there is a sweep
+
     base = configs.validate({**tree, "num_classes": numbers[0]})
-    chosen = space.golden_spaces()[SPACE]
-    content = {**loading.parse_yaml(chosen.read_bytes(), SPACE), "space": {"num_classes": numbers}}
+    content, _ = loading.read_named("space", SPACE, space.golden_spaces())
+    content["space"] = {"num_classes": numbers}
     if not plan_only:
-        _embed(base, overwrite, quiet)
-    found = sweep.run(base, (SPACE, content), overwrite=overwrite, plan_only=plan_only, quiet=quiet)
-    if found is None:
+        _search(base, overwrite, quiet)
+    results = running.run(
+        base, (SPACE, content), overwrite=overwrite, plan_only=plan_only, quiet=quiet
+    )
+    if results is None:
         return None
-    best = found["trials"][0]["settings"]["num_classes"]
-    return configs.validate({**tree, "num_classes": best})
+    best = results["trials"][0]["settings"]["num_classes"]
+    config = configs.validate({**tree, "num_classes": best})
+    _take_best(config, results, overwrite)
+    return config
 
 
 def numbers_to_try(value: Any) -> list[int] | None:
@@ -70,7 +74,7 @@ def numbers_to_try(value: Any) -> list[int] | None:
         ConfigError: for a range that is none.
     """
     if value == "auto":
-        return list(space.load(SPACE, list(sweep.SCORES))[0].space["num_classes"])
+        return list(space.load(SPACE)[0].space["num_classes"])
     ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", value) if isinstance(value, str) else None
     if ends is None:
         return None
@@ -84,8 +88,28 @@ def numbers_to_try(value: Any) -> list[int] | None:
     return sorted({round(number) for number in np.geomspace(low, high, MOST_TRIED)})
 
 
-def _embed(config: Config, overwrite: bool, quiet: bool) -> None:
-    """Have the run embed the images, so that it finds them when the sweep is over."""
+def _search(config: Config, overwrite: bool, quiet: bool) -> None:
+    """Have the run embed the images and search for neighbors, which do not depend on num_classes:
+    the sweep uses them, and the run finds them when the sweep is over."""
     steps = pipeline.make_steps(config, RunDirectory(config.run_dir))
-    if any(step.stage.name == "embed" and step.state != "done" for step in steps):
-        pipeline.run(config, last="embed", overwrite=overwrite, quiet=quiet)
+    if any(step.stage.name == "search" and step.state != "done" for step in steps):
+        pipeline.run(config, last="search", overwrite=overwrite, quiet=quiet)
+
+
+def _take_best(config: Config, results: Mapping[str, Any], overwrite: bool) -> None:
+    """Put the best trial's heads and consensus into the run, which need not make them again.
+
+    Artifacts of other settings stay where they may not be overwritten; the run then refuses them.
+    """
+    from icce_ray.sweeps import store
+    from icce_ray.sweeps.trials import CHAIN, STAGES
+
+    best = RunDirectory(configs.load(results["best_config"]).run_dir)
+    run, keys = RunDirectory(config.run_dir), pipeline.fingerprints(config)
+    with exclusive(run):
+        free = [
+            STAGES[name].folder
+            for name in CHAIN
+            if overwrite or store.may_be_own(run.look(STAGES[name].folder), keys[name])
+        ]
+        store.place_copies(best, free, run)

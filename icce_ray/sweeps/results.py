@@ -1,4 +1,4 @@
-"""TODO"""
+"""The results of a sweep: the ranking, results.json, best.yaml, and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TABLE_ROWS = 15
 
 
 def rank(sweep: Sweep) -> list[Trial]:
-    """Finished trials, best first. Looks at label-free scores alone; ties keep the drawn order."""
+    """Finished trials, best first. Looks only at label-free scores; ties keep the drawn order."""
     name = sweep.space.objective
     done = [t for t in sweep.trials if t.state == "done" and math.isfinite(t.scores[name])]
     return sorted(done, key=lambda trial: -trial.scores[name])
@@ -39,16 +39,16 @@ def add_accuracy(sweep: Sweep) -> None:
         if known is None:
             return
         clusters = view.read_table("consensus", columns=["cluster"])["cluster"].to_numpy()
-        found = metrics.scores(known.codes[known.known], clusters[known.known])
+        scores = metrics.scores(known.codes[known.known], clusters[known.known])
         merged = evaluate.merged_heads(view, view.matrix("heads", "assignments"))
-        single = evaluate.heads_alone(merged[known.known], known.codes[known.known])
-        accuracy = {name: float(found[name]) for name in ("acc", "nmi", "ari")}
+        single = evaluate.accuracy_of_heads(merged[known.known], known.codes[known.known])
+        accuracy = {name: float(scores[name]) for name in ("acc", "nmi", "ari")}
         accuracy |= {name: single[name] for name in ("acc_mean", "acc_best")}
         for trial in group:
             trial.accuracy = accuracy
 
 
-def _results(
+def collect(
     sweep: Sweep, ranked: Sequence[Trial], made: Mapping[str, int], seconds: float
 ) -> dict[str, Any]:
     """The content of results.json: trials best first, then those without a score."""
@@ -59,7 +59,6 @@ def _results(
         "name": sweep.name,
         "config": configs.settings(sweep.config),
         "objective": sweep.space.objective,
-        "direction": "max",
         "space": space.describe(sweep.space),
         "trials": [_plain(trial) for trial in order],
         "best": ranked[0].id,
@@ -76,7 +75,7 @@ def _plain(trial: Trial) -> dict[str, Any]:
     return {**{name: getattr(trial, name) for name in names}, "error": trial.error}
 
 
-def _write_best(sweep: Sweep, best: Trial) -> str:
+def write_best(sweep: Sweep, best: Trial) -> str:
     """Write best.yaml, whose run already has the trial's artifacts. Returns its path."""
     name = f"{sweep.folder}/best-{best.id}"
     target = RunDirectory(f"{sweep.run.uri}/{name}")
@@ -87,7 +86,7 @@ def _write_best(sweep: Sweep, best: Trial) -> str:
         f"# The best of {len(sweep.trials)} trials of the sweep {sweep.name}: "
         f"{sweep.space.objective} {value:.4f}, a label-free score.",
         *(f"#   {key}: {loading.scalar(given)}" for key, given in best.settings.items()),
-        "# What the sweep made is in run_dir: `icce-ray run` of this file goes on from there.",
+        "# What the sweep made is in run_dir: `icce-ray run` of this file resumes there.",
     ]
     text = "\n".join(lines) + "\n\n" + configs.to_yaml(config)
     sweep.run.write_bytes(text.encode(), sweep.folder, "best.yaml")

@@ -1,23 +1,21 @@
 """A search space: which settings a sweep varies, how its trials are drawn, what they are judged by.
 
-Draws depend on the seed alone, so a sweep of more trials extends one of fewer.
+Draws depend only on the seed, so a sweep of more trials extends one of fewer.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import yaml
 from pydantic import FiniteFloat, StrictInt, TypeAdapter, ValidationError, create_model
 
 from icce_ray import config as configs
@@ -26,11 +24,7 @@ from icce_ray.config.schema import RUNTIME, Config, Node, Positive
 from icce_ray.errors import ConfigError
 
 TRIES = 50  # draws per trial wanted, before a small space is taken to be used up
-
-
 GRID_MOST = 10_000  # combinations of a grid
-
-
 REFUSED = {
     "data": "all trials work on the same data",
     "run_dir": "the sweep chooses where things go",
@@ -82,10 +76,10 @@ class Space(Node):
     """Trials that search=random draws."""
     search: Literal["random", "grid", "each"] = "random"
     """random: independent draws. grid: all combinations of the choices. each: the config as it is,
-    and every choice alone (an ablation); choices of `seed` repeat all of these."""
+    and each choice by itself (an ablation); choices of `seed` repeat all of these."""
     early_stop: bool = True
     """Stop head trainings that fall behind the others (ASHA), where there are at least four: the
-    better third goes on at a quarter, and again at three quarters, of the steps."""
+    better third continues at a quarter, and again at three quarters, of the steps."""
     concurrent: Positive | None = None
     """Trials at once. Default: as many as the cluster carries."""
     space: dict[str, Any]
@@ -115,9 +109,7 @@ def golden_spaces() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load(
-    source: str | Path | tuple[str, Mapping[str, Any]], objectives: Sequence[str]
-) -> tuple[Space, str]:
+def load(source: str | Path | tuple[str, Mapping[str, Any]]) -> tuple[Space, str]:
     """Read a golden space's name, a YAML file, or a name and the content of one; returns the space
     and its name.
 
@@ -125,31 +117,19 @@ def load(
         ConfigError: with every problem found.
     """
     if isinstance(source, tuple):
-        return parse(source[1], objectives), source[0]
-    known = golden_spaces()
-    path = known.get(str(source)) or Path(source)
-    if not path.is_file():
-        close = difflib.get_close_matches(str(source), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(
-            f"no space {str(source)!r}: it is neither a YAML file nor one of "
-            f"{', '.join(known)}.{hint}"
-        )
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a space (key: value), not {type(tree).__name__}")
-    return parse(tree, objectives), path.stem
+        return parse(source[1]), source[0]
+    tree, name = loading.read_named("space", source, golden_spaces())
+    return parse(tree), name
 
 
-def parse(tree: Mapping[str, Any], objectives: Sequence[str]) -> Space:
+def parse(tree: Mapping[str, Any]) -> Space:
     """Check a plain tree, and make ranges of what describes them.
 
     Raises:
         ConfigError: with every problem found, each as key, reason and fix.
     """
+    from icce_ray.core.evaluation.labelfree import SCORES  # imports torch
+
     problems: list[str] = []
     space = None
     try:
@@ -157,10 +137,10 @@ def parse(tree: Mapping[str, Any], objectives: Sequence[str]) -> Space:
     except ValidationError as error:
         problems += [_explain(problem) for problem in error.errors()]
     objective = tree.get("objective", Space.model_fields["objective"].default)
-    if objective not in objectives:
+    if objective not in SCORES:
         problems.append(
-            f"objective: no score {objective!r}.{_near(str(objective), objectives)} "
-            f"The scores are {', '.join(objectives)}."
+            f"objective: no score {objective!r}.{loading.near(str(objective), list(SCORES))} "
+            f"The scores are {', '.join(SCORES)}."
         )
     inner = tree.get("space")
     ranges = {}
@@ -169,26 +149,20 @@ def parse(tree: Mapping[str, Any], objectives: Sequence[str]) -> Space:
             problems.append("space: names no setting to vary")
         for key, value in inner.items():
             lists_only = tree.get("search") in ("grid", "each")
-            ranges[str(key)], found = _parse_entry(str(key), value, lists_only)
-            problems += found
+            ranges[str(key)], wrong = _parse_entry(str(key), value, lists_only)
+            problems += wrong
     if problems or space is None:
-        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(f"{head} in the space:\n  " + "\n  ".join(problems))
+        raise loading.problems_in("the space", problems)
     return space.model_copy(update={"space": ranges})
 
 
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown.{_near(key, list(Space.model_fields))}"
+        return f"{key}: unknown.{loading.near(key, list(Space.model_fields))}"
     if problem["type"] == "missing":
         return f"{key}: missing"
     return f"{key}: {problem['msg']} (got {problem.get('input')!r})"
-
-
-def _near(wanted: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(wanted, names, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _parse_entry(key: str, value: Any, lists_only: bool) -> tuple[Any, list[str]]:
@@ -206,7 +180,7 @@ def _parse_entry(key: str, value: Any, lists_only: bool) -> tuple[Any, list[str]
         if not value:
             return value, [f"{key}: the list of choices is empty"]
         fitted = [_fit(key, field, choice) for choice in value]
-        return [choice for choice, _ in fitted], [p for _, found in fitted for p in found]
+        return [choice for choice, _ in fitted], [p for _, wrong in fitted for p in wrong]
     return _parse_range(key, field, value, lists_only)
 
 
@@ -248,24 +222,24 @@ def draw(space: Space, base: Mapping[str, Any], seed: int) -> Draws:
     Raises:
         ConfigError: where no combination is left, naming one and its reason.
     """
-    found: dict[str, tuple[dict[str, Any], Config]] = {}
+    valid: dict[str, tuple[dict[str, Any], Config]] = {}
     bad: dict[str, str] = {}
     wanted = space.trials if space.search == "random" else GRID_MOST
     for settings in _candidates(space, base, seed):
         name = trial_id(settings)
-        if name in found or name in bad:
+        if name in valid or name in bad:
             continue
         try:
-            found[name] = (settings, apply(base, settings))
+            valid[name] = (settings, apply(base, settings))
         except ConfigError as error:
             bad[name] = f"{show(settings)}: {str(error).splitlines()[-1].strip()}"
-        if len(found) == wanted:
+        if len(valid) == wanted:
             break
-    if not found:
+    if not valid:
         raise ConfigError(
             f"no combination of this space is valid, for example {next(iter(bad.values()))}"
         )
-    settings_, resolved = zip(*found.values(), strict=True)
+    settings_, resolved = zip(*valid.values(), strict=True)
     return Draws(settings_, resolved, len(bad), next(iter(bad.values()), ""))
 
 

@@ -1,9 +1,9 @@
-"""Artifacts that the trials of a sweep share, addressed by fingerprint.
+"""What a sweep keeps: artifacts that its trials share, addressed by fingerprint, and records.
 
 A fingerprint covers a stage's settings and those of all it reads, so two trials whose fingerprints
 of a stage agree have the same artifact. It is read from the run itself where the run has it, else
-it lives in RUN/store/FOLDER-FINGERPRINT/. All stages run unchanged on a `View`: a run directory
-whose folders lie where one trial's artifacts are.
+it lives in RUN/store/FOLDER-FINGERPRINT/. All stages run unchanged on a trial's view: a run
+directory with the `places` of that trial's artifacts.
 """
 
 from __future__ import annotations
@@ -11,61 +11,33 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 
-from icce_ray.rundir.directory import MANIFEST, RunDirectory
+from icce_ray.rundir.directory import MANIFEST, Content, RunDirectory
 
-STORE = "store"
-
-
-class View(RunDirectory):
-    """A run directory some of whose folders lie elsewhere in it. Travels to Ray workers."""
-
-    def __init__(self, uri: str, places: Mapping[str, str]) -> None:
-        """places: folder as stages name it -> where it lies, both relative to the run."""
-        super().__init__(uri)
-        self.places = dict(places)
-
-    def __reduce__(self) -> tuple[type[View], tuple[str, dict[str, str]]]:
-        return View, (self.uri, self.places)
-
-    def place(self, folder: str) -> str:
-        """Where a folder, or a file in it, lies; the longest name that fits decides."""
-        parts = folder.split("/")
-        for length in range(len(parts), 0, -1):
-            found = self.places.get("/".join(parts[:length]))
-            if found is not None:
-                return "/".join([found, *parts[length:]])
-        return folder
-
-    def path(self, *parts: str) -> str:
-        return super().path(self.place("/".join(parts))) if parts else super().path()
-
-    def address(self, *parts: str) -> str:
-        return super().address(self.place("/".join(parts))) if parts else super().address()
-
-    def matrix_name(self, folder: str) -> str:
-        """The place's name, so that trials do not remove each other's node files."""
-        return self.place(folder).replace("/", "-")
+STORE = "store"  # folder of a run
+HEADS, TRIALS = "heads", "trials"  # kinds of records
 
 
-def stored(folder: str, print_: str) -> str:
+def stored(folder: str, key: str) -> str:
     """Where the store keeps an artifact."""
-    return f"{STORE}/{folder.replace('/', '-')}-{print_}"
+    return f"{STORE}/{folder}-{key}"
 
 
-def may_be_own(run: RunDirectory, folder: str, print_: str) -> bool:
-    """Whether the run has the artifact, has half of it, or has nothing there that would be lost."""
-    done, partial = run.manifest(folder), run.partial(folder)
-    if done is not None:
-        return done.fingerprint == print_
-    return partial is None or partial["fingerprint"] == print_
+def may_be_own(there: Content, key: str) -> bool:
+    """Whether a folder of the run has the artifact of a fingerprint, has half of it, or has nothing
+    that would be lost."""
+    if there.manifest is not None:
+        return there.manifest.fingerprint == key
+    return there.partial is None or there.partial["fingerprint"] == key
 
 
-def place_copies(view: View, names: Sequence[str], target: RunDirectory) -> None:
+def place_copies(view: RunDirectory, names: Sequence[str], target: RunDirectory) -> None:
     """Put finished artifacts into a run of its own: hard links where they can be, else copies.
 
     Artifacts are never changed in place, so links are safe. Folders that hold the same stay.
@@ -77,7 +49,7 @@ def place_copies(view: View, names: Sequence[str], target: RunDirectory) -> None
             _copy(view, name, target)
 
 
-def _copy(view: View, name: str, target: RunDirectory) -> None:
+def _copy(view: RunDirectory, name: str, target: RunDirectory) -> None:
     """The manifest last, so that an interrupted copy is not taken for a finished stage."""
     for file in [n for n in view.list(name) if n != MANIFEST] + [MANIFEST]:
         if target.is_local:
@@ -97,3 +69,29 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
         return
     shutil.copyfile(source, target)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Small files that say how the pieces of a sweep ended, so that a killed sweep knows.
+
+    heads/FINGERPRINT.json for each training that was stopped or failed, trials/ID.json for each
+    trial. Travels to Ray workers, where trials write their own.
+    """
+
+    run: RunDirectory
+    folder: str
+
+    def read(self, kind: str, name: str) -> dict[str, Any]:
+        """A record; empty where there is none."""
+        file = (f"{self.folder}/{kind}", f"{name}.json")
+        return self.run.read_json(*file) if self.run.exists(*file) else {}
+
+    def write(self, kind: str, name: str, **content: Any) -> None:
+        """Write or replace a record."""
+        self.run.write_json(content, f"{self.folder}/{kind}", f"{name}.json")
+
+    def delete(self) -> None:
+        """Remove all of them."""
+        for kind in (HEADS, TRIALS):
+            self.run.delete(f"{self.folder}/{kind}")

@@ -1,18 +1,7 @@
-"""Hyperparameter sweeps without labels: many clusterings, ranked by a label-free score.
+"""Trials of a sweep: what each of them is made of, and where that lies.
 
-    from icce_ray import config, sweep
-    sweep.run(config.load("fashion-mnist"), "ensemble")
-
-What trials share is made once (see store.py), in four phases: index, embeddings, neighbor lists and
-selections in the driver; head trainings with Ray Tune; ensembles and their scores with Ray Tune;
-the ranking. Every result is written as soon as it is there, in
-
-    RUN/sweeps/NAME/  results.json  best.yaml  log  status.json  report/index.html
-                      trials/ID.json    heads/FINGERPRINT.json    best-ID/ (a run of its own)
-    RUN/store/        artifacts by fingerprint
-
-so the same command goes on after a crash, and one with more trials extends the sweep. Ground truth
-is looked at once the ranking is final, to be shown beside it.
+Trials share artifacts by their fingerprints (see store.py): those of one group, by the fingerprint
+of a stage, have the same artifact of that stage.
 """
 
 from __future__ import annotations
@@ -23,29 +12,17 @@ from typing import Any
 
 from icce_ray import pipeline
 from icce_ray.config.schema import Config
-from icce_ray.rundir.directory import RunDirectory, fingerprint
-from icce_ray.stages import search as neighbors
+from icce_ray.rundir.directory import RunDirectory, Snapshot
+from icce_ray.stages import heads, search
 from icce_ray.stages.base import Context, Stage
 from icce_ray.sweeps import space, store
 from icce_ray.sweeps.space import Draws, Space
-from icce_ray.sweeps.store import View
+from icce_ray.sweeps.store import Records
 
-SWEEPS = "sweeps"
-
-
-CHAIN = pipeline.NAMES[: pipeline.NAMES.index("consensus") + 1]  # what a trial is made of
-
-
+SWEEPS = "sweeps"  # folder of a run, with one folder for each sweep
+CHAIN = pipeline.NAMES[: pipeline.NAMES.index("consensus") + 1]  # stages that a trial is made of
 STAGES: dict[str, Stage] = {stage.name: stage for stage in pipeline.STAGES}
-
-
-NEAREST = 10  # neighbors that trials are judged by
-
-
-FEWEST = 4  # head trainings from which early stopping compares them: of two, it would stop one
-
-
-RELEASE_AFTER = 5.0  # seconds until a stopped training's own process is gone
+OF_THE_RUN = ("index", "embed", "search")  # made in the run itself, where `icce-ray run` finds them
 
 
 @dataclass
@@ -55,17 +32,24 @@ class Trial:
     id: str
     settings: dict[str, Any]
     config: Config
-    view: View
-    prints: Mapping[str, str]  # stage name -> fingerprint
+    view: RunDirectory  # the run, with the places of this trial's artifacts
+    fingerprints: Mapping[str, str]  # by stage name
+    judge: str = ""  # fingerprint of the search whose neighbors its scores look at
     reused: list[str] = field(default_factory=list)  # stages that were there before
     state: str = "open"  # then done, stopped, failed
     scores: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    stopped_at: float | None = None
+    stopped_at: float | None = None  # percent of the steps
     accuracy: dict[str, float] | None = None
     error: str | None = None
 
+    @property
+    def scores_of(self) -> dict[str, str]:
+        """Fingerprints of all that the scores depend on."""
+        return {"consensus": self.fingerprints["consensus"], "judge": self.judge}
+
     def fail(self, reason: str) -> None:
+        """Note that the trial has no result, and why."""
         self.state, self.error = "failed", reason
 
 
@@ -79,103 +63,85 @@ class Sweep:
     run: RunDirectory
     trials: list[Trial]
     context: Context  # the sweep's own reporter and cluster
+    snapshot: Snapshot = field(default_factory=Snapshot)  # what is there, looked at once
 
     @property
     def folder(self) -> str:
+        """Where the sweep's own files lie, relative to the run."""
         return f"{SWEEPS}/{self.name}"
 
+    @property
+    def records(self) -> Records:
+        """How its trainings and trials ended."""
+        return Records(self.run, self.folder)
+
     def alive(self) -> list[Trial]:
+        """Trials that neither ended nor failed."""
         return [trial for trial in self.trials if trial.state == "open"]
 
+    def steps(self, trial: Trial) -> dict[str, pipeline.Step]:
+        """What there is to do for a trial, by stage name."""
+        steps = pipeline.make_steps(trial.config, trial.view, CHAIN, self.snapshot)
+        return {step.stage.name: step for step in steps}
 
-def make_trials(config: Config, draws: Draws, run: RunDirectory) -> list[Trial]:
-    """Trials with the places of their artifacts. Starts nothing, writes nothing."""
-    base = pipeline.fingerprints(config)
-    prints = [pipeline.fingerprints(one) for one in draws.configs]
-    lists = _list_places(run, draws.configs, prints)
-    found = []
-    pairs = zip(draws.settings, draws.configs, prints, lists, strict=True)
-    for settings, one, print_, places in pairs:
-        own = _own_stages(run, one, print_, base)
-        places |= {
-            STAGES[name].folder: store.stored(STAGES[name].folder, print_[name])
+    def is_done(self, trial: Trial, stage: str) -> bool:
+        """Whether a trial's artifact of a stage is there, made from what is there now."""
+        return self.steps(trial)[stage].state == "done"
+
+    def look_again(self, trial: Trial, stage: str) -> None:
+        """Note that a stage's artifact may have been made since it was looked at."""
+        self.snapshot.forget(trial.view, STAGES[stage].folder)
+
+
+def make_trials(
+    config: Config, draws: Draws, run: RunDirectory, snapshot: Snapshot | None = None
+) -> list[Trial]:
+    """Trials with the places of their artifacts. Starts nothing, writes nothing.
+
+    All trials of one embedding are judged by the same lists of neighbors, so that their scores
+    compare: those that the first of them is made from.
+    """
+    base, snapshot = pipeline.fingerprints(config), snapshot or Snapshot()
+    made: list[Trial] = []
+    first: dict[str, Trial] = {}  # by fingerprint of the embeddings
+    for settings, one in zip(draws.settings, draws.configs, strict=True):
+        keys = pipeline.fingerprints(one)
+        own = _own_stages(run, one, keys, base, snapshot)
+        places = {
+            STAGES[name].folder: store.stored(STAGES[name].folder, keys[name])
             for name in CHAIN
             if name not in own
         }
-        view = View(run.uri, places)
-        found.append(Trial(space.trial_id(settings), settings, one, view, print_))
-    return found
+        view = RunDirectory(run.uri, places)
+        trial = Trial(space.trial_id(settings), settings, one, view, keys)
+        judge = first.setdefault(keys["embed"], trial)
+        view.places[heads.JUDGE] = judge.view.place(search.FOLDER)
+        trial.judge = judge.fingerprints["search"]
+        made.append(trial)
+    return made
 
 
 def _own_stages(
-    run: RunDirectory, config: Config, prints: Mapping[str, str], base: Mapping[str, str]
+    run: RunDirectory,
+    config: Config,
+    keys: Mapping[str, str],
+    base: Mapping[str, str],
+    snapshot: Snapshot,
 ) -> set[str]:
-    """Stages whose artifacts the trial takes from the run itself.
-
-    Listing and embedding are made there as well, where nothing would be lost: `icce-ray run` of the
-    same config then finds them.
-    """
+    """Stages whose artifacts the trial takes from the run itself: those that are there, and those
+    OF_THE_RUN that may be made there, as nothing would be lost."""
     own = set()
-    for step in pipeline.make_steps(config, run, CHAIN):
-        name, folder = step.stage.name, step.stage.folder
-        shared = name in ("index", "embed") and prints[name] == base[name]
-        if step.state == "done" or (shared and store.may_be_own(run, folder, prints[name])):
+    for step in pipeline.make_steps(config, run, CHAIN, snapshot):
+        name, there = step.stage.name, snapshot.look(run, step.stage.folder)
+        shared = name in OF_THE_RUN and keys[name] == base[name]
+        if step.state == "done" or (shared and store.may_be_own(there, keys[name])):
             own.add(name)
     return own
 
 
-def _list_places(
-    run: RunDirectory, settings: Sequence[Config], prints: Sequence[Mapping[str, str]]
-) -> list[dict[str, str]]:
-    """Where each trial finds the neighbor lists that it shares with others.
-
-    Lists that differ in length alone are searched once, at the largest length of the sweep; longer
-    ones of an earlier sweep serve as well.
-    """
-    keys = [list_print(one, print_) for one, print_ in zip(settings, prints, strict=True)]
-    most: dict[str, int] = {}
-    for one, key in zip(settings, keys, strict=True):
-        most[key] = max(most.get(key, NEAREST), one.neighbors.max_neighbors)
-    places: dict[str, str] = {}
-    for key, wanted in most.items():
-        width = min((w for w in _widths(run, key) if w >= wanted), default=wanted)
-        places[key] = store.stored("top", f"{key}-{width}")
-    first: dict[str, str] = {}  # all trials of one embedding are judged by the first one's search
-    for key, print_ in zip(keys, prints, strict=True):
-        first.setdefault(print_["embed"], key)
-    return [
-        {
-            neighbors.TOP: places[key],
-            neighbors.NEAREST: store.stored(neighbors.NEAREST, first[print_["embed"]]),
-        }
-        for key, print_ in zip(keys, prints, strict=True)
-    ]
-
-
-def list_print(config: Config, prints: Mapping[str, str]) -> str:
-    search = {name: getattr(config.neighbors, name) for name in neighbors.SEARCHED}
-    return fingerprint("top", search, {"embed": prints["embed"]})
-
-
-def _widths(run: RunDirectory, key: str) -> list[int]:
-    """Lengths of the finished lists of that key in the store."""
-    found = [name for name in run.folders(store.STORE) if name.startswith(f"top-{key}-")]
-    done = [name for name in found if run.manifest(f"{store.STORE}/{name}") is not None]
-    return [int(name.rpartition("-")[2]) for name in done]
-
-
 def groups(trials: Sequence[Trial], stage: str) -> dict[str, list[Trial]]:
     """Trials by the fingerprint of a stage: those of one group share its artifact."""
-    found: dict[str, list[Trial]] = {}
+    groups: dict[str, list[Trial]] = {}
     for trial in trials:
-        found.setdefault(trial.prints[stage], []).append(trial)
-    return found
-
-
-def is_done(trial: Trial, stage: str) -> bool:
-    return step_of(trial, stage).state == "done"
-
-
-def step_of(trial: Trial, stage: str) -> pipeline.Step:
-    steps = pipeline.make_steps(trial.config, trial.view, CHAIN)
-    return next(step for step in steps if step.stage.name == stage)
+        groups.setdefault(trial.fingerprints[stage], []).append(trial)
+    return groups

@@ -1,5 +1,5 @@
-"""The method by itself in this process, without Ray and without artifacts: for a machine that has
-a GPU and little else, and for comparing recipes on equal data.
+"""The method in this process, without Ray and without artifacts: for a machine that has a GPU and
+little else, and to compare recipes on equal data.
 
 Shapes: N rows, D features, H heads, K clusters, M neighbors.
 """
@@ -17,14 +17,12 @@ import numpy as np
 import torch
 
 from benchmarks.tables import markdown
-from icce_ray import config as configs
-from icce_ray.config.schema import default_steps
-from icce_ray.core import neighbors
+from icce_ray.config.loading import check
+from icce_ray.config.schema import MethodConfig
+from icce_ray.core import method
 from icce_ray.core.classifier import probe as probe_
-from icce_ray.core.ensemble import base, confidence, selection
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.core.heads.trainer import Data, HeadTrainer
-from icce_ray.core.projection import fit_projection, project
+from icce_ray.core.unit_rows import unit_rows
 
 WARM_UP = 5  # steps before the clock starts
 
@@ -39,46 +37,26 @@ class Case:
     codes: np.ndarray  # int64 [N], -1 where a row has no label
     clusters: int  # K
 
-    def data(self, components: int | None, seed: int, device: torch.device) -> Data:
-        """What heads are trained on, on the device."""
-        projection = fit_projection(self.embeddings, components, seed)
-        return Data.of(self.embeddings, self.ids, self.counts, projection, device)
+
+def settings(clusters: int, heads: Mapping[str, Any] | None = None, seed: int = 0) -> MethodConfig:
+    """The defaults, with these settings of the heads."""
+    tree = {"num_classes": clusters, "seed": seed, "heads": dict(heads or {})}
+    return check(MethodConfig, tree)
 
 
-def settings(clusters: int, heads: Mapping[str, Any] | None = None, seed: int = 0) -> Any:
-    """The defaults, for embeddings that are given; with these settings of the heads."""
-    data = {"embeddings": "given"}
-    tree = {"num_classes": clusters, "seed": seed, "data": data, "heads": dict(heads or {})}
-    return configs.load(tree)
-
-
-def find_neighbors(
-    embeddings: np.ndarray, config: Any, device: torch.device
-) -> neighbors.Selection:
-    """Exact search and choice, as the stage of the chain does it."""
-    chosen = config.neighbors
-    searched = project(embeddings, fit_projection(embeddings, chosen.pca, 0), device)
-    most = min(chosen.max_neighbors, len(embeddings) - 1)
-    matrix = searched.cpu().numpy()
-    ids, similarity = neighbors.search(matrix, 0, len(matrix), most, device)
-    return neighbors.select(
-        ids,
-        similarity.astype(np.float16),
-        rule=chosen.rule,
-        k=neighbors.reference_k(chosen.k, len(embeddings), config.num_classes, most),
-        threshold=chosen.threshold,
-        min_neighbors=chosen.min_neighbors,
-        mutual=chosen.mutual,
-    )
+def case_of(embeddings: np.ndarray, codes: np.ndarray, clusters: int, device: torch.device) -> Case:
+    """A case whose neighbors are searched now. embeddings: float16 [N, D], unit rows."""
+    chosen = settings(clusters)
+    ids, similarity = method.search(embeddings, chosen, device)
+    near = method.select(ids, similarity, chosen)
+    return Case(embeddings, near.ids, near.counts, codes, clusters)
 
 
 def case_of_files(embeddings: Path, labels: Path, device: torch.device) -> Case:
     """N x D embeddings and N labels in .npy files; neighbors are searched."""
     x, truth = np.load(embeddings, mmap_mode="r"), np.load(labels)
     codes = np.unique(truth, return_inverse=True)[1].astype(np.int64)
-    clusters = int(codes.max()) + 1
-    found = find_neighbors(x, settings(clusters), device)
-    return Case(x, found.ids, found.counts, codes, clusters)
+    return case_of(unit_rows(x), codes, int(codes.max()) + 1, device)
 
 
 def case_of_run(run_dir: str) -> Case:
@@ -86,14 +64,8 @@ def case_of_run(run_dir: str) -> Case:
     from benchmarks.tables import open_labeled
 
     run, config, known = open_labeled(run_dir)
-    ids, counts = (run.matrix("neighbors", name) for name in ("ids", "count"))
+    ids, counts = run.matrix("neighbors", "ids"), run.matrix("selection", "count")
     return Case(run.matrix("embeddings", "embedding"), ids, counts, known.codes, config.num_classes)
-
-
-def merge(assignments: np.ndarray, ids: np.ndarray, config: Any) -> base.Consensus:
-    """The consensus of the heads that the settings choose."""
-    weights, _ = selection.choose(assignments, ids, config)
-    return selection.merge(assignments, weights, config)
 
 
 # --- how long each part takes --------------------------------------------------------------------
@@ -114,7 +86,7 @@ class Stopwatch:
 
     device: torch.device
     parts: list[Part] = field(default_factory=list)
-    tell: Callable[[str], None] = print
+    say: Callable[[str], None] = print
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -128,7 +100,7 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         memory = float(torch.cuda.max_memory_allocated(self.device)) if gpu else 0.0
         self.parts.append(Part(name, time.perf_counter() - began, memory))
-        self.tell(f"{name}: {self.parts[-1].seconds:.1f} s")
+        self.say(f"{name}: {self.parts[-1].seconds:.1f} s")
 
 
 def measure_parts(
@@ -138,21 +110,20 @@ def measure_parts(
     heads: Mapping[str, Any],
     steps: int | None,
     device: torch.device,
-    tell: Callable[[str], None] = print,
+    say: Callable[[str], None] = print,
 ) -> tuple[list[Part], dict[str, float]]:
     """Neighbors, heads, consensus and classifier, each timed; and remarks.
 
     steps: of the heads' training that are taken, more than WARM_UP. Default: all.
     """
-    config, watch = settings(clusters, heads), Stopwatch(device, tell=tell)
-    whole = config.heads.steps or default_steps(clusters)
+    config, watch = settings(clusters, heads), Stopwatch(device, say=say)
     with watch.part("neighbors, exact"):
-        found = find_neighbors(embeddings, config, device)
-    case = Case(embeddings, found.ids, found.counts, codes, clusters)
+        case = case_of(embeddings, codes, clusters, device)
     with watch.part("heads: k-means start"):
-        data = case.data(config.heads.pca, config.seed, device)
-        trainer = HeadTrainer(data, config.heads, clusters, config.seed, whole)
+        data, _ = method.head_data(embeddings, case.ids, case.counts, config, device)
+        trainer = method.head_trainer(data, config)
         trainer.start()
+    whole = trainer.steps
     for _ in range(WARM_UP):
         trainer.step()
     taken = min(steps or whole, whole) - WARM_UP
@@ -165,13 +136,10 @@ def measure_parts(
         assignments = trainer.assign()
     del trainer, data
     with watch.part("consensus (CPU)"):
-        merged = merge(assignments, case.ids, config)
-        rows, most = case.ids.shape
-        near = case.ids[:, : neighbors.reference_k(confidence.NEIGHBORS, rows, clusters, most)]
-        sure = confidence.supported(merged.confidence, merged.labels, near)
+        merged = method.merge(assignments, case.ids, config)
     with watch.part("classifier: linear probe"):
-        model, _ = probe_.train_probe(
-            embeddings, merged.labels, sure, config.classifier, clusters, config.seed, device=device
+        model, _ = method.train_classifier(
+            embeddings, merged.labels, merged.confidence, config, device
         )
     predicted, _ = probe_.predict(model, embeddings, device)
     if taken + WARM_UP == whole:  # heads of a training cut short say nothing

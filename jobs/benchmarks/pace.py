@@ -1,7 +1,7 @@
 """How fast heads get good: accuracy over time of our recipe beside TEMI's, in the same code.
 
-Both train on the same embeddings and neighbor lists, in this process. The clock runs for training
-alone; labels are looked at between steps, for the curve.
+Both train on the same embeddings and neighbor lists, in this process. The clock runs only while
+they train; labels are looked at between steps, for the curve.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import alone
 from benchmarks.tables import markdown
-from icce_ray.config.schema import default_steps
+from icce_ray.core import method
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.core.heads.trainer import HeadTrainer
 from icce_ray.errors import ConfigError
@@ -86,7 +86,7 @@ def measure_pace(
     device: torch.device,
     only: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Train by each recipe until it is through, or for so many seconds; or by some of them alone.
+    """Train by each recipe, or only by some, until it is through or for `seconds` at most.
 
     Returns, by recipe: `steps` of the whole, `curve`, and the accuracy of the `consensus` of the
     heads at its end.
@@ -102,14 +102,13 @@ def measure_pace(
         if only and name not in only:
             continue
         config = alone.settings(case.clusters, {"count": heads, **changes}, seed)
-        data = case.data(config.heads.pca, seed, device)
-        steps = config.heads.steps or default_steps(case.clusters)
-        trainer = HeadTrainer(data, config.heads, case.clusters, seed, steps)
+        data, _ = method.head_data(case.embeddings, case.ids, case.counts, config, device)
+        trainer = method.head_trainer(data, config)
         curve = [asdict(point) for point in _curve(trainer, case.codes, seconds)]
-        merged = alone.merge(trainer.assign(), case.ids, config).labels
+        merged = method.merge(trainer.assign(), case.ids, config).labels
         labeled = case.codes >= 0
         acc = metrics.accuracy(case.codes[labeled], merged[labeled])
-        found[name] = {"steps": steps, "consensus": acc, "curve": curve}
+        found[name] = {"steps": trainer.steps, "consensus": acc, "curve": curve}
     return found
 
 

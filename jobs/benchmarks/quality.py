@@ -16,7 +16,13 @@ import numpy as np
 from benchmarks.tables import markdown, open_labeled
 from icce_ray.errors import DataError
 
-SCORED = ("neighbors", "heads", "consensus", "classifier")  # stages that the peers' times include
+SCORED = (
+    "search",
+    "select",
+    "heads",
+    "consensus",
+    "classify",
+)  # stages that the peers' times include
 
 
 # --- accuracy: whole runs ------------------------------------------------------------------------
@@ -43,16 +49,17 @@ def measure_accuracy(
 
     found = []
     for seed in seeds:
-        given = [*overrides, f"seed={seed}", "evaluate.require_labels=true"]
-        config = configs.load(source, given)
-        pipeline.run(config, overwrite=True, last="neighbors")
+        config = configs.load(source, [*overrides, f"seed={seed}"])
+        pipeline.run(config, overwrite=True, last="select")
         started = time.monotonic()
         manifests = pipeline.run(config, first="heads", overwrite=True)
         wall = time.monotonic() - started
         metrics = RunDirectory(config.run_dir).read_json("evaluation", "metrics.json")
+        if "acc" not in metrics:
+            raise DataError(f"{config.run_dir} has no ground truth to compare with")
         tested = None
         if test is not None:
-            out = f"{config.run_dir}/test-{seed}-{manifests['classifier'].id[:8]}"
+            out = f"{config.run_dir}/test-{seed}-{manifests['classify'].id[:8]}"
             tested = predict(config.run_dir, test, out).results.get("acc")
             if tested is None:
                 raise DataError(f"{test} has no labels to compare with; give class folders")
@@ -96,9 +103,7 @@ def score_truth(run_dir: str) -> dict[str, dict[str, float]]:
     ids, features = run.matrix("neighbors", "ids"), run.matrix("embeddings", "embedding")
     if not known.known.all():
         raise DataError(f"{run_dir}: {np.sum(~known.known)} images have no label; all need one")
-    kmeans = kmeans_.kmeans_baseline(
-        features, config.num_classes, config.evaluate.kmeans_restarts, config.seed
-    )
+    kmeans = kmeans_.kmeans_baseline(features, config.num_classes, config.seed)
     found = {"truth": known.codes, "consensus": run.matrix("consensus", "cluster")}
     out = {}
     for name, clusters in {**found, "k-means": kmeans}.items():
@@ -198,7 +203,7 @@ def ablation_table(results: Mapping[str, Any]) -> str:
 def correlation_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Spearman's rank correlation of each score with accuracy: over settings (means of the seeds),
     and over settings that change the heads or the ensemble alone."""
-    from icce_ray.report.sweep_page import spearman
+    from icce_ray.report.sweep_numbers import spearman
 
     groups = by_settings(results)
     rows = []
@@ -295,7 +300,7 @@ def _measure_tail(
         "data": {"embeddings": str(folder / "x.npy"), "labels": str(folder / "y.npy")},
     }
     results = sweep.run(configs.load(tree, overrides), str(folder / "imbalance.yaml"))
-    kmeans = [metrics.scores(y, kmeans_.kmeans_baseline(x, len(sizes), 10, seed)) for seed in seeds]
+    kmeans = [metrics.scores(y, kmeans_.kmeans_baseline(x, len(sizes), seed)) for seed in seeds]
     return {"ratio": ratio, "sizes": sizes, "results": results, "kmeans": kmeans}
 
 

@@ -1,15 +1,19 @@
-"""The heads' step as autograd records it from the formulas: the baseline of `benchmark.py speed`.
+"""The plain ways that `benchmark.py speed` compares with: formulas as autograd records them, and
+topk over all similarities.
 
-Shapes as in core/heads/trainer.py.
+Shapes as in core/heads/trainer.py and core/neighbors.py.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from icce_ray.core.constants import BASE_CHUNK, QUERY_CHUNK
 from icce_ray.core.heads import losses
 from icce_ray.core.heads.trainer import HeadTrainer
+from icce_ray.core.neighbors import mask_self, merge
 
 
 class RecordedTrainer(HeadTrainer):
@@ -51,3 +55,23 @@ class RecordedTrainer(HeadTrainer):
         columns = weight.permute(1, 0, 2).reshape(inputs, count * outputs)
         out = (rows @ columns).view(len(rows), count, outputs).permute(1, 0, 2).contiguous()
         return out + bias
+
+
+def plain_search(
+    matrix: np.ndarray, queries: int, k: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Top k of the first rows in float32, by topk over blocks: ids and similarity [Q, k]."""
+    base = torch.from_numpy(matrix).to(device)
+    found = []
+    for first in range(0, queries, QUERY_CHUNK):
+        rows = base[first : min(first + QUERY_CHUNK, queries)].float()
+        best = rows.new_empty(len(rows), 0)
+        where = torch.empty(len(rows), 0, dtype=torch.int32, device=device)
+        for start in range(0, len(base), BASE_CHUNK):
+            scores = rows @ base[start : start + BASE_CHUNK].float().T
+            mask_self(scores, first, start)
+            values, columns = scores.topk(min(k, scores.shape[1]), dim=1)
+            best, where = merge(best, where, values, (columns + start).int(), k)
+        found.append((where.cpu().numpy(), best.cpu().numpy()))
+    ids, similarity = zip(*found, strict=True)
+    return np.concatenate(ids), np.concatenate(similarity)

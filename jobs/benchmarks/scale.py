@@ -26,7 +26,7 @@ LATENT = 32  # dimensions that the centers differ in; few, so that classes touch
 SPREAD = 0.7  # deviation of rows around their center; of the centers, 1
 CHECKED = 2_000  # rows whose neighbors are compared with the centers they were made from
 SAMPLE_EVERY = 0.5  # seconds between looks at the memory of all processes
-STAGES = ("index", "embed", "neighbors", "heads", "consensus")
+STAGES = ("index", "embed", "search", "select", "heads", "consensus")
 
 
 # --- synthetic input ------------------------------------------------------------------------------
@@ -247,7 +247,8 @@ def scale_settings(folder: Path, classes: int, heads: int, steps: int) -> dict[s
         "run_dir": str(folder / "given"),
         "data": {"embeddings": str(folder / "embeddings.npy"), "labels": "none"},
         "neighbors": {"search": "ivf"},
-        "heads": {"count": heads, "steps": steps, "num_workers": 1, "num_gpus": 0},
+        "heads": {"count": heads, "steps": steps, "num_workers": 1},
+        "ray": {"num_gpus": 0},
     }
 
 

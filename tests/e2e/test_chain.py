@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import icce_ray
 from icce_ray import cli as program
 from icce_ray import pipeline
 from icce_ray.config.loading import load
@@ -225,11 +227,40 @@ def embeddings(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As Ray's tasks have: more threads would round differently."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run_embeddings(folder: Path, name: str, *overrides: str) -> Path:
     tree = {"num_classes": 3, "data": {"embeddings": str(folder / "x.npy")}}
     settings = [f"run_dir={folder / name}", "heads.num_workers=0", "heads.count=4"]
     pipeline.run(load(tree, [*settings, "heads.steps=60", *overrides]), quiet=True)
     return folder / name
+
+
+def test_in_memory_the_same_comes_out(embeddings: Path, ray_session: None) -> None:
+    """`cluster`, which has neither files nor Ray, and a run, on the same rows."""
+    x = np.load(embeddings / "x.npy")
+    run = run_embeddings(embeddings, "run")
+    with one_thread():
+        found = icce_ray.cluster(x, 3, heads={"count": 4, "steps": 60})
+    done = icce_ray.load(run)
+    assert (done.labels == found.labels).all()
+    np.testing.assert_allclose(done.confidence, found.confidence, atol=1e-6)
+    kept = RunDirectory(str(run))
+    assert (kept.matrix("neighbors", "ids") == found.neighbors.ids).all()
+    assert (kept.matrix("heads", "assignments") == found.assignments).all()
+    for given, expected in zip(done.predict(x), found.predict(x), strict=True):
+        np.testing.assert_allclose(given, expected, atol=1e-4)
+    assert (done.predict(x)[0] == clusters(run, "classifier")).all()
+    assert done.uris == [f"{embeddings / 'x.npy'}#{row}" for row in range(150)]
 
 
 def test_ground_truth_changes_no_prediction(embeddings: Path, ray_session: None) -> None:

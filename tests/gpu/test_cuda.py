@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+import icce_ray
 from icce_ray.config.schema import ClassifierConfig, HeadsConfig
 from icce_ray.core import neighbors
 from icce_ray.core.classifier import probe
+from icce_ray.core.evaluation.truth import accuracy
 from icce_ray.core.heads.trainer import Data, HeadTrainer
 from icce_ray.core.projection import fit_projection, project
 
@@ -76,3 +78,18 @@ def test_probe_trains_on_the_device(
     )
     predicted, _ = probe.predict(model, matrix, device)
     assert (predicted == labels).mean() > 0.95
+
+
+def test_the_method_in_memory_agrees_with_the_cpu(
+    device: torch.device, blobs: tuple[np.ndarray, np.ndarray]
+) -> None:
+    matrix, labels = blobs
+    given = torch.from_numpy(matrix).to(device)
+    settings = {"heads": {"count": 6, "steps": 200}, "classifier": {"epochs": 5}}
+    found = icce_ray.cluster(given, 8, **settings)
+    assert found.device.type == "cuda"
+    on_cpu = icce_ray.cluster(matrix, 8, device="cpu", **settings)
+    for one in (found, on_cpu):
+        assert accuracy(labels, one.labels) > 0.95
+    predicted, _ = found.predict(given)
+    assert (predicted == found.labels).mean() > 0.95

@@ -16,6 +16,7 @@ from PIL import Image
 from icce_ray import config
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import probe
+from icce_ray.distributed import finetune
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError, DataError, StageError
 from icce_ray.rundir import schemas
@@ -23,6 +24,7 @@ from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.progress import Reporter
 from icce_ray.stages import classify as classifier
 from icce_ray.stages.base import Context, Outcome
+from icce_ray.stages.table import stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -100,7 +102,7 @@ def loaded(run: RunDirectory) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_a_probe_in_one_task(tmp_path: Path, kind: str) -> None:
     context = make_run(tmp_path, 92, [*BACKBONE, f"classifier.kind={kind}"])
-    outcome = classifier.STAGE.run(context)
+    outcome = classifier.run(context)
     run = finish(context, outcome)
     assert outcome.rows == 90
     assert outcome.results["kind"] == kind and outcome.results["agreement"] == 1.0
@@ -121,17 +123,8 @@ def test_imported_embeddings_name_no_backbone(tmp_path: Path) -> None:
     context = make_run(tmp_path, 32)
     tree = {"num_classes": 3, "run_dir": context.run.uri, "data": {"embeddings": "e.npy"}}
     context.config = config.load(tree)
-    classifier.STAGE.run(context)
+    classifier.run(context)
     assert loaded(context.run)[1]["backbone"] == []
-
-
-def test_doubtful_labels_weigh_less_if_wanted(tmp_path: Path) -> None:
-    context = make_run(tmp_path, 32)
-    chosen = context.config.classifier
-    labels, weights = classifier._targets(context.run, chosen)
-    assert weights.mean() == pytest.approx(1) and weights.max() / weights.min() > 4
-    even = classifier._targets(context.run, chosen.model_copy(update={"confidence_weights": False}))
-    assert (even[1] == 1).all() and (even[0] == labels).all()
 
 
 def test_an_error_in_the_task_keeps_its_kind(tmp_path: Path) -> None:
@@ -141,13 +134,13 @@ def test_an_error_in_the_task_keeps_its_kind(tmp_path: Path) -> None:
     context.run.delete("consensus")
     _finish(context.run, "consensus", table.set_column(2, "confidence", none))
     with pytest.raises(DataError, match="confidence_weights=false"):
-        classifier.STAGE.run(context)
+        classifier.run(context)
 
 
 def test_a_task_that_can_never_start_ends_with_the_reason(tmp_path: Path) -> None:
-    context = make_run(tmp_path, 32, ["classifier.num_gpus=3", "ray.worker_wait=1"])
-    with pytest.raises(StageError, match=r"could run for 1 s.*3 GPUs.*classifier\.num_gpus"):
-        classifier.STAGE.run(context)
+    context = make_run(tmp_path, 32, ["ray.num_gpus=3", "ray.worker_wait=1"])
+    with pytest.raises(StageError, match=r"could run for 1 s.*3 GPUs.*ray\.num_gpus"):
+        classifier.run(context)
 
 
 # --- fine-tuning ---------------------------------------------------------------------------------
@@ -171,7 +164,7 @@ def wide(context: Context) -> Context:
 
 def test_labels_follow_the_images_and_unreadable_ones_weigh_nothing(tmp_path: Path) -> None:
     context = make_run(tmp_path, 12)
-    labeler = classifier._Labeler(context.run, context.config.classifier)
+    labeler = finetune.Labeler(context.run, context.config.classifier)
     batch = {
         "image_id": np.array([7, 2, 11]),
         "reason": np.array(["", "not found", ""], dtype=object),
@@ -179,7 +172,8 @@ def test_labels_follow_the_images_and_unreadable_ones_weigh_nothing(tmp_path: Pa
     }
     out = labeler(batch)
     assert out["label"].tolist() == [(7 + 1) % 3, 0, 0]
-    _, weights = classifier._targets(context.run, context.config.classifier)
+    weights = labeler.weights
+    assert weights.mean() == pytest.approx(1)
     np.testing.assert_allclose(out["weight"], [weights[5], 0, weights[9]])
     assert out["image"].dtype == torch.uint8 and out["label"].dtype == torch.int64
 
@@ -191,10 +185,10 @@ def test_finetune_in_process(tmp_path: Path) -> None:
     content = lost.read_bytes()
     lost.unlink()
     with pytest.raises(StageError, match=r"1 images.*0007\.png.*classifier is kept"):
-        classifier.STAGE.run(context)
+        classifier.run(context)
     weights = context.run.read_bytes("classifier", "classifier.safetensors")
     lost.write_bytes(content)
-    outcome = classifier.STAGE.run(context)
+    outcome = classifier.run(context)
     run = finish(context, outcome)
     assert run.read_bytes("classifier", "classifier.safetensors") == weights
     assert outcome.rows == 60 and outcome.results["kind"] == "finetune"
@@ -218,11 +212,11 @@ def _open(path: Path) -> Image.Image:
 def test_workers_must_leave_a_core_for_decoding(tmp_path: Path) -> None:
     context = make_run(tmp_path, 12, [*FINETUNE, "classifier.num_workers=4"])
     with pytest.raises(ConfigError, match="at most 3"):
-        classifier._workers(context, 0)
+        finetune.worker_count(context, 0)
 
 
 def test_packed_images_are_shuffled_in_stretches() -> None:
-    count = 20 * classifier.BLOCK_ROWS + 7
+    count = 20 * finetune.BLOCK_ROWS + 7
     nothing, offset = pa.nulls(count, pa.int64()), pa.array(np.arange(count))
     names = [f"p.parquet#{i}" for i in range(count)]
     tables = {
@@ -231,7 +225,7 @@ def test_packed_images_are_shuffled_in_stretches() -> None:
         "parquet": pa.table({"uri": names, "offset": nothing}),
     }
     for kind, table in tables.items():
-        order = classifier._order(table, seed=1)
+        order = finetune.feeding_order(table, seed=1)
         assert sorted(order) == list(range(count))
         jumps = int((np.diff(order) != 1).sum())
         assert (jumps <= 21) == (kind != "files")
@@ -240,8 +234,8 @@ def test_packed_images_are_shuffled_in_stretches() -> None:
 
 def test_settings_that_only_say_where_do_not_count() -> None:
     tree = {"num_classes": 3, "data": {"path": "x"}}
-    base = classifier.STAGE.settings(config.load(tree))
-    moved = classifier.STAGE.settings(config.load(tree, ["classifier.num_workers=4"]))
-    other = classifier.STAGE.settings(config.load(tree, ["classifier.lr=0.5"]))
+    base = stage("classify").settings(config.load(tree))
+    moved = stage("classify").settings(config.load(tree, ["classifier.num_workers=4"]))
+    other = stage("classify").settings(config.load(tree, ["classifier.lr=0.5"]))
     assert base == moved != other
     assert json.loads(json.dumps(base)) == base

@@ -17,15 +17,15 @@ from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.core import backbone as backbones
 from icce_ray.core.classifier import model as classifiers
-from icce_ray.distributed import inference as streaming
-from icce_ray.distributed import shards as shards_
-from icce_ray.distributed.cluster import Cluster, Resources
+from icce_ray.distributed import stream as streaming
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.progress import Reporter
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
 from icce_ray.stages import embed, index, predict
 from icce_ray.stages.base import Context
+from icce_ray.stages.table import stage
 
 BACKBONE = {"name": "test_resnet", "pretrained": False, "image_size": 32}
 
@@ -54,10 +54,10 @@ def start(config: Config, resumed: bool = False) -> tuple[Context, Any]:
     run = RunDirectory(config.run_dir)
     context = Context(config, run, Reporter(run, quiet=True), Cluster(config.ray))
     if not resumed:
-        outcome = index.STAGE.run(context)
+        outcome = index.run(context)
         run.finish("index", Manifest("index", "x", {}, {}, outcome.rows, 0.0, outcome.results))
     context.resumed = run.begin("embeddings", {"fingerprint": "x"})
-    return context, embed.STAGE.run(context)
+    return context, embed.run(context)
 
 
 def finish(context: Context, outcome: Any) -> np.ndarray:
@@ -83,12 +83,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def stream(cluster: Cluster, table: pa.Table, job: streaming.Job, _: Any) -> Iterator[Any]:
         asked.extend(table["image_id"].to_pylist())
-        worker = streaming.Worker(job.model, threads=1, gpu=False)
+        worker = streaming.Actor(job.model, threads=1, gpu=False)
         blocks = [table.slice(start, 8) for start in range(0, table.num_rows, 8)]
         for block in reversed(blocks):
             for chunk in streaming.decode_rows(block, job.preprocess, job.settings.max_pixels):
                 batch = worker(chunk)
-                streaming._check(batch)
+                streaming.raise_error(batch)
                 yield batch
 
     monkeypatch.setattr(streaming, "stream", stream)
@@ -96,32 +96,6 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 # --- without Ray ---------------------------------------------------------------------------------
-
-
-def test_cores_are_shared_so_that_both_sides_run() -> None:
-    class Fake(Cluster):
-        def __init__(self, cpus: int, gpus: int, nodes: int) -> None:
-            super().__init__()
-            self.have = (cpus, gpus, nodes)
-
-        def resources(self) -> Any:
-            cpus, gpus, nodes = self.have
-            each = ((cpus / nodes, gpus / nodes),) * nodes if cpus else ()
-            return Resources(cpus, gpus, nodes, 0.0, each)
-
-    for cpus, gpus, nodes, actors in (
-        *((1, 0, 1, 1), (2, 0, 1, 1), (4, 0, 1, 1), (64, 0, 1, 1), (2, 0, 1, 8), (64, 0, 4, 4)),
-        *((16, 8, 1, None), (64, 4, 4, None), (0, 0, 1, 1)),
-    ):
-        settings = configs.EmbedConfig(max_actors=actors)
-        pool = streaming.share(Fake(cpus, gpus, nodes), settings, rows=10**6)
-        assert pool.most == (actors or gpus)
-        assert pool.cpus != pool.decode_cpus  # else Ray fuses both into one actor
-        free = max(1, cpus) - pool.cpus * pool.most
-        assert free >= pool.decode_cpus, "no room for decoding: deadlock"
-        assert pool.threads >= 1
-    few = streaming.share(Fake(16, 8, 1), configs.EmbedConfig(batch_size=256), rows=300)
-    assert few.most == 2  # no more actors than batches
 
 
 def test_given_embeddings(tmp_path: Path) -> None:
@@ -149,27 +123,12 @@ def test_given_embeddings_that_are_bad(tmp_path: Path) -> None:
         start(make(tmp_path, data={"embeddings": str(tmp_path / "e.npy")}))
 
 
-def test_shards_accept_any_order_and_repetitions(tmp_path: Path) -> None:
-    run, rng = RunDirectory(str(tmp_path)), np.random.default_rng(0)
-    values = rng.normal(size=(50, 3)).astype(np.float16)
-    shards = shards_.Shards(run, "s", 50, 8, embed._table, lambda *_: {})
-    order = rng.permutation(50)
-    bad = np.isin(np.arange(50), [0, 8, 9, 10, 11, 12, 13, 14, 15, 49])  # a whole shard among them
-    for part in [*np.array_split(order, 7), order[:20]]:
-        shards.add({"image_id": part, "embedding": values[part]}, ~bad[part])
-    shards.check()
-    assert shards.rows == 40
-    table = run.read_table("s")
-    assert table["image_id"].to_pylist() == np.flatnonzero(~bad).tolist()
-    assert len(run.list("s")) == 7
-
-
 def test_settings_that_change_nothing_are_left_out(tmp_path: Path) -> None:
-    a = embed.STAGE.settings(make(tmp_path))
-    assert a == embed.STAGE.settings(make(tmp_path, "embed.shard_size=3", "embed.batch_size=1"))
-    assert a == embed.STAGE.settings(make(tmp_path, "embed.max_bad_fraction=0.5"))
-    assert a != embed.STAGE.settings(make(tmp_path, "embed.precision=bfloat16"))
-    assert a != embed.STAGE.settings(make(tmp_path, "backbone.image_size=64"))
+    a = stage("embed").settings(make(tmp_path))
+    assert a == stage("embed").settings(make(tmp_path, "embed.shard_size=3", "embed.batch_size=1"))
+    assert a == stage("embed").settings(make(tmp_path, "embed.max_bad_fraction=0.5"))
+    assert a != stage("embed").settings(make(tmp_path, "embed.precision=bfloat16"))
+    assert a != stage("embed").settings(make(tmp_path, "backbone.image_size=64"))
 
 
 def test_preflight(tmp_path: Path) -> None:
@@ -358,7 +317,7 @@ def check_prediction(tmp_path: Path, context: Context, results: Any, expected: n
     with pytest.raises(ArtifactError, match="predictions of other images"):
         (tmp_path / "kept.json").rename(Path(out, "manifest.json"))
         predict.predict(run.uri, str(tmp_path / "images"), out, overrides=["data.limit=5"])
-    with pytest.raises(ConfigError, match="alone"):
+    with pytest.raises(ConfigError, match="settings only"):
         predict.predict(*arguments, overrides=["heads.count=3"])
 
 

@@ -20,8 +20,7 @@ from icce_ray.errors import ArtifactError, DataError, StageError
 from icce_ray.rundir import schemas
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.progress import Reporter
-from icce_ray.stages import heads
-from icce_ray.stages import search as neighbors
+from icce_ray.stages import heads, search, select
 from icce_ray.stages.base import Context, Outcome
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -70,12 +69,13 @@ def finish(context: Context, folder: str, outcome: Outcome) -> None:
 
 def with_neighbors(folder: Path, overrides: Sequence[str] = (), rows: int = ROWS) -> Context:
     context = make_run(folder, overrides, rows)
-    finish(context, "neighbors", neighbors.STAGE.run(context))
+    for stage in (search.STAGE, select.STAGE):
+        finish(context, stage.folder, stage.run(context))
     return context
 
 
 def trained(context: Context) -> tuple[np.ndarray, Outcome]:
-    outcome = heads.STAGE.run(context)
+    outcome = heads.run(context)
     finish(context, "heads", outcome)
     return np.array(context.run.matrix("heads", "assignments")), outcome
 
@@ -93,57 +93,48 @@ def brute(most: int, matrix: np.ndarray | None = None) -> np.ndarray:
 
 def search_part(context: Context, start: int, stop: int) -> None:
     """What one task of the search does."""
-    neighbors._search_task(context.run, start, stop, 20, False, context.config.neighbors, 1)
+    search._search_task(context.run, start, stop, 20, False, context.config.neighbors, 1)
 
 
-@pytest.mark.parametrize("search", ["exact", "ivf"])
+@pytest.mark.parametrize("kind", ["exact", "ivf"])
 @pytest.mark.parametrize("components", [None, 5])
 def test_neighbors_in_shards_are_those_of_the_whole(
-    tmp_path: Path, search: str, components: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, components: int | None
 ) -> None:
-    settings = {"query_rows": 170, "search": search, "nprobe": 1000, "pca": components}
+    monkeypatch.setattr(search, "QUERY_ROWS", 170)
+    settings = {"search": kind, "nprobe": 1000, "pca": components}
     run = with_neighbors(tmp_path, [f"neighbors.{k}={v}" for k, v in settings.items()]).run
-    ids, counts = run.matrix("neighbors", "ids"), run.matrix("neighbors", "count")
-    searched = neighbors.searched(run, components)
+    ids, counts = run.matrix("neighbors", "ids"), run.matrix("selection", "count")
+    searched = search.searched(run, components)
     assert searched.shape == (ROWS, components or FEATURES)
     expected = brute(20) if components is None else brute(20, searched)
     np.testing.assert_allclose(run.matrix("neighbors", "similarity"), expected, atol=2e-3)
     assert (ids != np.arange(ROWS)[:, None]).all() and ids.min() >= 0
-    assert (run.matrix("neighbors", "image_id") == np.arange(2, ROWS + 2)).all()
+    for folder in ("neighbors", "selection"):
+        assert (run.matrix(folder, "image_id") == np.arange(2, ROWS + 2)).all()
     assert counts.min() >= 5 and counts.max() <= 20
-    done = run.manifest("neighbors")
-    assert done is not None and done.results["search"] == search and done.results["k"] == 15
-    assert not run.list("neighbors/top")
+    done, chosen = run.manifest("neighbors"), run.manifest("selection")
+    assert done is not None and done.results["search"] == kind
+    assert chosen is not None and chosen.results["k"] == 15
 
 
-def test_a_resumed_search_may_cut_the_rows_anew(tmp_path: Path) -> None:
-    """Shards of another size than now must not pass for finished ones."""
-    context = make_run(tmp_path, ["neighbors.query_rows=100"])
-    for start in (0, 100, 300):
-        search_part(context, start, start + 100)
-    context.config = config.load(
-        {**context.config.model_dump(), "neighbors": {"max_neighbors": 20, "query_rows": 150}}
-    )
-    finish(context, "neighbors", neighbors.STAGE.run(context))
-    found = context.run.matrix("neighbors", "similarity")
-    np.testing.assert_allclose(found, brute(20), atol=2e-3)
-
-
-def test_done_shards_are_not_searched_again(tmp_path: Path) -> None:
-    context = make_run(tmp_path, ["neighbors.query_rows=300"])
+def test_done_shards_are_not_searched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "QUERY_ROWS", 300)
+    context = make_run(tmp_path)
     for start in (0, 300):
         search_part(context, start, start + 300)
-    top = tmp_path / "neighbors" / "top"
-    shards = sorted(top.iterdir())
+    shards = sorted((tmp_path / "neighbors").iterdir())
     before = [shard.stat().st_mtime_ns for shard in shards]
-    neighbors._search_shards(context, ROWS, FEATURES, 20)
-    assert sorted(top.iterdir()) == [*shards, top / neighbors.CHOICE]
+    search._search_shards(context, ROWS, FEATURES)
+    assert sorted((tmp_path / "neighbors").glob("*.parquet")) == shards
     assert [shard.stat().st_mtime_ns for shard in shards] == before and len(before) == 2
 
 
 def test_one_image_has_no_neighbors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least 2 images"):
-        neighbors.STAGE.run(make_run(tmp_path, rows=1))
+        search.run(make_run(tmp_path, rows=1))
 
 
 # --- heads ---------------------------------------------------------------------------------------
@@ -202,7 +193,7 @@ def test_a_stopped_training_goes_on_from_its_checkpoint_exactly(tmp_path: Path, 
     context = with_neighbors(tmp_path / "broken", ["ray.max_failures=0"])
     dies_at(40)
     with pytest.raises(StageError, match=r"(?s)training in heads failed.*Run the same command"):
-        heads.STAGE.run(context)
+        heads.run(context)
     assert training.Checkpoints(context.run, "heads").latest() == 25
     dies_at(None)
     steps = []
@@ -228,7 +219,7 @@ def test_work_that_was_trained_but_not_written_is_not_trained_again(
     write = heads._write
     monkeypatch.setattr(heads, "_write", lambda *a: (_ for _ in ()).throw(StageError("full")))
     with pytest.raises(StageError, match="full"):
-        heads.STAGE.run(context)
+        heads.run(context)
     monkeypatch.setattr(heads, "_write", write)
     dies_at(0)
     assignments, _ = trained(context)
@@ -238,7 +229,7 @@ def test_work_that_was_trained_but_not_written_is_not_trained_again(
 def test_an_error_of_ours_keeps_its_kind_and_text(tmp_path: Path) -> None:
     context = with_neighbors(tmp_path, ["heads.lr=1e30", "ray.max_failures=0"])
     with pytest.raises(StageError, match=r"loss of head \d is not finite at step \d"):
-        heads.STAGE.run(context)
+        heads.run(context)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------

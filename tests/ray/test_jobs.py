@@ -284,8 +284,8 @@ def twice(jobs: Jobs) -> Twice:
 
 def test_a_job_runs_the_chain_and_tells_of_it(twice: Twice) -> None:
     parts = (
-        (twice.stopped, ("index", "embed", "neighbors")),
-        (twice.again, ("heads", "consensus", "classifier")),
+        (twice.stopped, ("index", "embed", "search", "select")),
+        (twice.again, ("heads", "consensus", "classify")),
     )
     for logs, stages in parts:
         for stage in stages:
@@ -308,7 +308,7 @@ def test_ray_adds_no_noise_to_a_jobs_logs(twice: Twice) -> None:
 
 def test_a_stopped_job_goes_on_when_submitted_again(twice: Twice, train_heads: Any) -> None:
     assert twice.states == ["stopped", "done"]
-    assert "stopped; the same command goes on from here" in twice.stopped
+    assert "stopped; run the same command again to resume" in twice.stopped
     assert re.search(r"resumed from the checkpoint at [1-9]", twice.again)
     run, settings = RunDirectory(str(twice.run)), load(twice.run / "config.yaml")
     assert (np.array(run.matrix("heads", "assignments")) == train_heads(run, settings)).all()

@@ -1,8 +1,11 @@
 """The chain on several nodes whose processes are killed, one fault in every stage.
 
-One story, told once by a fixture: a cluster that begins with a head node alone, and a driver that
+One story, played once by a fixture: a cluster that begins with only a head node, and a driver that
 loses an actor and nodes in `embed`, `neighbors`, `heads` and fine-tuning, and is killed itself.
 The tests then look at what came of it. Gates hold the work at a known place until a fault is done.
+
+Everything is waited for by what it is, never by how long it takes: on a busy machine the story
+takes ten times as long, and ends in the same way. PATIENCE only ends a hang.
 """
 
 from __future__ import annotations
@@ -31,20 +34,19 @@ from icce_ray.core import backbone as backbones
 from icce_ray.core import neighbors as nearest
 from icce_ray.rundir.directory import RunDirectory
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(7200)]
 
+PATIENCE = 1200.0  # seconds
 COUNT, CLUSTERS = 361, 3  # rows that do not divide by two workers
 SETTINGS = f"""
 num_classes: {CLUSTERS}
 data: {{labels: none}}
 backbone: {{name: test_resnet, pretrained: false, image_size: 32}}
-embed: {{precision: float32, shard_size: 24, batch_size: 8, min_actors: 2, max_actors: 2,
-         num_gpus: 0}}
-neighbors: {{query_rows: 120, num_gpus: 1, max_neighbors: 20, pca: null}}
-heads: {{count: 5, steps: 60, batch_size: 256, checkpoint_every: 20, num_workers: 2,
-         min_workers: 1, num_gpus: 0}}
-classifier: {{kind: finetune, epochs: 2, batch_size: 24, num_workers: 2, min_workers: 1,
-              num_gpus: 0}}
+embed: {{precision: float32, shard_size: 24, batch_size: 8, max_actors: 2}}
+neighbors: {{max_neighbors: 20, pca: null}}
+heads: {{count: 5, steps: 60, batch_size: 256, checkpoint_every: 20, num_workers: 2}}
+classifier: {{kind: finetune, epochs: 2, batch_size: 24, num_workers: 2}}
+ray: {{min_workers: 1}}
 evaluate: {{kmeans: false}}
 report: {{images_per_cluster: 2}}
 """
@@ -57,12 +59,12 @@ from ray._private import node as starting
 from ray.cluster_utils import Cluster
 
 # Ray gives a node 30 s to start, which is too little where the machine is busy.
-slow = SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() / 8})
+slow = SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() / 40})
 starting.time = slow
 
-# A node that is gone fails at once, one that is slow only after the timeout: dead after 3 s or 60.
+# A node that is gone fails at once, one that is slow only after the timeout: dead after 3 s or 600.
 soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300,
-        "health_check_timeout_ms": 6000, "health_check_failure_threshold": 10}
+        "health_check_timeout_ms": 60000, "health_check_failure_threshold": 10}
 head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
 cluster, nodes = Cluster(), {}
 
@@ -88,35 +90,38 @@ cluster.shutdown()
 DRIVER = """
 import json, os, sys, time
 from pathlib import Path
-from icce_ray import cli, cluster
-from icce_ray.core import head_trainer
-from icce_ray.stages import classifier, heads, neighbors, streaming, training
+from icce_ray import cli
+from icce_ray.core.heads import trainer as head_trainer
+from icce_ray.distributed import cluster, finetune, stream, train as training
+from icce_ray.stages import heads, search as neighbors
 
 gates = Path(sys.argv[1])
 
 def pass_gate(name, **more):
     import ray
     node = ray.get_runtime_context().get_node_id()
-    told = {"node": node, "pid": os.getpid(), "gpus": ray.get_gpu_ids(), **more}
+    said = {"node": node, "pid": os.getpid(), **more}
     place = gates / f"{name}-{os.getpid()}"
     if not place.exists():
-        place.write_text(json.dumps(told))
+        place.write_text(json.dumps(said))
     while (gates / f"{name}.closed").exists():
         time.sleep(0.05)
 
-decode, search = streaming.decode_rows, neighbors._search_task
+decode, search = stream.decode_rows, neighbors._search_task
 
 def gated_decode(table, **options):
     if table["image_id"][0].as_py() >= 200:
         pass_gate("embed")
     yield from decode(table, **options)
 
+neighbors.QUERY_ROWS = 120
+
 def gated_search(run, start, *others):
     if start >= 120:
         pass_gate("neighbors")
     return search(run, start, *others)
 
-train, tune = heads._train, classifier._finetune_loop
+train, tune = heads._train, finetune._loop
 
 def gated_train(worker, config):
     step = head_trainer.HeadTrainer.step
@@ -135,20 +140,20 @@ def gated_tune(worker, task):
     worker.save = stop
     tune(worker, task)
 
-streaming.decode_rows, neighbors._search_task = gated_decode, gated_search
-heads._train, classifier._finetune_loop = gated_train, gated_tune
-cluster.LOOK_EVERY, streaming.LOOK_EVERY, training.GROW_EVERY = 0.5, 0.5, 2.0
+stream.decode_rows, neighbors._search_task = gated_decode, gated_search
+heads._train, finetune._loop = gated_train, gated_tune
+cluster.LOOK_EVERY, stream.LOOK_EVERY, training.GROW_EVERY = 0.5, 0.5, 2.0
 cli.main(sys.argv[2:])
 """
 
 
-def until(ready: Callable[[], Any], what: str, seconds: float = 300) -> Any:
+def until(ready: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
     """Wait for something that is true in the end. Returns it."""
     deadline = time.monotonic() + seconds
-    while not (found := ready()):
+    while not (value := ready()):
         assert time.monotonic() < deadline, f"never came: {what}"
         time.sleep(0.05)
-    return found
+    return value
 
 
 def born(pid: int) -> int | None:
@@ -188,7 +193,7 @@ class Nodes:
                 **os.environ,
                 "RAY_TMPDIR": self.place,
                 "RAY_AUTH_MODE": "disabled",
-                "RAY_agent_register_timeout_ms": "300000",  # as above
+                "RAY_agent_register_timeout_ms": "1200000",  # as above
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -243,9 +248,9 @@ class Nodes:
         assert self.process.stdin is not None
         self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(30)
+            self.process.wait(60)
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait()
         for pid, when in self.started.items():
             if when is not None and born(pid) == when:
                 with contextlib.suppress(ProcessLookupError):
@@ -271,7 +276,7 @@ class Story:
             **os.environ,
             "RAY_ADDRESS": self.nodes.head["address"],
             "RAY_AUTH_MODE": "disabled",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
             "OMP_NUM_THREADS": "1",
         }
         with (self.folder / f"{name}.txt").open("wb") as printed:
@@ -328,7 +333,7 @@ class Story:
         for driver in self.drivers:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(driver.pid, signal.SIGKILL)
-            driver.wait(30)
+            driver.wait()
         self.nodes.close()
 
 
@@ -348,24 +353,24 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     (folder / "gates").mkdir()
     (folder / "config.yaml").write_text(SETTINGS)
     write_images(folder / "images")
-    told = Story(folder)
+    played = Story(folder)
     try:
-        tell(told)
-        yield told
+        play(played)
+        yield played
     finally:
-        told.close()
+        played.close()
 
 
-def tell(story: Story) -> None:
+def play(story: Story) -> None:
     embedding(story)
     searching(story)
     training_heads(story)
     finetuning(story)
-    assert story.drivers[-1].wait(120) == 0, story.printed("second")
+    assert story.drivers[-1].wait(PATIENCE) == 0, story.printed("second")
 
 
 def embedding(story: Story) -> None:
-    """A head node alone at first; then an actor and a node are lost."""
+    """Only a head node at first; then an actor is lost, and a node."""
     nodes = story.nodes
     for gate in ("embed", "neighbors", "heads2", "heads1", "finetune2"):
         story.shut(gate)
@@ -377,49 +382,48 @@ def embedding(story: Story) -> None:
     nodes.add("b")
     story.facts["decoding"] = story.comes("embed", 2)
     until(lambda: list(story.run.glob("embeddings/part-*.parquet")), "a shard")
-    until(lambda: workers_of(nodes, "a") and workers_of(nodes, "b"), "an actor on either node")
-    os.kill(next(iter(workers_of(nodes, "a"))), signal.SIGKILL)
+    lost = until(lambda: [*actors_of(nodes, "a"), *actors_of(nodes, "b")], "an actor")[0]
+    os.kill(lost, signal.SIGKILL)
     nodes.kill("b")
     story.says("a node was lost")
     story.open("embed")
 
 
-def workers_of(nodes: Nodes, name: str) -> dict[int, str]:
-    """Embedding actors of a node: process id -> title."""
-    found = children(nodes.nodes[name]["raylet"])
-    return {pid: text for pid, text in found.items() if "MapWorker" in text}
+def actors_of(nodes: Nodes, name: str) -> list[int]:
+    """Process ids of the embedding actors of a node."""
+    processes = children(nodes.nodes[name]["raylet"])
+    return [pid for pid, text in processes.items() if "MapWorker" in text]
 
 
 def searching(story: Story) -> None:
-    """No node has a GPU, then one that is lost, then another one."""
+    """A node is lost that has work, and another one comes."""
     nodes = story.nodes
-    story.says("waiting for the cluster to provide 1 CPU core and 1 GPU; it has 1 node")
-    nodes.add("c", num_gpus=1)
+    nodes.add("c")
     story.facts["searching"] = story.comes("neighbors")
-    nodes.kill("c")
-    nodes.add("d", num_gpus=1)
+    busy = nodes.name_of(story.facts["searching"][0]["node"])
+    nodes.kill(busy)
+    nodes.add("d")  # before heads begin, which count on the nodes that are there
     story.open("neighbors")
 
 
 def training_heads(story: Story) -> None:
     """The driver is killed; its successor loses a worker on one node and the other node as a whole,
-    goes on with one worker, then with two."""
+    resumes with one worker, then with two."""
     nodes = story.nodes
     story.facts["before"] = story.comes("heads2", 2)
     os.kill(story.drivers[-1].pid, signal.SIGKILL)
     story.drivers[-1].wait()
-    began = time.monotonic()
     gone = [one["pid"] for one in story.facts["before"]]
-    until(lambda: not any(map(alive, gone)), "the end of the killed driver's workers", 60)
-    story.facts["leftover"] = time.monotonic() - began
+    until(lambda: not any(map(alive, gone)), "the end of the killed driver's workers")
     story.start("second", f"run_dir={story.run}")
     story.facts["after"] = story.comes("heads2", 2)
-    other = next(one for one in story.facts["after"] if nodes.name_of(one["node"]) != "d")
+    last = "d"  # it came last
+    other = next(one for one in story.facts["after"] if nodes.name_of(one["node"]) != last)
     os.kill(other["pid"], signal.SIGKILL)
-    nodes.kill("d")
+    nodes.kill(last)
     story.facts["alone"] = story.comes("heads1")
     nodes.add("e")
-    story.says("the cluster has room again: 2 workers go on from 20")
+    story.says("the cluster has room again: 2 workers resume from 20")
     story.facts["grown"] = story.comes("heads2", 2)
     story.open("heads2")
 
@@ -427,7 +431,7 @@ def training_heads(story: Story) -> None:
 def finetuning(story: Story) -> None:
     story.facts["finetuning"] = story.comes("finetune2", 2)
     story.nodes.kill("e")
-    story.says("workers were lost; 1 worker goes on")
+    story.says("workers were lost; 1 worker resumes")
     story.open("finetune2")
 
 
@@ -437,7 +441,7 @@ def finetuning(story: Story) -> None:
 def test_a_cluster_without_nodes_is_waited_for(story: Story) -> None:
     assert "waiting for the cluster to provide 1 CPU core" in story.facts["status"]["waiting"]
     log = (story.run / "log").read_text()
-    assert "the cluster now has 1 node, 2 CPU cores, 0 GPUs: going on" in log
+    assert "the cluster now has 1 node, 2 CPU cores, 0 GPUs: resuming" in log
 
 
 def test_the_head_without_cores_does_no_work(story: Story) -> None:
@@ -446,11 +450,9 @@ def test_the_head_without_cores_does_no_work(story: Story) -> None:
         assert all(one["node"] != head for one in story.facts[stage]), stage
 
 
-def test_work_is_spread_and_goes_where_the_gpus_are(story: Story) -> None:
-    for stage in ("decoding", "before", "after", "grown", "finetuning"):
+def test_work_is_spread_over_the_nodes(story: Story) -> None:
+    for stage in ("before", "after", "grown", "finetuning"):
         assert len({one["node"] for one in story.facts[stage]}) == 2, stage
-    names = {story.nodes.name_of(one["node"]) for one in story.facts["searching"]}
-    assert names == {"c"} and story.facts["searching"][0]["gpus"]
 
 
 def test_every_image_is_embedded_once_and_as_without_faults(story: Story) -> None:
@@ -483,8 +485,8 @@ def test_heads_are_exactly_those_of_an_undisturbed_training(story: Story, train_
     events = story.events("heads")
     assert "heads goes on from partial work" in events
     assert "resumed from the checkpoint at 20" in events
-    assert "workers were lost; 1 worker goes on from 20, before 2" in events
-    assert "the cluster has room again: 2 workers go on from 20, before 1" in events
+    assert "workers were lost; 1 worker resumes from 20, before 2" in events
+    assert "the cluster has room again: 2 workers resume from 20, before 1" in events
 
 
 def test_fine_tuning_goes_on_after_its_last_epoch(story: Story) -> None:
@@ -495,7 +497,7 @@ def test_fine_tuning_goes_on_after_its_last_epoch(story: Story) -> None:
     agreement = np.mean(run.matrix("classifier", "cluster") == run.matrix("consensus", "cluster"))
     assert agreement > 0.9
     events = story.events("classifier")
-    assert any(text.startswith("workers were lost; 1 worker goes on from ") for text in events)
+    assert any(text.startswith("workers were lost; 1 worker resumes from ") for text in events)
 
 
 def test_the_terminal_and_the_report_tell_it_in_words(story: Story) -> None:
@@ -504,6 +506,5 @@ def test_the_terminal_and_the_report_tell_it_in_words(story: Story) -> None:
         for noise in ("Traceback", "raylet", "Error", "WARNING", "marked dead"):
             assert noise not in text, text
     assert story.printed("first").count("a node was lost") == 2
-    assert story.facts["leftover"] < 30
     page = (story.run / "report" / "index.html").read_text()
     assert "a node was lost" in page and "workers were lost" in page

@@ -49,7 +49,7 @@ CHAIN = """
 import ctypes; ctypes.CDLL(None).prctl(1, 9)  # ends where pytest is killed
 import json, sys
 from icce_ray import config, pipeline
-from icce_ray.cluster import Cluster
+from icce_ray.distributed.cluster import Cluster
 overrides = json.loads(sys.argv[1])
 shared = Cluster(config.RayConfig(num_cpus=2))
 shared.start()
@@ -169,8 +169,8 @@ FULL = """
 import ctypes; ctypes.CDLL(None).prctl(1, 9)  # ends where pytest is killed
 import pathlib, resource, subprocess, sys
 from icce_ray import config, pipeline
-from icce_ray.artifacts import RunDirectory
-from icce_ray.cluster import Cluster
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import StageError
 
 folder, kind = pathlib.Path(sys.argv[1]), sys.argv[2]
@@ -203,8 +203,8 @@ shared = Cluster(config.RayConfig(num_cpus=2))
 shared.start()
 pipeline.run(settings(folder / "plain"), quiet=True, last="consensus")
 pipeline.DISK_MARGIN = 0.0  # the disk fills up after the plan was made
-for before, stage, place in [("index", "embed", "embeddings"), ("embed", "neighbors", "neighbors"),
-                      ("neighbors", "heads", "heads")]:
+for before, stage, place in [("index", "embed", "embeddings"), ("embed", "search", "neighbors"),
+                      ("select", "heads", "heads")]:
     pipeline.run(settings(disk / "run"), quiet=True, last=before)
     fill()
     try:
@@ -219,7 +219,7 @@ for before, stage, place in [("index", "embed", "embeddings"), ("embed", "neighb
     left = [p.name for p in pathlib.Path(run.root).rglob("*") if ".tmp" in p.name]
     assert not left, left
 pipeline.run(settings(disk / "run"), quiet=True, last="consensus")
-for name in ("embeddings", "neighbors", "heads", "consensus"):
+for name in ("embeddings", "neighbors", "selection", "heads", "consensus"):
     one, two = (RunDirectory(str(f)).read_table(name) for f in (folder / "plain", disk / "run"))
     assert one.equals(two), name
 print("equal")
@@ -256,6 +256,6 @@ def test_a_full_disk_stops_each_stage_and_costs_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     *lines, last = done.stdout.splitlines()
     assert last == "equal"
-    assert [line.partition(":")[0] for line in lines] == ["embed", "neighbors", "heads"]
+    assert [line.partition(":")[0] for line in lines] == ["embed", "search", "heads"]
     for line in lines:
         assert "no disk space left" in line and "run the same command again" in line, line

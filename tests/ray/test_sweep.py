@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from icce_ray import cli, config, pipeline
 from icce_ray.distributed import tune as tuning
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.sweeps import running as sweep
+from icce_ray.sweeps import phases
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -138,7 +139,7 @@ def test_trials_share_what_is_equal_and_are_ranked(finished: Path) -> None:
     assert found["counts"]["made"]["ensembles"] == 4
     kinds = [path.name.rpartition("-")[0] for path in (finished / "run" / "store").iterdir()]
     assert kinds.count("heads") == 2 and kinds.count("consensus") == 4
-    assert kinds.count("neighbors") == 1
+    assert kinds.count("selection") == 1 and not kinds.count("neighbors")  # the run's own search
     values = [trial["scores"]["neighbor_consistency"] for trial in found["trials"]]
     assert values == sorted(values, reverse=True) and found["best"] == found["trials"][0]["id"]
     assert values[0] > 0.3
@@ -153,7 +154,7 @@ def test_the_best_config_goes_on_from_the_sweep(finished: Path) -> None:
     assert best.heads.beta == settings["heads.beta"]
     assert best.consensus.method == settings["consensus.method"]
     steps = pipeline.make_steps(best, RunDirectory(best.run_dir))
-    assert [step.state for step in steps] == ["done"] * 5 + ["run"] * 3
+    assert [step.state for step in steps] == ["done"] * 6 + ["run"] * 3
 
 
 def test_a_second_run_does_nothing_and_a_wider_space_only_what_is_new(
@@ -189,7 +190,14 @@ def test_the_number_of_classes_is_found_and_the_run_goes_on_with_it(
     run = RunDirectory(str(tmp_path / "run"))
     assert config.load(run.path("config.yaml")).num_classes == best
     assert len(np.unique(run.matrix("consensus", "cluster"))) == best
-    assert not list((tmp_path / "run" / "store").glob("embed*"))  # the run's own were used
+    store = tmp_path / "run" / "store"
+    kinds = {path.name.partition("-")[0] for path in store.iterdir()}
+    assert kinds == {"selection", "heads", "consensus"}  # index, embeddings, search: the run's own
+    sweep = tmp_path / "run" / "sweeps" / "classes"
+    logs = (tmp_path / "run" / "log").read_text() + (sweep / "log").read_text()
+    assert len(re.findall(r"search +done", logs)) == 1, "one search for all"
+    trained = [RunDirectory(str(path)).manifest("") for path in store.glob("heads-*")]
+    assert run.manifest("heads") in trained, "the sweep's heads of that number"
     cli.app([*arguments, "--plan"], standalone_mode=False)
     assert "2 of 2 head trainings" in capsys.readouterr().err
 
@@ -197,7 +205,7 @@ def test_the_number_of_classes_is_found_and_the_run_goes_on_with_it(
 def test_bad_heads_are_stopped_and_failed_ones_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "FEWEST", 3)
+    monkeypatch.setattr(phases, "FEWEST", 3)
     base = write_config(tmp_path, steps=1000, lr=1e-7)
     arguments = ["sweep", str(base), str(write_space(tmp_path, UNEQUAL))]
     cli.app(arguments, standalone_mode=False)

@@ -132,13 +132,15 @@ class SyntheticRun:
             schemas.tensor_column(
                 np.full((n, m), 0.5, np.float16), schema.field("similarity").type
             ),
-            pa.array(count),
         ]
         self.run.write_table(pa.table(columns, schema=schema), "neighbors", "part-00000.parquet")
+        self.finish("neighbors", n, {"search": "exact"})
+        table = pa.table([pa.array(self.rows), pa.array(count)], schema=schemas.SELECTION_SCHEMA)
+        self.run.write_table(table, "selection", "part-00000.parquet")
         counts, edges = np.histogram(count, bins=np.arange(m + 1))
         histogram = {"edges": edges.tolist(), "counts": counts.tolist()}
         results = {"threshold": 0.52, "mean": float(count.mean()), "histogram": histogram}
-        self.finish("neighbors", n, results)
+        self.finish("selection", n, results)
 
     def _noisy(self, errors: float) -> np.ndarray:
         """Labels under other names, most mistakes going to the next class."""

@@ -94,8 +94,7 @@ def test_recipes_are_trained_and_merged(
     monkeypatch.setattr(pace, "TEMI_EPOCHS", 2)
 
     x, codes = blobs
-    found = alone.find_neighbors(x, alone.settings(5), CPU)
-    case = alone.Case(x, found.ids, found.counts, codes, 5)
+    case = alone.case_of(x, codes, 5, CPU)
     made = pace.measure_pace(case, 4, 1e6, 0, CPU, only=["ours", "TEMI"])
     assert list(made) == ["ours", "TEMI"]
     ours = made["ours"]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from icce_ray import cli
+from icce_ray import cli, pipeline
+from icce_ray.config.loading import load
 from icce_ray.errors import ArtifactError, ConfigError, DataError
-from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.directory import Manifest, RunDirectory
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -44,6 +50,8 @@ def test_bare_and_help_teach(capsys: pytest.CaptureFixture[str]) -> None:
         (("run", "quickstart", "backbone.name=tf_efficientnet_lit0"), ConfigError, "lite0"),
         (("run", "imagenet", "data.path=nowhere"), DataError, "nowhere"),
         (("run", "quickstart", "--until", "hedas"), ConfigError, "the stages are"),
+        (("run", "quickstart", "--until", "neighbors"), ConfigError, "two: search and select"),
+        (("run", "quickstart", "--from", "classifier"), ConfigError, "now called classify"),
         (("status", "nowhere"), ArtifactError, "not a run directory"),
         (("predict", "nowhere", "images", "out=x"), ArtifactError, "classifier"),
         (("report", "nowhere"), ArtifactError, "not a run directory"),
@@ -63,6 +71,42 @@ def test_mistakes_give_one_error_and_no_traceback(
     assert err.startswith("error: ") and text in err
     assert "Traceback" not in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "mine.yaml"),
+        ("run", "mine.yaml", "--plan"),
+        ("run", "mine.yaml", "num_classes=auto"),
+        ("sweep", "mine.yaml", "ensemble"),
+        ("status", "old"),
+        ("predict", "old", "x.npy", "out=new"),
+    ],
+)
+def test_a_run_of_an_older_version_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.eye(20))
+    Path("mine.yaml").write_text("{num_classes: 2, data: {embeddings: x.npy}, run_dir: old}")
+    run = RunDirectory("old")
+    for stage in ("index", "embeddings", "neighbors", "heads", "consensus", "classifier"):
+        run.finish(stage, Manifest(stage, "f", {}, {}, 20, 1.0, format=1))
+    run.write_json({"state": "done"}, "status.json")
+    run.write_bytes(Path("mine.yaml").read_bytes(), "config.yaml")
+    before = sorted(Path("old").rglob("*"))
+    code, _, err = call(capsys, *command)
+    assert code == ArtifactError.exit_code and err.count("\n") == 1
+    assert re.fullmatch(
+        r"error: .*/old/\w+ was made by another version of icce_ray \(format 1; this one reads 2\)"
+        r"\. Run again with another run_dir=..., or use the version that made it.\n",
+        err,
+    )
+    assert sorted(Path("old").rglob("*")) == before
 
 
 def test_config_lists_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,8 +143,61 @@ def test_status_says_how_far_it_is(
     RunDirectory(str(tmp_path)).write_json(state, "status.json")
     code, out, _ = call(capsys, "status", str(tmp_path))
     assert code == 0 and expected in out
-    assert out.count("to do") == 8
+    assert out.count("to do") == 9
 
 
 def test_a_fresh_sign_of_life_is_believed() -> None:
     assert "no sign" not in cli._status_line({"state": "running", "time": time.time()})
+
+
+def test_a_killed_run_does_not_count_as_running() -> None:
+    code = "from icce_ray.rundir.lock import this_process as p; import json; print(json.dumps(p()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    state = {"state": "running", "stage": "heads", "time": time.time(), **json.loads(done.stdout)}
+    line = cli._status_line(state)
+    assert "has ended" in line and "same command" in line
+    assert "has ended" not in cli._status_line({**state, "host": "another"})
+
+
+HEAVY = {"torch", "ray", "timm", "sklearn", "scipy", "torchvision", "faiss"}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A configuration file whose run has finished."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(30, 8)))
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        f"num_classes: 3\ndata: {{embeddings: {tmp_path}/x.npy}}\nrun_dir: {tmp_path}/run\n"
+    )
+    settings, run = load(str(file)), RunDirectory(str(tmp_path / "run"))
+    done: dict[str, str] = {}
+    for step in pipeline.make_steps(settings, run):
+        stage = step.stage
+        values = (step.fingerprint, stage.settings(settings), {n: done[n] for n in stage.needs})
+        manifest = Manifest(stage.name, *values, 30, 1.0, {"features": 8})
+        run.finish(stage.folder, manifest)
+        done[stage.name] = manifest.id
+    run.write_json({"state": "done", "time": 0}, "status.json")
+    return file
+
+
+@pytest.mark.parametrize("command", ["--help", "status", "run --help", "run --plan", "run"])
+def test_commands_that_compute_nothing_import_nothing_heavy(finished: Path, command: str) -> None:
+    run_dir, (name, *options) = finished.parent / "run", command.split()
+    arguments = {"status": ["status", str(run_dir)], "run": ["run", str(finished), *options]}
+    code = (
+        "import sys\nfrom icce_ray import cli\n"
+        "try: cli.main(sys.argv[1:])\nexcept SystemExit as end: assert not end.code, end\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        f"print('heavy:', sorted(loaded & {HEAVY!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments.get(name, [name])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy: []"

@@ -14,9 +14,9 @@ import pytest
 import typer.main
 import yaml
 
+import icce_ray
 from icce_ray import config as configs
 from icce_ray.cli import app
-from icce_ray.core.evaluation.labelfree import SCORES
 from icce_ray.sweeps import num_classes as classes
 from icce_ray.sweeps import space as spaces
 
@@ -76,7 +76,7 @@ def test_every_command_and_option_exists(readme: str) -> None:
 
 def test_run_commands_resolve(readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, space = blocks(readme, "yaml")
-    assert spaces.parse(yaml.safe_load(space), list(SCORES)).trials == 30
+    assert spaces.parse(yaml.safe_load(space)).trials == 30
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(mine)
     found = [arguments for words in command_lines(readme) if (arguments := chain_arguments(words))]
@@ -134,6 +134,8 @@ def test_python_examples_name_what_exists(readme: str) -> None:
                 for alias in node.names:
                     if not hasattr(module, alias.name):
                         importlib.import_module(f"{node.module}.{alias.name}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "icce_ray":
+                assert hasattr(icce_ray, node.attr), f"icce_ray.{node.attr}"
 
 
 def test_output_tree_is_that_of_the_stages(readme: str) -> None:
@@ -172,7 +174,7 @@ def test_golden_config_loads_and_keeps_the_defaults_of_the_method(name: str) -> 
     assert config.run_dir == f"runs/{name}"
     tree = yaml.safe_load(configs.golden_configs()[name].read_text())
     assert tree.get("consensus") is None
-    assert set(tree.get("heads", {})) <= {"count", "num_gpus", "num_workers"}
+    assert set(tree.get("heads", {})) <= {"count", "num_workers"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -205,6 +207,37 @@ def test_public_data_sets_can_be_written_where_the_config_says(name: str) -> Non
     data = configs.load(name).data
     assert data.dataset == name and data.path
     datasets.check(data.dataset, data.path)
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+# Words that the docs and the messages once used in a sense of their own, and what to say instead.
+FORBIDDEN = {
+    r"go(?:es)? on (?:from|after|with)|gone on with": "resume",
+    r"take (?:it )?in turn|takes? in turn": "cycle through",
+    r"\btold\b": "report, notify",
+    r"\bso many of\b|of so many\b": "that many",
+    r"\bprint_\b": "fingerprint",
+}
+
+
+def texts(repository: Path) -> Iterator[Path]:
+    """Pages, golden configs, templates, and the code with its messages and comments."""
+    yield from repository.glob("*.md")
+    for folder in ("jobs", "icce_ray"):
+        for kind in ("*.md", "*.yaml", "*.j2", "*.py"):
+            yield from (repository / folder).rglob(kind)
+
+
+def test_old_words_do_not_come_back(repository: Path) -> None:
+    used = []
+    for path in texts(repository):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            place = f"{path.relative_to(repository).as_posix()}:{number}"
+            for pattern, instead in FORBIDDEN.items():
+                found = re.search(pattern, line, re.I)
+                used += [f"{place}: {found[0]!r}, say: {instead}"] if found else []
+    assert not used, "\n".join(used)
 
 
 # --- CI ------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def results() -> dict[str, Any]:
     `good` ranks the settings as accuracy does, `bad` the other way round.
     """
     choices = {"seed": [0, 1], "heads.count": [8], "consensus.method": ["mcla"]}
-    chosen = space.parse({"search": "each", "space": choices}, ["neighbor_information"])
+    chosen = space.parse({"search": "each", "space": choices})
     config = configs.load({"num_classes": 3, "data": {"path": "x"}})
     drawn = space.draw(chosen, config.model_dump(mode="json"), 0)
     trials = []

@@ -1,4 +1,7 @@
-"""TODO"""
+"""Fine-tuning: the backbone is trained with the classifier, from images.
+
+Shapes: B batch, S image side.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,12 @@ from torch.optim import AdamW
 
 from icce_ray.config.schema import ClassifierConfig
 from icce_ray.core.classifier.model import FineTuned
-from icce_ray.core.classifier.training import OnStep, _groups, _Meter, _set_lr, lr_factor
+from icce_ray.core.classifier.training import Meter, OnStep, parameter_groups, set_lr
 from icce_ray.core.collective import Alone, Collective
+from icce_ray.core.sampling import seed_of
 
-CLIP = 1.0  # fine-tuning: largest norm of the gradient
-
-
-CROP = (0.6, 1.0)  # fine-tuning: share of the image's area that a random crop keeps
+CLIP = 1.0  # largest norm of the gradient
+CROP = (0.6, 1.0)  # share of the image's area that a random crop keeps
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -41,9 +43,9 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def finetune_optimizer(model: FineTuned, settings: ClassifierConfig) -> AdamW:
     """AdamW with backbone_lr for the backbone and lr for the head."""
-    groups = _groups(model.backbone.named_parameters(), settings.backbone_lr)
-    groups += _groups(model.head.named_parameters(), settings.lr)
-    return AdamW(groups, weight_decay=settings.weight_decay)
+    return AdamW(
+        parameter_groups([(model.backbone, settings.backbone_lr), (model.head, settings.lr)])
+    )
 
 
 def finetune_step(
@@ -99,13 +101,13 @@ def finetune_epoch(
         StageError: a loss that is not finite, naming the step.
     """
     group = collective or Alone()
-    generator = torch.Generator().manual_seed(
-        (seed * 1_000_003 + position.epoch) * 4099 + group.rank
-    )
+    # Each worker augments its own images: a stream for each epoch and rank.
+    stream = position.epoch * group.world + group.rank
+    generator = torch.Generator().manual_seed(seed_of(seed, "augmentation", stream))
     model.eval()
-    meter = _Meter(position.epoch * position.steps, position.steps * position.epochs, on_step)
+    meter = Meter(position.epoch * position.steps, position.steps * position.epochs, on_step)
     for batch in batches:
-        _set_lr(optimizer, lr_factor(meter.done, meter.total))
+        set_lr(optimizer, meter.done, meter.total)
         loss, hits = finetune_step(model, optimizer, batch, generator, bfloat16)
         meter.add(loss, hits, rows=len(batch["label"]))
     meter.flush()

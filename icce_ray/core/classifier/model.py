@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icce_ray.config.schema import BackboneConfig
-from icce_ray.core.classifier.training import _load_weights, _plain_tensors, below
-from icce_ray.errors import ArtifactError
+from icce_ray.core.constants import HIDDEN
+from icce_ray.core.tensors import below, plain
+from icce_ray.errors import ArtifactError, one_line
 
 FORMAT = 1  # of classifier.json
 
@@ -56,15 +57,16 @@ class Classifier(nn.Module):
         kind: Literal["linear", "mlp"],
         features: int,
         num_clusters: int,
-        hidden: int = 512,
+        hidden: int = HIDDEN,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.kind, self.features, self.num_clusters = kind, features, num_clusters
         self.register_buffer("shift", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
-        self.hidden = nn.Linear(features, hidden) if kind == "mlp" else None
-        self.out = nn.Linear(hidden if kind == "mlp" else features, num_clusters)
+        width = hidden if kind == "mlp" else features
+        self.hidden = _linear(features, hidden) if kind == "mlp" else None
+        self.out = _linear(width, num_clusters)
         self._initialize(seed)
 
     @torch.no_grad()
@@ -94,6 +96,12 @@ class Classifier(nn.Module):
         new.shift.zero_()
         new.scale.fill_(1.0)
         return new.to(self.out.weight.device)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer without values: torch's own would draw from the process's random numbers."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    return layer
 
 
 class FineTuned(nn.Module):
@@ -133,7 +141,7 @@ def save(
         assert isinstance(model, nn.Module)
         tensors = {f"head.{key}": value for key, value in tensors.items()}
         tensors |= {f"backbone.{key}": value for key, value in model.state_dict().items()}
-    return safetensors.save(_plain_tensors(tensors)), description
+    return safetensors.save(plain(tensors)), description
 
 
 def _named(folded: Classifier) -> dict[str, Tensor]:
@@ -176,7 +184,7 @@ def _load_head(
     model = Classifier(kind, features, clusters, width)
     state = {"shift": model.shift, "scale": model.scale}
     state |= {k if k.startswith("hidden.") else f"out.{k}": v for k, v in tensors.items()}
-    _load_weights(model, state)
+    load_weights(model, state)
     return model.eval()
 
 
@@ -188,5 +196,15 @@ def _load_finetuned(
     known = {k: v for k, v in backbone.items() if k in BackboneConfig.model_fields}
     config = BackboneConfig.model_validate({**known, "pretrained": False, "weights": None})
     loaded = backbones.load(config)
-    _load_weights(loaded.model, tensors)
+    load_weights(loaded.model, tensors)
     return FineTuned(loaded, head).eval()
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors into a module. Raises ArtifactError where they do not fit."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"the classifier's weights do not fit its description: {one_line(error)}"
+        ) from None

@@ -1,4 +1,7 @@
-"""TODO"""
+"""The probe: a small classifier on frozen features, trained on pseudo-labels.
+
+Shapes: N rows, B batch, D features, K clusters.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,24 @@ from torch.nn import functional as F
 
 from icce_ray.config.schema import ClassifierConfig
 from icce_ray.core.classifier.model import Classifier
-from icce_ray.core.classifier.training import OnStep, _groups, _Meter, _set_lr, lr_factor
+from icce_ray.core.classifier.training import (
+    Meter,
+    OnStep,
+    normalized_weights,
+    parameter_groups,
+    set_lr,
+)
 from icce_ray.core.collective import Alone, Collective
+from icce_ray.core.device import default_device, on_gpu
 from icce_ray.core.optimizer import AdamW
+from icce_ray.core.sampling import seed_of
 from icce_ray.errors import DataError
 
 STATISTICS_ROWS = 50_000  # rows that the input's mean and deviation are taken from
-
-
 PREDICT_ROWS = 8192  # rows per forward pass of a probe
-
-
 SMALL_EPOCH = 50  # with few rows, batches shrink until an epoch has this many steps
-
-
 CALIBRATED_ROWS = 10_000  # that calibration looks at
-
-
 TEMPERATURES = (math.log(0.05), math.log(50.0))  # between which calibration looks
-
 
 Matrix = np.ndarray | Tensor
 
@@ -45,31 +47,16 @@ class _Rows:
 
     def __init__(self, features: Matrix, device: torch.device) -> None:
         self.device = device
-        self.source = _on_device(features, device)
+        copied = on_gpu(features, device) if isinstance(features, np.ndarray) else features
+        self.source = features if copied is None else copied
         self.shape = tuple(features.shape)
 
     def take(self, rows: Tensor) -> Tensor:
+        """Some rows, float32 [B, D] on the device."""
         if isinstance(self.source, Tensor):
             return self.source[rows.to(self.source.device)].to(self.device).float()
         picked = torch.from_numpy(self.source[rows.numpy()])
         return picked.to(self.device).float()
-
-
-def _on_device(features: Matrix, device: torch.device) -> Matrix:
-    if device.type != "cuda" or isinstance(features, Tensor):
-        return features
-    if features.nbytes > 0.5 * torch.cuda.mem_get_info(device)[0]:
-        return features
-    out = torch.empty(features.shape, dtype=torch.float16, device=device)
-    for start in range(0, len(features), PREDICT_ROWS):
-        part = np.array(features[start : start + PREDICT_ROWS])
-        out[start : start + len(part)] = torch.from_numpy(part).to(device)
-    return out
-
-
-def default_device() -> torch.device:
-    """The GPU given to this process, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
@@ -88,6 +75,14 @@ def _standardize(model: Classifier, rows: _Rows) -> None:
     floor = 0.01 * deviation.square().mean().sqrt()
     model.shift.copy_(mean)
     model.scale.copy_(1 / deviation.clamp_min(floor if floor > 0 else 1.0))
+
+
+def probe_settings(chosen: ClassifierConfig) -> ClassifierConfig:
+    """The settings of the probe. Those of fine-tuning (few epochs, small batches) are not meant
+    for the probe it starts from, which has the default ones."""
+    if chosen.kind != "finetune":
+        return chosen
+    return ClassifierConfig(confidence_weights=chosen.confidence_weights)
 
 
 def probe_batch(rows: int, wanted: int) -> int:
@@ -117,11 +112,10 @@ def train_probe(
         features: unit rows, float16 or float32 [N, D]; may be memory-mapped.
         labels: pseudo-label of each row, integers in 0..K-1 [N]; clusters may have no row.
         weights: confidence of each label, >= 0 [N]; only their ratios matter.
-        settings: kind (finetune: a linear probe, to start from), hidden, epochs, batch_size, lr,
-            weight_decay.
+        settings: kind (finetune: a linear probe, to start from), epochs, batch_size, lr.
         seed: of the initial weights and of the order of the rows.
         collective: workers that share every batch. All pass the same data and seed, and get the
-            same classifier as one worker alone would, up to the order of float sums.
+            same classifier as a single worker would, up to the order of float sums.
         on_step: called every few steps, and at each epoch's end.
         device: default: the GPU of this process, else the CPU.
 
@@ -136,7 +130,7 @@ def train_probe(
     _check_labels(features, labels, weights, num_clusters)
     rows = _Rows(features, device)
     kind: Literal["linear", "mlp"] = "mlp" if settings.kind == "mlp" else "linear"
-    model = Classifier(kind, rows.shape[1], num_clusters, settings.hidden, seed)
+    model = Classifier(kind, rows.shape[1], num_clusters, seed=seed)
     _standardize(model, rows)
     trainer = _ProbeTrainer(model.to(device), rows, labels, weights, settings, seed)
     trainer.group = collective or Alone()
@@ -162,11 +156,6 @@ def _check_labels(
         raise DataError("the pseudo-labels' weights must be finite, >= 0, and not all 0")
 
 
-def normalized_weights(weights: np.ndarray) -> np.ndarray:
-    """Weights of mean 1, float32 [N], so that the learning rate means the same for all runs."""
-    return (weights / weights.mean(dtype=np.float64)).astype(np.float32)
-
-
 class _ProbeTrainer:
     """Epochs over the rows of a matrix."""
 
@@ -187,16 +176,15 @@ class _ProbeTrainer:
         self.batch = probe_batch(rows.shape[0], settings.batch_size)
         self.steps = math.ceil(rows.shape[0] / self.batch)  # per epoch
         self.total = self.steps * settings.epochs
-        self.optimizer = AdamW(
-            _groups(model.named_parameters(), settings.lr), weight_decay=settings.weight_decay
-        )
+        self.optimizer = AdamW(parameter_groups([(model, settings.lr)]))
 
     def epoch(self, number: int, on_step: OnStep | None) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        """One pass over all rows. Returns epoch (from 1), loss and agreement."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "probe rows", number))
         order = torch.randperm(self.rows.shape[0], generator=generator)
-        meter = _Meter(number * self.steps, self.total, on_step)
+        meter = Meter(number * self.steps, self.total, on_step)
         for batch in order.split(self.batch):
-            _set_lr(self.optimizer, lr_factor(meter.done, self.total))
+            set_lr(self.optimizer, meter.done, self.total)
             meter.add(*self._step(batch), rows=len(batch))
         return {"epoch": number + 1, **meter.summary()}
 

@@ -1,55 +1,76 @@
-"""TODO"""
+"""What probes and fine-tuning share: optimizer, learning rate, sums over an epoch, checkpoints."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from icce_ray.config.schema import ClassifierConfig
+from icce_ray.core.classifier.model import load_weights
 from icce_ray.core.optimizer import AdamW
-from icce_ray.errors import ArtifactError, StageError
+from icce_ray.core.schedule import warmup_cosine
+from icce_ray.core.tensors import below, plain
+from icce_ray.errors import DataError, StageError
 
 WARMUP = 0.05  # share of the steps over which the learning rate rises
-
-
+WEIGHT_DECAY = 1e-4  # of AdamW
 CHECK_EVERY = 50  # steps at most between looks at the loss: each look waits for the device
-
-
 CHECK_SECONDS = 2.0  # ... and seconds at most
 
-
-OnStep = Callable[[int, int, float], None]  # (steps done, steps in all, loss of the last one)
-
-
-def lr_factor(step: int, total: int, warmup: float = WARMUP) -> float:
-    """Linear warm-up, then a cosine to 0; `step` counts from 0."""
-    rise = max(1, round(warmup * total))
-    if step < rise:
-        return (step + 1) / rise
-    return (math.cos(math.pi * min(1.0, (step - rise) / max(1, total - rise))) + 1) / 2
+OnStep = Callable[[int, int, float], None]  # (steps done, steps in all, mean loss of the epoch)
 
 
-def _set_lr(optimizer: torch.optim.Optimizer | AdamW, factor: float) -> None:
+def pseudo_labels(
+    clusters: np.ndarray, confidence: np.ndarray, settings: ClassifierConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the classifier is trained on: labels int64 [N] and their weights float32 [N], of mean 1.
+
+    clusters, confidence: of the consensus, [N].
+
+    Raises:
+        DataError: no image has any confidence.
+    """
+    labels = np.asarray(clusters).astype(np.int64)
+    weights = np.ones(len(labels), np.float32)
+    if settings.confidence_weights:
+        weights = np.asarray(confidence)
+        if not weights.max(initial=0) > 0:
+            raise DataError(
+                "the consensus gives every image the confidence 0; set "
+                "classifier.confidence_weights=false, or look at the heads in the report"
+            )
+    return labels, normalized_weights(weights)
+
+
+def normalized_weights(weights: np.ndarray) -> np.ndarray:
+    """Weights of mean 1, float32 [N], so that the learning rate means the same for all runs."""
+    return (weights / weights.mean(dtype=np.float64)).astype(np.float32)
+
+
+def parameter_groups(parts: Iterable[tuple[nn.Module, float]]) -> list[dict[str, Any]]:
+    """Groups for AdamW of modules, each with its peak learning rate; biases and gains are not
+    decayed."""
+    groups: list[dict[str, Any]] = []
+    for module, peak in parts:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        groups.append({"params": matrices, "lr": peak, "peak": peak, "weight_decay": WEIGHT_DECAY})
+        groups.append({"params": vectors, "lr": peak, "peak": peak, "weight_decay": 0.0})
+    return groups
+
+
+def set_lr(optimizer: torch.optim.Optimizer | AdamW, step: int, total: int) -> None:
+    """The learning rate of a step, from 0: a linear rise, then a cosine to 0."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+        group["lr"] = group["peak"] * warmup_cosine(step, total, WARMUP)
 
 
-def _groups(named: Iterable[tuple[str, nn.Parameter]], peak: float) -> list[dict[str, Any]]:
-    """Parameter groups of one peak learning rate; biases and gains are not decayed."""
-    parameters = [parameter for _, parameter in named if parameter.requires_grad]
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    return [
-        {"params": matrices, "lr": peak, "peak": peak},
-        {"params": vectors, "lr": peak, "peak": peak, "weight_decay": 0.0},
-    ]
-
-
-class _Meter:
+class Meter:
     """Sums over an epoch. Reads losses back from the device only now and then."""
 
     def __init__(self, done: int, total: int, on_step: OnStep | None) -> None:
@@ -89,6 +110,7 @@ class _Meter:
             self.on_step(self.done, self.total, self.loss_sum / max(1.0, self.rows))
 
     def summary(self) -> dict[str, float]:
+        """Mean loss, and share of rows that agree."""
         self.flush()
         rows = max(1.0, self.rows)
         return {"loss": self.loss_sum / rows, "agreement": self.hits / rows}
@@ -99,7 +121,7 @@ def pack_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
     for number, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in slots.items()}
-    return _plain_tensors(tensors)
+    return plain(tensors)
 
 
 def unpack_state(
@@ -110,26 +132,6 @@ def unpack_state(
     for name, value in below(tensors, "optimizer.").items():
         number, key = name.split(".")
         state.setdefault(int(number), {})[key] = value
-    _load_weights(model, below(tensors, "model."))
+    load_weights(model, below(tensors, "model."))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU: safetensors refuses views and tensors that share memory."""
-    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-
-
-def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with a prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ArtifactError(
-            f"the classifier's weights do not fit its description: {reason}"
-        ) from None

@@ -15,9 +15,6 @@ import numpy as np
 CHUNK = 65_536  # images whose neighbors are looked up at once
 
 
-NEIGHBORS = 20  # of each image, fewer where classes are small
-
-
 def supported(posterior: np.ndarray, clusters: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """The ensemble's posterior, discounted by what the neighbors say: float32 [N], 0..1.
 

@@ -1,40 +1,35 @@
 """The cluster ensemble: the heads' clusterings of the same images become one.
 
-Every method below works on label vectors alone, never on features. Each head's clusters are first
+Every method works only on label vectors, never on features. Each head's clusters are first
 renamed by size, so renaming the clusters of a head changes nothing. A result is a linear score on
 one-hot codes: with X [N, H*L] marking the cluster each head gave an image, and a sparse table
 E [H*L, K], the image goes to the largest entry of its row of X E. The methods differ in E. Both
 stay sparse: no array of N x H x L, nor of N x K, is ever built.
 
 Heads may have more clusters than the result (L > K, over-clustering), except for voting, which
-names the clusters of all heads alike. Every method honors head weights; Dawid-Skene also learns by
-itself how far each head can be trusted.
+names the clusters of all heads alike. Dawid-Skene also learns how far each head can be trusted.
 
-METIS (through pymetis) cuts graphs into parts of nearly equal size, by default within 3%. So cspa,
-hgpa and hbgf favor clusters of equal size; mcla balances clusters of heads, not images.
-
-Shapes: N images, H heads, L clusters per head, K clusters of the result, V vertices of a graph.
-References: Strehl & Ghosh, JMLR 3 (2002) 583-617; Fern & Brodley, ICML 2004; Dawid & Skene,
-Applied Statistics 28 (1979) 20-28.
+Shapes: N images, H heads, L clusters per head, K clusters of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 
-from icce_ray.core.ensemble.agreement import align, check_matrix
+from icce_ray.config.schema import ConsensusMethod
+from icce_ray.core.constants import CSPA_ROWS, FITTED_ROWS
+from icce_ray.core.ensemble.agreement import align, check_assignments
 from icce_ray.core.ensemble.base import Consensus, Draft, Ensemble, canonical_order, fill_empty
 from icce_ray.core.ensemble.dawid_skene import dawid_skene
-from icce_ray.core.ensemble.graph import CSPA_ROWS, cspa, hbgf, hgpa, mcla
+from icce_ray.core.ensemble.graph import cspa, hbgf, mcla
 from icce_ray.core.ensemble.voting import voting
 from icce_ray.errors import ConfigError, DataError
 
-METHODS = ("voting", "cspa", "hgpa", "mcla", "hbgf", "dawid-skene")
-
-
-OVER_CLUSTERED = METHODS[1:]  # methods whose heads may have more clusters than the result
+METHODS: tuple[str, ...] = get_args(ConsensusMethod)
+OVER_CLUSTERED = tuple(name for name in METHODS if name != "voting")  # take heads of L > K clusters
 
 
 def consensus(
@@ -43,9 +38,8 @@ def consensus(
     method: str,
     *,
     head_clusters: int | None = None,
-    weights: np.ndarray | None = None,
-    max_rows: int,
-    iterations: int,
+    kept: Sequence[int] | np.ndarray | None = None,
+    max_rows: int = FITTED_ROWS,
     seed: int,
 ) -> Consensus:
     """Merge H clusterings of N images into one of K clusters.
@@ -53,47 +47,47 @@ def consensus(
     Args:
         assignments: integers [N, H] in 0..L-1; may be memory-mapped.
         num_clusters: K.
-        head_clusters: L, at least K; more than K for the methods of OVER_CLUSTERED alone, and
-            with two heads or more. Default: K.
         method: one of METHODS.
-        weights: how much each head counts, [H], not negative. Default: equally.
-        max_rows: hgpa, hbgf, dawid-skene: images the model is fitted on (a random subset); it is
-            then applied to all.
-        iterations: dawid-skene: EM steps at most.
+        head_clusters: L, at least K; more than K only for the methods of OVER_CLUSTERED, and
+            with two heads or more. Default: K.
+        kept: numbers of the heads that are merged, ascending. Default: all.
+        max_rows: hbgf, dawid-skene: images the model is fitted on (a random subset); it is then
+            applied to all.
         seed: same seed, same result.
 
     Returns:
         Labels in order of decreasing cluster size, ties by first image. Confidence: dawid-skene:
         the posterior probability of the image's cluster, with all heads counted as one witness (see
-        `_apply`); else the (weighted) share of heads that agree, each head's clusters having been
+        `dawid_skene`); else the share of heads that agree, each head's clusters having been
         matched one to one with the final ones (L > K: each to the one it shares most images with).
         A single head: itself, with confidence 1.
-        info: method, path (what was done), heads (used), num_clusters, head_accuracy ([H], share
-        of images on which the head, so matched, agrees with the result; None for a head of weight
-        0), filled and empty_clusters. A method may leave clusters empty. Each is filled with the
-        largest block of images that one head separates from the rest of their consensus cluster;
-        this ends with all K in use unless all heads agree inside every cluster: empty_clusters
+        info: method, path (what was done), heads (how many are merged), num_clusters,
+        head_accuracy ([H], share of images on which the head, so matched, agrees with the result;
+        None for a head that is not kept), filled and empty_clusters. A method may leave clusters
+        empty. Each is filled with the largest block of images that one head separates from the
+        rest of their consensus cluster; this ends with all K in use unless all heads agree inside
+        every cluster: empty_clusters
         says how many then stay empty. dawid-skene adds log_likelihood (per image, for each EM
         step) and fitted_rows.
 
     Raises:
         ConfigError: unknown method, K > N, L that the method cannot take, or cspa with too many
             images.
-        DataError: assignments or weights that are not as described.
+        DataError: assignments or kept heads that are not as described.
     """
     each = head_clusters or num_clusters
-    _check_settings(num_clusters, each, method, max_rows, iterations)
+    _check_settings(num_clusters, each, method, max_rows)
     _check_data(assignments, num_clusters, each, method)
-    used, share = _check_weights(weights, assignments.shape[1])
+    used = _check_kept(kept, assignments.shape[1])
     _check_merge(num_clusters, each, method, len(used))
-    heads = _canonical_heads(assignments, used, each)
-    ensemble = Ensemble(heads, num_clusters, each, share, max_rows, iterations, seed)
+    heads = canonical_heads(assignments, used, each)
+    ensemble = Ensemble(heads, num_clusters, each, max_rows, seed)
     if num_clusters == 1:
         draft = Draft(np.zeros(heads.shape[1], np.int64), info={"path": "one cluster"})
     elif len(heads) == 1:
         draft = Draft(heads[0].astype(np.int64), info={"path": "single head"})
     else:
-        draft = _SOLVERS[method](ensemble)
+        draft = SOLVERS[method](ensemble)
     result = _finish(draft, ensemble)
     accuracy: list[float | None] = [None] * assignments.shape[1]
     for head, value in zip(used, result.info["head_accuracy"], strict=True):
@@ -102,13 +96,11 @@ def consensus(
     return result
 
 
-def _check_settings(
-    num_clusters: int, head_clusters: int, method: str, max_rows: int, iterations: int
-) -> None:
+def _check_settings(num_clusters: int, head_clusters: int, method: str, max_rows: int) -> None:
     if method not in METHODS:
         raise ConfigError(f"unknown consensus.method={method!r}; choose {', '.join(METHODS)}")
-    if min(num_clusters, max_rows, iterations) < 1:
-        raise ConfigError("num_classes, consensus.max_rows and .iterations must be at least 1")
+    if min(num_clusters, max_rows) < 1:
+        raise ConfigError("num_classes and max_rows must be at least 1")
     if head_clusters < num_clusters:
         raise ConfigError(
             f"heads of {head_clusters} clusters cannot make num_classes={num_clusters}; raise "
@@ -136,7 +128,7 @@ def _check_merge(num_clusters: int, head_clusters: int, method: str, heads: int)
 def _check_data(
     assignments: np.ndarray, num_clusters: int, head_clusters: int, method: str
 ) -> None:
-    check_matrix(assignments)
+    check_assignments(assignments)
     rows = len(assignments)
     if assignments.max() >= head_clusters:
         raise DataError(
@@ -155,18 +147,17 @@ def _check_data(
         )
 
 
-def _check_weights(weights: np.ndarray | None, heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the heads of positive weight, and their weights scaled to a mean of 1."""
-    values = np.ones(heads) if weights is None else np.asarray(weights, np.float64)
-    if values.shape != (heads,) or not np.isfinite(values).all() or (values < 0).any():
-        raise DataError(f"head weights must be {heads} finite numbers >= 0")
-    used = np.flatnonzero(values)
-    if not len(used):
-        raise DataError("all head weights are 0; at least one must be positive")
-    return used, values[used] / values[used].mean()
+def _check_kept(kept: Sequence[int] | np.ndarray | None, heads: int) -> np.ndarray:
+    """Numbers of the heads that are merged, int64 [kept]."""
+    if kept is None:
+        return np.arange(heads)
+    numbers = np.asarray(kept, np.int64)
+    if not len(numbers) or not np.isin(numbers, np.arange(heads)).all():
+        raise DataError(f"kept heads must be one or more of 0..{heads - 1}; found {list(kept)}")
+    return np.unique(numbers)
 
 
-def _canonical_heads(assignments: np.ndarray, used: np.ndarray, head_clusters: int) -> np.ndarray:
+def canonical_heads(assignments: np.ndarray, used: np.ndarray, head_clusters: int) -> np.ndarray:
     """The heads in use, one after the other in memory, clusters renamed by size. [H, N]"""
     kind = np.int16 if head_clusters <= np.iinfo(np.int16).max else np.int32
     heads = np.empty((len(used), len(assignments)), kind)
@@ -197,14 +188,14 @@ def _finish(draft: Draft, ensemble: Ensemble) -> Consensus:
 
 
 def _agreement(labels: np.ndarray, ensemble: Ensemble) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted share of heads that agree [N], and share of images on which each head does [H]."""
+    """Share of heads that agree [N], and share of images on which each head does [H]."""
     share = np.zeros(len(labels))
     accuracy = np.empty(len(ensemble.heads))
     for row, head in enumerate(ensemble.heads):
         same = _renamed(head, labels, ensemble) == labels
         accuracy[row] = same.mean()
-        share += ensemble.weights[row] * same
-    return share / ensemble.weights.sum(), accuracy
+        share += same
+    return share / len(ensemble.heads), accuracy
 
 
 def _renamed(head: np.ndarray, labels: np.ndarray, ensemble: Ensemble) -> np.ndarray:
@@ -217,10 +208,9 @@ def _renamed(head: np.ndarray, labels: np.ndarray, ensemble: Ensemble) -> np.nda
     return counts.argmax(axis=1)[head]
 
 
-_SOLVERS: dict[str, Callable[[Ensemble], Draft]] = {
+SOLVERS: dict[str, Callable[[Ensemble], Draft]] = {
     "voting": voting,
     "cspa": cspa,
-    "hgpa": hgpa,
     "mcla": mcla,
     "hbgf": hbgf,
     "dawid-skene": dawid_skene,

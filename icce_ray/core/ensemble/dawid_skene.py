@@ -1,4 +1,10 @@
-"""TODO"""
+"""Dawid & Skene's confusion model: each head is a witness with an error rate of its own per class.
+
+The heads' clusters are taken as noisy answers about one hidden class per image. EM fits the shares
+of the classes and a confusion matrix [K, L] per head: it also learns how far to trust each head.
+Reference: Dawid & Skene, Applied Statistics 28 (1979) 20-28.
+Shapes: N images, H heads, L clusters per head, K classes.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from icce_ray.core.ensemble.base import (
-    Draft,
-    Ensemble,
-    fill_empty,
-    one_hot_codes,
-    row_argmax,
-    row_reduce,
-    sparse_scores,
-)
+from icce_ray.core.ensemble.base import Draft, Ensemble, fill_empty
 from icce_ray.core.ensemble.graph import hbgf, mcla
+from icce_ray.core.ensemble.scoring import one_hot_codes, row_argmax, row_reduce, sparse_scores
 from icce_ray.core.ensemble.voting import voting
 
-SMOOTHING = 1.0  # Dawid-Skene: images that a class is given in advance, spread over the clusters
-
-
-CONVERGED = 1e-4  # Dawid-Skene stops when log-likelihood per image rises by less
-
-
+ITERATIONS = 30  # EM steps at most
+CONVERGED = 1e-4  # EM stops when the log-likelihood per image rises by less
+SMOOTHING = 1.0  # images that a class is given in advance, spread over the clusters
 POSTERIOR_FLOOR = 1e-5  # smaller posteriors are taken as 0
 
 
@@ -40,7 +36,7 @@ class _Model:
     table: sparse.csr_array  # float64 [H*L, K]
     base: np.ndarray  # float64 [K]; -inf for a class without images
     prior: np.ndarray  # log p(class), float64 [K]
-    heads: float  # total weight of the heads
+    heads: int  # H
 
 
 def dawid_skene(ensemble: Ensemble) -> Draft:
@@ -48,8 +44,7 @@ def dawid_skene(ensemble: Ensemble) -> Draft:
 
     EM finds a local optimum, so it is started from MCLA and from the aligned vote (L > K: from
     HBGF), and the fit of the higher likelihood is kept. Confusions are smoothed by a Dirichlet
-    prior of SMOOTHING images per class. A head's weight is the power its likelihood is raised to.
-    Fitted on at most max_rows images, applied to all.
+    prior of SMOOTHING images per class. Fitted on at most max_rows images, applied to all.
     """
     few = ensemble.take(ensemble.sample())
     over = few.head_clusters > few.num_clusters
@@ -68,7 +63,7 @@ def _fit(ensemble: Ensemble, start: np.ndarray) -> tuple[_Model, list[float]]:
     codes_t = one_hot_codes(ensemble.heads, ensemble.head_clusters).T.tocsr()
     posterior = _one_hot(start, clusters)
     history: list[float] = []
-    for _ in range(ensemble.iterations):
+    for _ in range(ITERATIONS):
         model = _maximize(codes_t, posterior, ensemble)
         posterior, likelihood = _expect(ensemble.heads, model)
         history.append(likelihood)
@@ -89,13 +84,12 @@ def _maximize(codes_t: sparse.csr_array, posterior: sparse.csr_array, ensemble: 
     table = sparse.csr_array(codes_t @ posterior)
     table.data[table.data < 1e-2 * each] = 0
     table.eliminate_zeros()
-    row_weights = np.repeat(ensemble.weights, ensemble.head_clusters)
-    table.data = np.log1p(table.data / each) * np.repeat(row_weights, np.diff(table.indptr))
+    table.data = np.log1p(table.data / each)
     size = np.asarray(posterior.sum(axis=0)).ravel()
     prior = np.log((size + 1) / (rows + clusters))
-    total = float(ensemble.weights.sum())
-    base = np.where(size > 0, prior + total * np.log(each / (size + SMOOTHING)), -np.inf)
-    return _Model(table, base, prior, total)
+    count = len(ensemble.heads)
+    base = np.where(size > 0, prior + count * np.log(each / (size + SMOOTHING)), -np.inf)
+    return _Model(table, base, prior, count)
 
 
 def _expect(heads: np.ndarray, model: _Model) -> tuple[sparse.csr_array, float]:
@@ -118,18 +112,18 @@ def _apply(heads: np.ndarray, model: _Model) -> tuple[np.ndarray, np.ndarray]:
     """
     labels = np.empty(heads.shape[1], np.int64)
     confidence = np.empty(heads.shape[1])
-    alone = np.exp(model.base - np.logaddexp.reduce(model.base))  # where nothing is known
+    unseen = np.exp(model.base - np.logaddexp.reduce(model.base))  # where nothing is known
     averaged = model.prior + (model.base - model.prior) / model.heads
     for part, scores in sparse_scores(heads, model.table):
         blank = np.diff(scores.indptr) == 0
         single = scores / model.heads
         _normalize(single, averaged)
         _normalize(scores, model.base)
-        found = row_argmax(scores)
-        chosen = scores.indices == np.repeat(found, np.diff(scores.indptr))
+        best = row_argmax(scores)
+        chosen = scores.indices == np.repeat(best, np.diff(scores.indptr))
         sure = row_reduce(np.add, single, np.where(chosen, single.data, 0))
-        labels[part] = np.where(blank, alone.argmax(), found)
-        confidence[part] = np.where(blank, alone.max(), sure)
+        labels[part] = np.where(blank, unseen.argmax(), best)
+        confidence[part] = np.where(blank, unseen.max(), sure)
     return labels, confidence
 
 

@@ -1,4 +1,13 @@
-"""TODO"""
+"""Consensus functions that cut a graph: MCLA, CSPA (Strehl & Ghosh 2002) and HBGF (Fern & Brodley
+2004).
+
+They differ in the vertices: clusters of heads (mcla), images (cspa), or both (hbgf). METIS (through
+pymetis) cuts the graph into parts of nearly equal size, by default within 3%. So cspa and hbgf
+favor clusters of equal size; mcla balances clusters of heads, not images.
+
+Shapes: N images, H heads, L clusters per head, K clusters of the result, V vertices of a graph.
+References: Strehl & Ghosh, JMLR 3 (2002) 583-617; Fern & Brodley, ICML 2004.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +17,14 @@ import numpy as np
 from scipy import sparse
 
 from icce_ray.core.ensemble.agreement import cluster_sizes, pairs
-from icce_ray.core.ensemble.base import (
-    WEIGHT_SCALE,
-    Draft,
-    Ensemble,
-    best_cluster,
-    one_entry_table,
-    one_hot_codes,
-)
-
-CSPA_ROWS = 10_000  # CSPA's graph has up to N^2 edges; at this N they take a few GB
-
+from icce_ray.core.ensemble.base import Draft, Ensemble
+from icce_ray.core.ensemble.scoring import best_cluster, one_entry_table, one_hot_codes
 
 MIN_JACCARD = 0.05  # weaker edges of MCLA's graph are left out: most of them, and only noise
-
-
 HBGF_CUTS = 5  # cuts METIS tries; with 1, 7 of 24 trials came apart (16-54% right), with 5 none
+WEIGHT_SCALE = 1000  # METIS takes integer weights, and crashes on those below 1
 
-
-CLIQUE_DEGREE = 64  # HGPA: neighbors sampled per image, over all heads
+# --- METIS ---------------------------------------------------------------------------------------
 
 
 def metis(
@@ -59,19 +57,25 @@ def metis_csr(
     seed: int,
     cuts: int = 1,
 ) -> np.ndarray:
-    """Cut a symmetric graph of positive integer weights without loops."""
+    """Cut a symmetric graph [V, V] of positive integer weights without loops: int64 [V].
+
+    vertex_weights: int [V], so that parts are of nearly equal weight; None: all equal.
+    """
     import pymetis
 
     kind = pymetis.zero_copy_dtype()
     adjacency = pymetis.CSRAdjacency(graph.indptr.astype(kind), graph.indices.astype(kind))
-    found = pymetis.part_graph(
+    cut = pymetis.part_graph(
         parts,
         adjacency,
         eweights=graph.data.astype(kind, copy=False),
         vweights=None if vertex_weights is None else vertex_weights.astype(kind),
         options=pymetis.Options(seed=seed, ncuts=cuts),
     )
-    return np.asarray(found.vertex_part, np.int64)
+    return np.asarray(cut.vertex_part, np.int64)
+
+
+# --- consensus functions -------------------------------------------------------------------------
 
 
 def mcla(ensemble: Ensemble) -> Draft:
@@ -89,10 +93,8 @@ def mcla(ensemble: Ensemble) -> Draft:
     vertices = int(vertex.max()) + 1
     parts = metis(min(clusters, vertices), vertices, ends, weights, ensemble.seed)
     target = np.where(vertex >= 0, parts[np.maximum(vertex, 0)], -1)
-    members = np.bincount(
-        parts, weights=np.repeat(ensemble.weights, (sizes > 0).sum(axis=1)), minlength=clusters
-    )
-    values = ensemble.weights[:, None] / np.maximum(members[target], 1e-12)
+    members = np.bincount(parts, minlength=clusters)
+    values = 1 / np.maximum(members[target], 1e-12)
     labels = best_cluster(heads, one_entry_table(target, values, clusters))
     return Draft(labels, info={"path": "metis on head clusters", "edges": len(weights)})
 
@@ -100,13 +102,14 @@ def mcla(ensemble: Ensemble) -> Draft:
 def _jaccard_edges(
     ensemble: Ensemble, sizes: np.ndarray, vertex: np.ndarray
 ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Ends and weights of MCLA's graph. sizes, vertex: int [H, L], -1 for a cluster not in use."""
     left, right, strength = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)]
     for i, j, (a, b, shared) in pairs(ensemble.heads, ensemble.head_clusters):
         jaccard = shared / (sizes[i, a] + sizes[j, b] - shared)
         keep = jaccard >= MIN_JACCARD
         left.append(vertex[i, a[keep]])
         right.append(vertex[j, b[keep]])
-        strength.append(jaccard[keep] * ensemble.weights[i] * ensemble.weights[j])
+        strength.append(jaccard[keep])
     return (np.concatenate(left), np.concatenate(right)), np.concatenate(strength)
 
 
@@ -130,56 +133,16 @@ def cspa(ensemble: Ensemble) -> Draft:
 
 
 def _co_association(heads: np.ndarray, ensemble: Ensemble) -> sparse.csr_array:
-    """Weight of the heads that put two images together, as integers >= 1; no diagonal. [V, V]"""
+    """Heads that put two images together, times WEIGHT_SCALE; no diagonal. [V, V]"""
     codes = one_hot_codes(heads, ensemble.head_clusters).astype(np.float32)
     scaled = codes.T.tocsr()
-    weights = np.repeat(ensemble.weights / ensemble.weights.max(), ensemble.head_clusters)
-    scaled.data *= np.repeat(weights * WEIGHT_SCALE, np.diff(scaled.indptr))
+    scaled.data *= WEIGHT_SCALE
     graph = sparse.csr_array(codes @ scaled)
     graph.setdiag(0)
     graph.eliminate_zeros()
     np.maximum(np.rint(graph.data, out=graph.data), 1, out=graph.data)
     graph.data = graph.data.astype(np.int64)
     return graph
-
-
-def hgpa(ensemble: Ensemble) -> Draft:
-    """Hypergraph partitioning (Strehl & Ghosh 2002, section 3.3), approximated.
-
-    Every cluster of every head is a hyperedge over its images, all of weight 1. In place of a
-    hypergraph partitioner, METIS cuts the clique expansion of the hypergraph (an edge of
-    1 / (size - 1) between any two images of a hyperedge), of which a random sample is taken: some
-    random cycles through each hyperedge. So the cut counts how much of a hyperedge is cut off,
-    not, as in the paper, merely whether it is cut.
-    """
-    rows = ensemble.sample()
-    few = ensemble.take(rows)
-    rng = np.random.default_rng(ensemble.seed)
-    cycles = max(1, CLIQUE_DEGREE // (2 * len(few.heads)))
-    a, b, strength = [], [], []
-    for head, weight in zip(few.heads, few.weights, strict=True):
-        for _ in range(cycles):
-            start, end = _random_cycles(head, rng)
-            a.append(start)
-            b.append(end)
-            strength.append(np.full(len(start), weight))
-    ends = (np.concatenate(a), np.concatenate(b))
-    parts = metis(few.num_clusters, few.rows, ends, np.concatenate(strength), few.seed)
-    return _extend(ensemble, few, parts, rows, "metis on a sampled clique expansion")
-
-
-def _random_cycles(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The edges of one random cycle through the images of each cluster, without loops."""
-    order = rng.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    following = np.roll(order, -1)
-    last = np.flatnonzero(labels[order] != labels[following])
-    if not len(last):  # a single cluster: the roll has closed its cycle
-        last = np.array([len(order) - 1])
-    firsts = np.concatenate([[0], last[:-1] + 1])
-    following[last] = order[firsts]
-    keep = order != following
-    return order[keep], following[keep]
 
 
 def hbgf(ensemble: Ensemble) -> Draft:
@@ -192,9 +155,9 @@ def hbgf(ensemble: Ensemble) -> Draft:
     codes = one_hot_codes(few.heads, few.head_clusters).tocoo()
     image, cluster = codes.coords
     used, vertex = np.unique(cluster, return_inverse=True)
-    strength = np.tile(few.weights, few.rows)
     ends = (image.astype(np.int64), few.rows + vertex.ravel())
-    parts = metis(few.num_clusters, few.rows + len(used), ends, strength, few.seed, HBGF_CUTS)
+    equal = np.ones(len(image))
+    parts = metis(few.num_clusters, few.rows + len(used), ends, equal, few.seed, HBGF_CUTS)
     return _extend(ensemble, few, parts[: few.rows], rows, "metis on images and head clusters")
 
 
@@ -211,11 +174,11 @@ def _extend(
     clusters, each = few.num_clusters, few.head_clusters
     flat = few.heads.astype(np.int64) + np.arange(len(few.heads))[:, None] * each
     key = (flat * clusters + parts).ravel()
-    cells, counts = np.unique(key, return_counts=True)
+    used, counts = np.unique(key, return_counts=True)
     size = np.bincount(flat.ravel(), minlength=len(few.heads) * each)
-    source = cells // clusters
-    values = counts / size[source] * ensemble.weights[source // each]
-    table = sparse.csr_array((values, (source, cells % clusters)), shape=(len(size), clusters))
+    source = used // clusters
+    values = counts / size[source]
+    table = sparse.csr_array((values, (source, used % clusters)), shape=(len(size), clusters))
     labels = best_cluster(ensemble.heads, table)
     labels[rows] = parts
     info["path"] += ", then by the parts of their clusters"

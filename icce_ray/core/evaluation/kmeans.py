@@ -1,4 +1,7 @@
-"""TODO"""
+"""k-means on the same features: what any method must beat.
+
+Shapes: N images, D features, K clusters.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from icce_ray.core.evaluation.truth import CHUNK
+from icce_ray.core.sampling import sample_rows
 from icce_ray.errors import DataError
 
+CHUNK = 65_536  # rows decoded at once
+RESTARTS = 10  # the best one is taken
 EXACT_WORK = 1e10  # N * D * K up to which scikit-learn's restarts take minutes on a few cores
 
 
@@ -21,18 +26,18 @@ def kmeans_is_large(rows: int, features: int, clusters: int, max_rows: int = 100
 def kmeans_baseline(
     features: np.ndarray,
     num_clusters: int,
-    restarts: int,
     seed: int,
     *,
+    restarts: int = RESTARTS,
     max_rows: int = 100_000,
     gpu: bool = False,
 ) -> np.ndarray:
-    """k-means on the same features: what any method must beat. Returns int32 [N].
+    """Clusters of the best of several k-means: int32 [N].
 
     features: float16 or float32 [N, D], rows of length 1, possibly memory-mapped.
     Up to `max_rows` rows (and `EXACT_WORK`): scikit-learn's KMeans with k-means++ and `restarts`.
-    Above: faiss, spherical; the restarts run on a sample of max(max_rows, 256 K) rows, the best one
-    goes on over all rows, which are decoded from float16 a block at a time: no float32 copy of the
+    Above: faiss, spherical; the restarts run on a sample of max(max_rows, 256 K) rows. The best one
+    continues on all rows, which are decoded from float16 a block at a time: no float32 copy of the
     whole matrix is ever made. `gpu`: let faiss use the GPUs this process sees.
 
     Raises:
@@ -43,8 +48,7 @@ def kmeans_baseline(
         raise DataError(f"{rows} images cannot make num_classes={num_clusters} clusters")
     if not kmeans_is_large(rows, width, num_clusters, max_rows):
         return _kmeans_in_memory(features, num_clusters, restarts, seed)
-    size = min(rows, max(max_rows, 256 * num_clusters))
-    chosen = np.sort(np.random.default_rng(seed).choice(rows, size, replace=False))
+    chosen = sample_rows(rows, max(max_rows, 256 * num_clusters), seed)
     options = {"seed": seed, "spherical": True, "min_points_per_centroid": 1}
     centers = _kmeans_sample(features[chosen], num_clusters, restarts, options, gpu)
     return _kmeans_stream(features, centers, options, gpu)
@@ -53,6 +57,7 @@ def kmeans_baseline(
 def _kmeans_in_memory(
     features: np.ndarray, num_clusters: int, restarts: int, seed: int
 ) -> np.ndarray:
+    """All restarts by scikit-learn. int32 [N]."""
     from sklearn.cluster import KMeans
 
     model = KMeans(num_clusters, n_init=restarts, random_state=seed)
@@ -103,8 +108,8 @@ def _nearest(features: np.ndarray, index: Any) -> np.ndarray:
     """Row of `index` nearest to each feature: int32 [N]."""
     out = np.empty(len(features), dtype=np.int32)
     for part in _parts(len(features)):
-        _, found = index.search(features[part].astype(np.float32), 1)
-        out[part] = found[:, 0]
+        _, nearest = index.search(features[part].astype(np.float32), 1)
+        out[part] = nearest[:, 0]
     return out
 
 

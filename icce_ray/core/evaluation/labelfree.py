@@ -6,8 +6,8 @@ cluster, which agrees with everything, scores 0. All are measured on random rows
 the same ones for every clustering of the same images, so that two settings are compared on equal
 terms.
 
-All but neighbor_modularity compare settings of equal num_classes alone: each can be had more
-cheaply with fewer clusters.
+All but neighbor_modularity compare only settings of equal num_classes: each can be had more cheaply
+with fewer clusters.
 
 Shapes: N images, H heads, L clusters per head, K clusters, M neighbors, D features.
 """
@@ -16,55 +16,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from icce_ray.core.ensemble.agreement import pairwise_nmi
+from icce_ray.core.constants import EVIDENCE
+from icce_ray.core.ensemble.agreement import entropy, mutual_information, nmi, pairwise_nmi
+from icce_ray.core.sampling import sample_rows
 from icce_ray.errors import ConfigError, DataError
 
 ACROSS_CLUSTERS = ("neighbor_modularity",)  # scores that compare numbers of clusters too
-
-
-LABEL_ROWS = 200_000  # rows for scores of label vectors alone
-
-
+LABEL_ROWS = 200_000  # rows for scores that look only at label vectors
 NEIGHBOR_ROWS = 50_000  # rows whose neighbors are looked at
-
-
 NEAREST = 10  # neighbors of each
-
-
-EVIDENCE = 1.9  # neighbors of each that count as independent witnesses; see _neighbor_evidence
-
-
-PROBE_ROWS = 20_000  # rows for the linear probe; more where clusters are many
-
-
-PROBE_ROWS_EACH = 40  # so many for each cluster
-
-
-PROBE_ROWS_MOST = 50_000
-
-
+PROBE_ROWS = 20_000  # rows for the linear probe, at least
+PROBE_ROWS_EACH = 40  # ... and for each cluster
+PROBE_ROWS_MOST = 50_000  # ... and at most
 TRAINED = 0.7  # share of them that the probe is trained on
-
+CHUNK = 65_536  # rows whose neighbors are looked up at once
 
 SCORES: Mapping[str, str] = {
-    "head_agreement": "how much the heads agree with each other: mean NMI over pairs, above chance",
-    "consensus_agreement": "how much of the heads the consensus keeps: mean NMI with it, "
-    "above chance",
+    "head_agreement": "mean NMI between pairs of heads, corrected for chance",
+    "consensus_agreement": "mean NMI between the heads and the consensus, corrected for chance",
     "neighbor_consistency": f"share of the {NEAREST} nearest neighbors in the same cluster, "
-    "above chance",
-    "neighbor_modularity": f"the same share of the {NEAREST} nearest neighbors, less "
-    "that by chance: also compares numbers of clusters",
-    "neighbor_information": "what an image's cluster tells of its neighbors': their mutual "
-    "information, above chance, as a share of the most that so many clusters could tell",
-    "neighbor_evidence": f"{EVIDENCE} times that information, less what naming the cluster takes: "
-    "also compares clusters of equal and of unequal sizes",
-    "generalization": "how well a linear probe trained on some images' clusters predicts those of "
-    "others, above chance",
+    "corrected for chance",
+    "neighbor_modularity": f"share of the {NEAREST} nearest neighbors in the same cluster, minus "
+    "the share expected by chance; also compares different numbers of clusters",
+    "neighbor_information": "mutual information between an image's cluster and its neighbors' "
+    "clusters, corrected for chance, divided by log K",
+    "neighbor_evidence": f"{EVIDENCE} times neighbor_information, minus the entropy of the cluster "
+    "sizes; also compares clusters of equal and of unequal sizes",
+    "generalization": "agreement (Cohen's kappa) between the clusters of held-out images and the "
+    "predictions of a linear probe",
 }
 
 
@@ -82,13 +67,7 @@ class _Input:
 
     def sample(self, most: int) -> np.ndarray:
         """Sorted numbers of at most `most` random rows."""
-        return _sample(len(self), most, self.seed)
-
-
-def _sample(rows: int, most: int, seed: int) -> np.ndarray:
-    if rows <= most:
-        return np.arange(rows)
-    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+        return sample_rows(len(self), most, self.seed)
 
 
 def score(
@@ -150,7 +129,50 @@ def _check(given: _Input) -> None:
             raise DataError(f"{name} must be integers, not {getattr(given, name).dtype}")
 
 
-def _above_chance(value: float, chance: float) -> float:
+# --- one number each, not corrected for chance ---------------------------------------------------
+
+
+def neighbor_share(clusters: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> float:
+    """Mean share of an image's kept neighbors that are in its own cluster.
+
+    clusters: int [N]. ids: int [N, M], row numbers, best first. counts: int [N], how many of the M
+    are kept; images without any neighbor are left out.
+    """
+    total, rows = 0.0, 0
+    for start in range(0, len(clusters), CHUNK):
+        part = slice(start, start + CHUNK)
+        kept = np.arange(ids.shape[1]) < np.asarray(counts[part])[:, None]
+        near = clusters[np.where(kept, ids[part], 0)]
+        same = ((near == clusters[part][:, None]) & kept).sum(axis=1)
+        some = kept.any(axis=1)
+        total += float((same[some] / kept[some].sum(axis=1)).sum())
+        rows += int(some.sum())
+    return total / rows if rows else 0.0
+
+
+def spread_of_sizes(clusters: np.ndarray, num_clusters: int) -> dict[str, Any]:
+    """How evenly images are spread over clusters. clusters: int [N].
+
+    Returns `sizes` (int64 [K]), `entropy` (of the sizes, 1 = all equal), `empty` (clusters without
+    an image), `largest`, `smallest` (of those with images) and their `ratio`.
+    """
+    sizes = np.bincount(clusters, minlength=num_clusters)
+    used = sizes[sizes > 0]
+    largest, smallest = (int(used.max()), int(used.min())) if len(used) else (0, 0)
+    return {
+        "sizes": sizes,
+        "entropy": entropy(used) / float(np.log(num_clusters)) if len(used) > 1 else 0.0,
+        "empty": int((sizes == 0).sum()),
+        "largest": largest,
+        "smallest": smallest,
+        "ratio": largest / max(1, smallest),
+    }
+
+
+# --- the scores ----------------------------------------------------------------------------------
+
+
+def above_chance(value: float, chance: float) -> float:
     """`value` on a scale where chance is 0 and the maximum 1."""
     return (value - chance) / (1 - chance) if chance < 1 else 0.0
 
@@ -167,12 +189,10 @@ def _head_agreement(given: _Input) -> float:
     if count < 2:
         return 0.0
     pairs = pairwise_nmi(heads.T)
-    flat = np.flatnonzero(heads.max(axis=1) == heads.min(axis=1))
-    pairs[np.ix_(flat, flat)] = 0
     value = pairs[np.triu_indices(count, k=1)].mean()
     rng = np.random.default_rng(given.seed)
-    chance = [_nmi(heads[h], rng.permutation(heads[h - 1])) for h in range(count)]
-    return _above_chance(value, float(np.mean(chance)))
+    chance = [nmi(heads[h], rng.permutation(heads[h - 1])) for h in range(count)]
+    return above_chance(value, float(np.mean(chance)))
 
 
 def _consensus_agreement(given: _Input) -> float:
@@ -186,38 +206,17 @@ def _consensus_agreement(given: _Input) -> float:
         return 0.0
     labels = given.clusters[given.sample(LABEL_ROWS)]
     shuffled = np.random.default_rng(given.seed).permutation(labels)
-    value = np.mean([_nmi(head, labels) for head in heads])
-    chance = np.mean([_nmi(head, shuffled) for head in heads])
-    return _above_chance(float(value), float(chance))
+    value = np.mean([nmi(head, labels) for head in heads])
+    chance = np.mean([nmi(head, shuffled) for head in heads])
+    return above_chance(float(value), float(chance))
 
 
 def _columns(given: _Input) -> np.ndarray:
     """The heads' clusters on sampled rows, one head after the other: [H, rows]."""
-    found = np.ascontiguousarray(given.assignments[given.sample(LABEL_ROWS)].T)
-    if found.min() < 0:
-        raise DataError(f"head assignments must be codes from 0; found {found.min()}")
-    return found
-
-
-def _nmi(a: np.ndarray, b: np.ndarray) -> float:
-    """Mutual information over the mean entropy; 0 where a or b is constant. int [n] each."""
-    apart = _entropy(np.bincount(a)) + _entropy(np.bincount(b))
-    return 2 * _mutual_information(a, b) / apart if apart > 0 else 0.0
-
-
-def _mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """In nats; 0 where a or b is constant. int >= 0, [n] each."""
-    width = int(b.max()) + 1
-    key = a.astype(np.int64) * width + b
-    size = (int(a.max()) + 1) * width
-    joint = np.bincount(key) if size <= 4 * len(key) else np.unique(key, return_counts=True)[1]
-    alone = _entropy(np.bincount(a)), _entropy(np.bincount(b))
-    return sum(alone) - _entropy(joint) if min(alone) > 0 else 0.0
-
-
-def _entropy(counts: np.ndarray) -> float:
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    heads = np.ascontiguousarray(given.assignments[given.sample(LABEL_ROWS)].T)
+    if heads.min() < 0:
+        raise DataError(f"head assignments must be codes from 0; found {heads.min()}")
+    return heads
 
 
 def _nearest(given: _Input) -> tuple[np.ndarray, np.ndarray]:
@@ -237,14 +236,23 @@ def _neighbors_of(ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return near
 
 
-def _neighbor_consistency(given: _Input) -> float:
+def neighbor_consistency(own: np.ndarray, near: np.ndarray, chance: float | None = None) -> float:
     """(agree - c) / (1 - c), with c = sum p_k^2 the chance that two images share a cluster.
 
     Neighbors sharing a class is what SCAN (Van Gansbeke et al., ECCV 2020) and TEMI learn from; the
     correction is that of Cohen's kappa (1960).
+
+    Args:
+        own: clusters of some images, int [n].
+        near: clusters of their neighbors, int [n, M].
+        chance: c. Default: by `own`.
     """
-    own, near = _nearest(given)
-    return _above_chance(float((near == own[:, None]).mean()), _chance(given.clusters))
+    agree = float((near == own[:, None]).mean())
+    return above_chance(agree, _chance(own) if chance is None else chance)
+
+
+def _neighbor_consistency(given: _Input) -> float:
+    return neighbor_consistency(*_nearest(given), _chance(given.clusters))
 
 
 def _neighbor_modularity(given: _Input) -> float:
@@ -279,24 +287,21 @@ def _information(own: np.ndarray, near: np.ndarray, clusters: int, seed: int) ->
     """own: int [n]; near: int [n, M]. 0 for a single cluster."""
     if clusters < 2:
         return 0.0
-    repeated, shuffled = (
-        np.repeat(own, near.shape[1]),
-        np.random.default_rng(seed).permutation(near),
-    )
-    chance = _mutual_information(repeated, shuffled.ravel()) / np.log(clusters)
-    return _above_chance(
-        _mutual_information(repeated, near.ravel()) / float(np.log(clusters)), float(chance)
-    )
+    most = float(np.log(clusters))
+    repeated = np.repeat(own, near.shape[1])
+    shuffled = np.random.default_rng(seed).permutation(near)
+    chance = mutual_information(repeated, shuffled.ravel()) / most
+    return above_chance(mutual_information(repeated, near.ravel()) / most, chance)
 
 
 def _neighbor_evidence(given: _Input) -> float:
     """(a I - H) / (a - 1), with I as above, H the clusters' entropy over log K, a = EVIDENCE.
 
-    Information alone is highest for clusters of equal size, also where classes are not; agreement
-    alone where few clusters hold nearly all images. As a model of the graph of neighbors (Karrer &
-    Newman, Physical Review E 83, 2011) clusters earn I for each link of an image, and cost H to
-    name; but links of one image tell much the same. How many independent ones they are worth was
-    found by trial, with labels: jobs/benchmarks/README.md.
+    Information is highest for clusters of equal size, also where classes are not; agreement is
+    highest where few clusters hold nearly all images. As a model of the graph of neighbors (Karrer
+    & Newman, Physical Review E 83, 2011) clusters earn I for each link of an image, and cost H to
+    name; but the links of one image say nearly the same. How many independent ones they are worth
+    was set by trial, with labels: jobs/benchmarks/README.md.
     """
     own, near = _nearest(given)
     information = _information(own, near, given.num_clusters, given.seed)
@@ -306,14 +311,14 @@ def _neighbor_evidence(given: _Input) -> float:
 def _evidence(information: float, own: np.ndarray, clusters: int) -> float:
     if clusters < 2:
         return 0.0
-    cost = _entropy(np.bincount(own)) / float(np.log(clusters))
+    cost = entropy(np.bincount(own)) / float(np.log(clusters))
     return (EVIDENCE * information - cost) / (EVIDENCE - 1)
 
 
-def heads_alone(
+def head_scores(
     assignments: np.ndarray, ids: np.ndarray, clusters: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`neighbor_information` and `neighbor_evidence` of each head by itself, float64 [H] each.
+    """`neighbor_information` and `neighbor_evidence` of each head's clusters, float64 [H] each.
 
     Args:
         assignments: int [N, H] in 0..L-1; may be memory-mapped, only sampled rows are read.
@@ -324,7 +329,8 @@ def heads_alone(
     Raises:
         DataError: ids that are not row numbers.
     """
-    rows = _sample(len(ids), NEIGHBOR_ROWS, seed)
+    # Only these rows of the assignments are read, and head after head looked up among them.
+    rows = sample_rows(len(ids), NEIGHBOR_ROWS, seed)
     near = _neighbors_of(ids, rows)
     used, where = np.unique(np.concatenate([rows, near.ravel()]), return_inverse=True)
     columns = np.ascontiguousarray(np.asarray(assignments[used]).T)
@@ -393,7 +399,7 @@ def _kappa(labels: np.ndarray, predicted: np.ndarray) -> float:
     """Accuracy above that of predictions as frequent but given out at random (Cohen 1960)."""
     count = int(max(labels.max(), predicted.max())) + 1
     share, guess = (np.bincount(v, minlength=count) / len(v) for v in (labels, predicted))
-    return _above_chance(float((labels == predicted).mean()), float(share @ guess))
+    return above_chance(float((labels == predicted).mean()), float(share @ guess))
 
 
 _FUNCTIONS: dict[str, Callable[[_Input], float]] = {

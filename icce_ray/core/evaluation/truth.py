@@ -1,6 +1,6 @@
-"""Scores of a clustering: against ground truth (ACC, NMI, ARI), and without any.
+"""Scores of a clustering against ground truth: ACC, NMI, ARI.
 
-Shapes: N images, C classes, K clusters, H heads, M neighbors, D features.
+Shapes: N images, C classes, K clusters.
 Labels and clusters are integer codes from 0; rows without a label (-1) are to be left out before.
 """
 
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from icce_ray.errors import DataError
-
-CHUNK = 65_536  # rows held at once where a whole copy would not fit
 
 
 def contingency(labels: np.ndarray, clusters: np.ndarray) -> np.ndarray:
@@ -65,9 +63,9 @@ def match(table: np.ndarray) -> Matching:
 def accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:
     """ACC: share of images whose cluster is matched to their class. labels, clusters: int [N]."""
     table = contingency(labels, clusters)
-    found = match(table).cluster_class
-    matched = found >= 0
-    return float(table[found[matched], np.flatnonzero(matched)].sum() / table.sum())
+    classes = match(table).cluster_class
+    matched = classes >= 0
+    return float(table[classes[matched], np.flatnonzero(matched)].sum() / table.sum())
 
 
 def nmi(labels: np.ndarray, clusters: np.ndarray) -> float:
@@ -119,53 +117,4 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 10) -> 
         "rows": rows[used].tolist(),
         "error": float((np.abs(mean - right) * rows[used]).sum() / len(correct)),
         "ranking": float(roc_auc_score(correct, confidence)) if both else None,
-    }
-
-
-def head_agreement(assignments: np.ndarray) -> float:
-    """Mean NMI over all pairs of heads. assignments: int [N, H]. 1.0 for a single head."""
-    from icce_ray.core.ensemble.agreement import pairwise_nmi
-
-    heads = assignments.shape[1]
-    if heads < 2:
-        return 1.0
-    return float(pairwise_nmi(assignments)[np.triu_indices(heads, k=1)].mean())
-
-
-def neighbor_consistency(clusters: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> float:
-    """Mean share of an image's kept neighbors that are in its own cluster.
-
-    clusters: int [N]. ids: int [N, M], row numbers, best first. counts: int [N], how many of the M
-    are kept; images without any neighbor are left out.
-    """
-    total, rows = 0.0, 0
-    for start in range(0, len(clusters), CHUNK):
-        part = slice(start, start + CHUNK)
-        kept = np.arange(ids.shape[1]) < np.asarray(counts[part])[:, None]
-        near = clusters[np.where(kept, ids[part], 0)]
-        same = ((near == clusters[part][:, None]) & kept).sum(axis=1)
-        some = kept.any(axis=1)
-        total += float((same[some] / kept[some].sum(axis=1)).sum())
-        rows += int(some.sum())
-    return total / rows if rows else 0.0
-
-
-def cluster_sizes(clusters: np.ndarray, num_clusters: int) -> dict[str, Any]:
-    """How evenly images are spread. clusters: int [N].
-
-    Returns `sizes` (int64 [K]), `entropy` (of the sizes, 1 = all equal), `empty` (clusters without
-    an image), `largest`, `smallest` (of those with images) and their `ratio`.
-    """
-    sizes = np.bincount(clusters, minlength=num_clusters)
-    used = sizes[sizes > 0]
-    share = used / max(1, used.sum())
-    entropy = float(-(share * np.log(share)).sum() / np.log(num_clusters)) if len(used) > 1 else 0.0
-    largest, smallest = (int(used.max()), int(used.min())) if len(used) else (0, 0)
-    return {
-        "sizes": sizes,
-        "entropy": entropy,
-        "empty": int((sizes == 0).sum()),
-        "largest": largest,
-        "smallest": smallest,
-        "ratio": largest / max(1, smallest),
     }

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icce_ray.config.schema import HeadsConfig, default_batch
+from icce_ray.config.schema import HeadsConfig
 from icce_ray.core.collective import Alone, Collective
+from icce_ray.core.constants import default_batch
 from icce_ray.core.heads import closed_form
 from icce_ray.core.heads.closed_form import Running, Target, Terms
 from icce_ray.core.heads.model import Heads, kmeans_start

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from icce_ray import config as configs
 from icce_ray.config import loading
+from icce_ray.config.removed import REMOVED
 from icce_ray.config.schema import BackboneConfig, Config, HeadsConfig
 from icce_ray.errors import ConfigError
 from icce_ray.rundir.cache import environment_cache
@@ -148,6 +149,18 @@ def test_an_unknown_key_suggests_a_near_one(key, suggestion):
     assert "unknown setting" in message and suggestion in message
 
 
+@pytest.mark.parametrize("key", sorted(key for key in REMOVED if "=" not in key))
+def test_a_removed_setting_says_what_to_do(key):
+    if key in {name for name, *_ in configs.describe()}:
+        pytest.skip("it is still there")
+    assert f"{key}: this setting was removed. {REMOVED[key]}" in problems(f"{key}=1")
+
+
+def test_a_removed_choice_says_what_to_use():
+    message = problems("consensus.method=hgpa")
+    assert "consensus.method=hgpa: this choice was removed. Use mcla" in message
+
+
 def test_a_missing_setting_is_named():
     assert "num_classes: missing; add num_classes=..." in problems(source={"data": {"path": "x"}})
     assert "data.path=IMAGES" in problems(source={"num_classes": 3})
@@ -162,7 +175,6 @@ def test_a_missing_setting_is_named():
         (["neighbors.min_neighbors=200"], "max_neighbors"),
         (["data.path=", "data.embeddings=e.npy", "classifier.kind=finetune"], "needs images"),
         (["backbone=[{name: a}, {name: b}]", "classifier.kind=finetune"], "one backbone"),
-        (["evaluate.require_labels=true", "data.labels=none"], "contradicts"),
         (["backbone=[]"], "at least one"),
     ],
 )
@@ -261,20 +273,14 @@ RUNTIME = {
     "run_dir",
     "embed.batch_size",
     "embed.shard_size",
-    "embed.min_actors",
     "embed.max_actors",
-    "embed.num_gpus",
-    "neighbors.query_rows",
-    "neighbors.num_gpus",
     "heads.num_workers",
-    "heads.min_workers",
-    "heads.num_gpus",
     "heads.checkpoint_every",
     "classifier.num_workers",
-    "classifier.min_workers",
-    "classifier.num_gpus",
     "ray.address",
     "ray.num_cpus",
+    "ray.num_gpus",
+    "ray.min_workers",
     "ray.max_failures",
     "ray.worker_wait",
 }

@@ -299,7 +299,7 @@ def test_extremely_thin_images_stay_small(monkeypatch: pytest.MonkeyPatch) -> No
 def test_decoding_needs_no_torch() -> None:
     """Else every decoding process would take seconds longer to start, and 300 MB more."""
     script = (
-        "import sys; import icce_ray.data.reading, icce_ray.distributed.inference; "
+        "import sys; import icce_ray.data.reading, icce_ray.distributed.stream; "
         "sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

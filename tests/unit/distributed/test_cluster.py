@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from icce_ray.config.schema import EmbedConfig, RayConfig
 from icce_ray.distributed import cluster as clusters
-from icce_ray.distributed import inference as streaming
+from icce_ray.distributed import stream
 from icce_ray.distributed.cluster import Cluster, NodeWatch, Request, Resources, Wait
 from icce_ray.errors import StageError
 
@@ -18,8 +19,10 @@ from icce_ray.errors import StageError
 class Fake(Cluster):
     """A cluster of given nodes: (CPU cores, GPUs) each."""
 
-    def __init__(self, *nodes: tuple[float, float], wait: int = 1800) -> None:
-        super().__init__(RayConfig(worker_wait=wait))
+    def __init__(
+        self, *nodes: tuple[float, float], wait: int = 1800, gpus: float | None = None
+    ) -> None:
+        super().__init__(RayConfig(worker_wait=wait, num_gpus=gpus))
         self.nodes = list(nodes)
 
     def start(self) -> Any:
@@ -111,15 +114,38 @@ def test_workers_are_counted_node_by_node() -> None:
     assert Fake((0, 0)).workers(6, 1) == 6  # not cut to what is there now
 
 
+def test_one_of_several_trials_counts_on_its_part_of_the_cores() -> None:
+    fake = Fake((0, 0), (8, 2), (3, 0))
+    fake.parts = 4
+    have = fake.resources()
+    assert have.each == ((2, 2), (1, 0)) and (have.cpus, have.gpus) == (3, 2)
+
+
+def test_a_look_that_never_ends_does_not_hold_up_the_end_of_a_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where Ray's processes have ended: a call waits for a minute, then ends the process."""
+    monkeypatch.setattr(clusters, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(clusters, "STOP_WITHIN", 0.0)
+    looking, end = threading.Event(), threading.Event()
+    watch = NodeWatch(Heard())
+    watch.look = lambda: (looking.set(), end.wait())  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyboardInterrupt), watch:
+        looking.wait()
+        raise KeyboardInterrupt
+    assert watch._thread.is_alive()
+    end.set()
+
+
 def test_a_pool_for_a_cluster_that_has_no_node_yet() -> None:
-    settings = EmbedConfig(num_gpus=1, max_actors=8)
-    pool = streaming.share(Fake((0, 0)), settings, rows=10**6)
+    settings = EmbedConfig(max_actors=8)
+    pool = stream.plan_pool(Fake((0, 0), gpus=1), settings, rows=10**6)
     assert (pool.most, pool.gpus) == (8, 1)
-    assert streaming.share(Fake((0, 0)), EmbedConfig(), rows=10**6).most == 1
+    assert stream.plan_pool(Fake((0, 0)), EmbedConfig(), rows=10**6).most == 1
 
 
 def test_small_nodes_beside_large_ones_do_not_shrink_the_actors() -> None:
-    pool = streaming.share(Fake((0, 0), (64, 0), (2, 0)), EmbedConfig(max_actors=2), rows=10**6)
+    pool = stream.plan_pool(Fake((0, 0), (64, 0), (2, 0)), EmbedConfig(max_actors=2), rows=10**6)
     assert pool.threads == 32 and pool.cpus == 16
     assert all(request.fits(Fake((64, 0)).resources()) for request in pool.requests())
 
@@ -137,7 +163,7 @@ def test_waiting_is_said_once_and_ends(clock: Any) -> None:
     assert heard.waiting == heard.said * 4
     fake.nodes.append((4, 1))
     assert wait.check() and not heard.waiting[-1]
-    assert heard.said[1:] == ["the cluster now has 1 node, 4 CPU cores, 1 GPU: going on"]
+    assert heard.said[1:] == ["the cluster now has 1 node, 4 CPU cores, 1 GPU: resuming"]
 
 
 def test_only_time_without_room_counts(clock: Any) -> None:

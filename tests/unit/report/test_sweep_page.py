@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,12 @@ import pytest
 from scipy.stats import spearmanr
 
 from icce_ray.errors import ArtifactError
-from icce_ray.report import charts
-from icce_ray.report import sweep_page as sweep_report
+from icce_ray.report import sweep_page
 from icce_ray.rundir.directory import RunDirectory
 
 SWEEP = "sweeps/first"
-VOID = {"meta", "br"}
+
+
 SPACE = {
     "heads.lr": {"low": 1e-4, "high": 1e-1, "log": True, "int": False},
     "heads.count": {"choices": [4, 16, 64]},
@@ -25,57 +24,6 @@ SPACE = {
     "heads.pca": {"choices": [None, 64]},
     "seed": {"choices": [0]},
 }
-
-
-class Page(HTMLParser):
-    """Checks that tags match; collects rows of tables, attributes and words."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.rows: list[list[str]] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"an attribute given twice: {attrs}"
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.words.append(data)
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    @property
-    def trials(self) -> list[list[str]]:
-        """Rows of the table of trials, without its head."""
-        width = len(self.rows[0])
-        return [[cell.strip() for cell in row] for row in self.rows[1:] if len(row) == width]
 
 
 def results(count: int = 20, labels: bool = True, seed: int = 0) -> dict[str, Any]:
@@ -113,7 +61,6 @@ def results(count: int = 20, labels: bool = True, seed: int = 0) -> dict[str, An
         "name": "first",
         "config": {"num_classes": 10},
         "objective": "neighbor_consistency",
-        "direction": "max",
         "space": SPACE,
         "trials": trials,
         "best": "t0",
@@ -123,16 +70,16 @@ def results(count: int = 20, labels: bool = True, seed: int = 0) -> dict[str, An
 
 
 @pytest.fixture
-def page_of(tmp_path):
+def page_of(tmp_path, parse):
     """page_of(results) -> (parsed page, its text)."""
     run = RunDirectory(str(tmp_path / "a run"))
 
-    def make(content: Any) -> tuple[Page, str]:
+    def make(content: Any) -> tuple[Any, str]:
         run.write_json(content, SWEEP, "results.json")
-        path = sweep_report.build(run, SWEEP)
+        path = sweep_page.build(run, SWEEP)
         assert path == run.path(SWEEP, "report", "index.html")
         text = run.read_bytes(SWEEP, "report", "index.html").decode()
-        return Page(text), text
+        return parse(text), text
 
     return make
 
@@ -249,12 +196,6 @@ def test_rank_correlation_of_every_score_is_shown(page_of):
     assert "not used for ranking" in page.text
 
 
-def test_spearman_needs_three_pairs_that_differ():
-    assert sweep_report.spearman([(1, 2), (2, 3)]) is None
-    assert sweep_report.spearman([(1, 2), (1, 3), (1, 4)]) is None
-    assert sweep_report.spearman([(1, 9), (5, 10), (7, 400)]) == pytest.approx(1)
-
-
 def test_a_chart_per_varying_setting(page_of):
     page, text = page_of(results(30))
     section = text.split('id="effects"')[1].split('id="truth"')[0]
@@ -266,28 +207,6 @@ def test_a_chart_per_varying_setting(page_of):
     assert any("neighbor_consistency over heads.lr" in label for label in labels)
 
 
-def test_trend_is_the_mean_of_few_values_and_the_median_of_many():
-    (x, y), name = sweep_report._trend(np.array([1.0, 1, 2, 2]), np.array([0.0, 1, 4, 6]))
-    assert (x, y, name) == ([1, 2], [0.5, 5], " and their mean")
-    x = np.random.default_rng(0).permutation(40).astype(float)
-    (middle, median), name = sweep_report._trend(x, 2 * x)
-    assert name == " and their running median"
-    assert np.allclose(median, 2 * np.array(middle))
-    assert middle == sorted(middle)
-    assert sweep_report._trend(np.arange(5.0), np.arange(5.0)) == (None, "")
-
-
-def test_log_axis():
-    assert charts.log_ticks(1e-4, 1e-2) == pytest.approx([1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
-    for low, high in ((8, 12), (1e-9, 1e9), (3, 70)):
-        found = charts.log_ticks(low, high)
-        assert 2 <= len(found) <= 7
-        assert low <= found[0] * 1.01
-        assert found[-1] <= high * 1.01
-    plot = charts.Plot((1, 100), (0, 1), label="", x_log=True)
-    assert plot.px(10) == pytest.approx((plot.px(1) + plot.px(100)) / 2)
-
-
 @pytest.mark.parametrize("content", [[], {"name": "x"}, {"trials": []}])
 def test_another_file_is_refused(page_of, content):
     with pytest.raises(ArtifactError, match=r"results\.json is not a sweep's result"):
@@ -296,4 +215,4 @@ def test_another_file_is_refused(page_of, content):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ArtifactError, match=r"results\.json is missing"):
-        sweep_report.build(RunDirectory(str(tmp_path)), "sweeps/none")
+        sweep_page.build(RunDirectory(str(tmp_path)), "sweeps/none")

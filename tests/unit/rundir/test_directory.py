@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from icce_ray.errors import ArtifactError, StageError
 from icce_ray.rundir import directory as artifacts
 from icce_ray.rundir import schemas
+from icce_ray.rundir.cache import NodeCache
 from icce_ray.rundir.directory import Manifest, RunDirectory, differing_keys, fingerprint
+from icce_ray.rundir.storage import Storage
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def remote(tmp_path, monkeypatch):
     monkeypatch.setenv("ICCE_RAY_CACHE", str(tmp_path / "cache"))
     store = pafs.PyFileSystem(pafs.FSSpecHandler(MemoryFileSystem(skip_instance_cache=True)))
     run = RunDirectory(f"store://bucket/{tmp_path.name}")
-    run._opened = (store, f"/bucket/{tmp_path.name}")
+    run.storage._opened = (store, f"/bucket/{tmp_path.name}")
     return run
 
 
@@ -154,7 +156,7 @@ def test_a_full_store_says_so(remote, monkeypatch):
     def full(path):
         raise OSError("AWS Error: No space left on device")
 
-    monkeypatch.setattr(RunDirectory, "_write_remote", lambda self, path, data: full(path))
+    monkeypatch.setattr(Storage, "_write_remote", lambda self, path, data: full(path))
     with pytest.raises(StageError, match="no disk space left"):
         remote.write_bytes(b"x", "a")
 
@@ -186,7 +188,7 @@ def test_a_reader_never_sees_half_a_file(run):
 def test_a_run_directory_travels_as_its_address(run):
     assert run.filesystem is not None  # opened
     again = pickle.loads(pickle.dumps(run))
-    assert again.uri == run.uri and again._opened is None and again.root == run.root
+    assert again.uri == run.uri and again.storage._opened is None and again.root == run.root
 
 
 def test_addresses(tmp_path, monkeypatch):
@@ -246,7 +248,10 @@ def test_a_file_system_below_another_one(tmp_path, monkeypatch):
     monkeypatch.setenv("ICCE_RAY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "below" / "run" / "embeddings").mkdir(parents=True)
     run = RunDirectory("below://run")
-    run._opened = (pafs.SubTreeFileSystem(str(tmp_path / "below"), pafs.LocalFileSystem()), "run")
+    run.storage._opened = (
+        pafs.SubTreeFileSystem(str(tmp_path / "below"), pafs.LocalFileSystem()),
+        "run",
+    )
     matrix = write_embeddings(run, 3, 4)
     finish(run, rows=7)
     assert run.manifest("embeddings").rows == 7 and not run.is_local
@@ -346,7 +351,7 @@ def test_a_damaged_manifest_is_an_error_of_ours(run, content):
 
 def test_another_format_is_refused_with_the_remedy(run):
     finish(run, "x", format=artifacts.FORMAT_VERSION + 1)
-    with pytest.raises(ArtifactError, match=r"has format 2; this version reads 1.*another run_dir"):
+    with pytest.raises(ArtifactError, match=r"format 3; this one reads 2.*another run_dir"):
         run.manifest("x")
 
 
@@ -395,10 +400,10 @@ def test_delete_takes_the_manifest_first(run, monkeypatch):
         delete_dir = lost
 
     inner, root = run.filesystem, run.root
-    run._opened = (Weak(inner), root)
+    run.storage._opened = (Weak(inner), root)
     with pytest.raises(OSError, match="lost"):
         run.delete("x")
-    run._opened = (inner, root)
+    run.storage._opened = (inner, root)
     assert run.manifest("x") is None  # what is left cannot pass for finished work
     run.delete("x")
     run.delete("x")
@@ -520,9 +525,9 @@ def test_a_full_disk_while_a_matrix_is_built(run, disk_fails):
 def test_many_readers_build_one_matrix(run, monkeypatch):
     matrix = write_embeddings(run, 20)
     finish(run, rows=20)
-    built, build = [], RunDirectory.write_matrix
+    built, build = [], NodeCache.write_matrix
     monkeypatch.setattr(
-        RunDirectory, "write_matrix", lambda self, *a: (built.append(a), build(self, *a))
+        NodeCache, "write_matrix", lambda self, *a: (built.append(a), build(self, *a))
     )
     found = []
     readers = [
@@ -537,3 +542,14 @@ def test_many_readers_build_one_matrix(run, monkeypatch):
         reader.join()
     assert len(built) == 1 and len(found) == 6
     assert all((array == matrix).all() for array in found)
+
+
+def test_folders_may_lie_elsewhere(tmp_path: Path) -> None:
+    places = {"heads": "store/heads-1", "neighbors": "n"}
+    view = pickle.loads(pickle.dumps(RunDirectory(str(tmp_path), places)))
+    assert view.places == places and view.is_local
+    assert view.path("heads", "a.json") == f"{tmp_path}/store/heads-1/a.json"
+    assert view.path("heads/train", "a") == f"{tmp_path}/store/heads-1/train/a"
+    assert view.address("neighbors") == f"{tmp_path}/n" and view.path() == str(tmp_path)
+    assert view.path("neighborsandmore", "a") == f"{tmp_path}/neighborsandmore/a"
+    assert view.path("index", "a") == f"{tmp_path}/index/a"

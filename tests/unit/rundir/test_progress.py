@@ -14,6 +14,7 @@ from rich.console import Console
 from icce_ray.rundir import progress
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.progress import Reporter, duration
+from icce_ray.rundir.storage import Storage
 
 
 @pytest.fixture
@@ -61,6 +62,18 @@ def test_a_line_goes_to_the_user_and_the_log(run, capsys):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d heads {6}loss \[bold\] 0\.5\n", log)
 
 
+def test_silent_writes_nothing_at_all(run, capsys):
+    reporter = Reporter(run, silent=True)
+    reporter.say("one")
+    reporter.event("a worker was lost")
+    reporter.status("running")
+    with reporter.bar("work", 10) as bar:
+        bar.update(10)
+    reporter.flush()
+    assert capsys.readouterr() == ("", "")
+    assert reporter.events == ["a worker was lost"] and not run.list("")
+
+
 def test_quiet_still_writes_the_log(run, capsys):
     reporter = Reporter(run, quiet=True)
     reporter.say("one")
@@ -88,7 +101,7 @@ def test_remote_lines_are_collected_and_appended(tmp_path):
 
     run = RunDirectory("store://bucket/run")
     store = MemoryFileSystem(skip_instance_cache=True)
-    run._opened = (pafs.PyFileSystem(pafs.FSSpecHandler(store)), f"/bucket/{tmp_path.name}")
+    run.storage._opened = (pafs.PyFileSystem(pafs.FSSpecHandler(store)), f"/bucket/{tmp_path.name}")
     for text in ("one", "two"):
         reporter = Reporter(run, quiet=True)
         reporter.say(text)
@@ -111,7 +124,7 @@ def test_a_status_that_cannot_be_written_stops_nothing(run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(RunDirectory, "_write_local", full)
+    monkeypatch.setattr(Storage, "_write_local", full)
     Reporter(run, quiet=True).status("running")
 
 
@@ -123,12 +136,12 @@ def test_lines_come_now_and_then_where_there_is_no_terminal(run, capsys, clock):
         bar.update(100)
         assert capsys.readouterr().err == ""
         clock(10)
-        bar.update(500, "loss 0.5")
-        assert capsys.readouterr().err == ("training: 500 of 1,000 steps, 20 s left (loss 0.5)\n")
+        bar.update(501, "loss 0.5")
+        assert capsys.readouterr().err == ("training: 501 of 1,000 steps, 20 s left (loss 0.5)\n")
         clock(1)
         bar.update(600)
         assert capsys.readouterr().err == ""
-    assert "500 of 1,000" in run.read_bytes("log").decode()
+    assert "501 of 1,000" in run.read_bytes("log").decode()
 
 
 def test_status_of_a_bar_comes_no_more_than_every_few_seconds(run, clock, monkeypatch):
@@ -145,23 +158,35 @@ def test_status_of_a_bar_comes_no_more_than_every_few_seconds(run, clock, monkey
     monkeypatch.undo()
 
 
-def test_remaining_counts_what_this_session_did(run, clock):
+def test_remaining_counts_what_this_session_did_after_its_start_up(run, clock):
     reporter = Reporter(run, quiet=True)
     with reporter.bar("embed", 100, done=60) as bar:
         assert bar.remaining() is None
-        clock(10)
+        clock(300)  # start-up
         bar.update(60)
         assert bar.remaining() is None
+        bar.update(70)
+        assert bar.remaining() is None  # one measurement is none: when did it begin?
+        clock(10)
         bar.update(80)
-        assert bar.remaining() == pytest.approx(10)
+        assert bar.remaining() == pytest.approx(20)
         status = run.read_json("status.json")
-        assert (status["done"], status["total"], status["step"]) == (60, 100, "embed")
+        assert (status["done"], status["total"], status["step"]) == (80, 100, "embed")
+        assert status["remaining_seconds"] == pytest.approx(20)
         clock(progress.STATUS_EVERY)
         bar.update(90)
         status = run.read_json("status.json")
-        assert status["done"] == 90 and status["remaining_seconds"] == pytest.approx(13 / 3)
+        assert status["done"] == 90 and status["remaining_seconds"] == pytest.approx(13 / 2)
         bar.update(95)  # too soon
         assert run.read_json("status.json")["done"] == 90
+
+
+def test_the_first_step_says_no_time(run, capsys, clock):
+    reporter = Reporter(run)
+    with reporter.bar("training", 400, "steps") as bar:
+        clock(19)
+        bar.update(1)
+        assert capsys.readouterr().err == "training: 1 of 400 steps\n"  # once: 2 h 07 min left
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(run):

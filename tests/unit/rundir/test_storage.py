@@ -23,6 +23,7 @@ from icce_ray import config, pipeline
 from icce_ray.config.schema import DataConfig
 from icce_ray.data import embeddings as vectors
 from icce_ray.data import reading as images
+from icce_ray.data.labels import read_labels
 from icce_ray.data.listing import list_images
 from icce_ray.errors import (
     ArtifactError,
@@ -279,7 +280,7 @@ def test_embeddings_and_labels_are_read(s3) -> None:
         put(s3.uri(f"given/{name}"), buffer.getvalue())
     given = vectors.open_vectors(s3.uri("given/x.npy"))
     assert (np.concatenate(list(given.blocks(4))) == values).all()
-    assert index._read_labels(s3.uri("given/y.npy")).tolist() == list(range(6))
+    assert read_labels(s3.uri("given/y.npy")).tolist() == list(range(6))
     table = pa.table({"embedding": values.tolist(), "label": list("aabbcc")})
     RunDirectory(s3.uri("given")).write_table(table, "x.parquet")
     given = vectors.open_vectors(s3.uri("given/x.parquet"))

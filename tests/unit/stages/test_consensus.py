@@ -9,10 +9,12 @@ import pytest
 
 from icce_ray import config as configs
 from icce_ray.config import schema
+from icce_ray.core import constants
 from icce_ray.core.ensemble.agreement import align
-from icce_ray.core.evaluation.labelfree import heads_alone
-from icce_ray.errors import ArtifactError, ConfigError
-from icce_ray.stages import consensus, heads
+from icce_ray.core.evaluation.labelfree import head_scores
+from icce_ray.errors import ConfigError
+from icce_ray.stages import consensus
+from icce_ray.stages.table import stage
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def solve(make_run, make_context):
         made = make_run(240, 3, names=None, images=False, overrides=overrides, **options)
         context = make_context(made)
         context.in_process = True
-        outcome = consensus.STAGE.run(context)
+        outcome = consensus.run(context)
         table = made.run.read_table("consensus", "part-00000.parquet")
         json.dumps(outcome.results)
         return table["cluster"].to_numpy(), outcome.results, context
@@ -34,19 +36,19 @@ def solve(make_run, make_context):
 ALIKE = "heads.balance=0.5"
 
 
-def test_all_heads_count_alike_by_default(solve):
+def test_few_heads_are_all_kept_by_default(solve):
     _, results, _ = solve(ALIKE)
-    assert results["head_weights"] == [1.0] * 4
+    assert results["kept"] == [0, 1, 2, 3]
     assert results["heads"] == 4
 
 
-def test_by_default_the_heads_whose_clusters_tell_most_of_neighbors_are_kept(solve):
+def test_by_default_the_heads_whose_clusters_say_most_about_neighbors_are_kept(solve):
     """Of 4 heads all, of 40 a quarter."""
     _, results, context = solve(ALIKE, heads=40)
     ids = context.run.matrix("neighbors", "ids")
-    told, _ = heads_alone(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
+    told, _ = head_scores(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
     best = np.argsort(-told)[:10]
-    assert np.flatnonzero(results["head_weights"]).tolist() == sorted(best.tolist())
+    assert results["kept"] == sorted(best.tolist())
 
 
 @pytest.mark.parametrize(("heads", "keep", "count"), [(4, 1e-3, 1), (5, 0.5, 2), (3, 1, 3)])
@@ -59,36 +61,17 @@ def test_only_heads_of_the_balance_that_fits_are_merged(solve):
     """Heads take three balances in turn."""
     _, results, context = solve("heads.balance=[1,0.5,0]", heads=30)
     ids = context.run.matrix("neighbors", "ids")
-    _, evidence = heads_alone(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
+    _, evidence = head_scores(context.run.matrix("heads", "assignments"), ids, 3, seed=0)
     best = max(range(3), key=lambda turn: np.sort(evidence[turn::3])[-5:].mean())
     assert results["balance"] == [1, 0.5, 0][best]
-    assert set(np.flatnonzero(results["head_weights"])) <= set(range(best, 30, 3))
+    assert set(results["kept"]) <= set(range(best, 30, 3))
     assert results["heads"] == 8
     assert results["head_evidence"] == pytest.approx(evidence.tolist())
 
 
-def test_keep_by_loss_takes_the_heads_of_lowest_final_loss(solve):
-    labels, results, context = solve(ALIKE, "consensus.keep=0.5", "consensus.keep_by=loss")
-    losses = consensus.final_losses(context.run)
-    history = np.array(context.run.read_json("heads", "history.json")["loss"])
-    assert losses == pytest.approx(history[-5:].mean(axis=0))  # 101 records
-    best = np.argsort(losses)[:2]
-    assert np.flatnonzero(results["head_weights"]).tolist() == sorted(best.tolist())
-    assert results["heads"] == 2
-    assert len(labels) == 240
-
-
-def test_weights_reach_the_ensemble(solve):
-    _, results, context = solve(ALIKE, "consensus.weights=loss", "consensus.method=voting")
-    losses = consensus.final_losses(context.run)
-    order = np.argsort(results["head_weights"])
-    assert order.tolist() == np.argsort(-losses).tolist()
-    assert results["heads"] == 4
-
-
 def test_a_lone_kept_head_is_the_result(solve):
     labels, results, context = solve("consensus.keep=0.25", "consensus.method=voting")
-    only = int(np.argmax(results["head_weights"]))
+    (only,) = results["kept"]
     column = np.asarray(context.run.matrix("heads", "assignments"))[:, only]
     assert (align(column, labels, 3) == labels).all()
 
@@ -101,13 +84,6 @@ def test_heads_of_more_clusters_make_num_classes(solve):
     assert len(results["sizes"]) == 2
 
 
-def test_losses_that_were_not_recorded_are_named(solve):
-    *_, context = solve()
-    context.run.write_json({"step": [], "loss": []}, "heads", "history.json")
-    with pytest.raises(ArtifactError, match="use agreement"):
-        consensus.final_losses(context.run)
-
-
 TREE = {"num_classes": 10, "data": {"embeddings": "e.npy"}}
 
 
@@ -116,10 +92,10 @@ TREE = {"num_classes": 10, "data": {"embeddings": "e.npy"}}
     [
         (["heads.clusters=9"], "at least num_classes"),
         (["heads.clusters=20", "consensus.method=voting"], "cannot merge"),
-        (["heads.clusters=20", "heads.count=1"], "one head's clusters"),
+        (["heads.clusters=20", "heads.count=1"], "at least two heads"),
         (["heads.clusters=20", "heads.count=8", "consensus.keep=0.1"], "consensus.keep"),
         (["consensus.keep=0"], "consensus.keep"),
-        (["consensus.weights=luck"], "'equal', 'agreement' or 'loss'"),
+        (["consensus.method=luck"], "'voting', 'cspa', 'mcla', 'hbgf' or 'dawid-skene'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(overrides, words):
@@ -129,28 +105,31 @@ def test_settings_that_cannot_work_are_refused(overrides, words):
 
 def test_heads_of_equal_clusters_are_shared_between_numbers_of_classes():
     def of(*overrides):
-        return heads.STAGE.settings(configs.load(TREE, overrides))
+        return stage("heads").settings(configs.load(TREE, overrides))
 
     assert of("heads.clusters=40") == of("heads.clusters=40", "num_classes=20")
     assert of() == of("heads.clusters=10") != of("num_classes=20")
     assert of("consensus.keep=0.5") == of()
-    ensemble = consensus.STAGE.settings
+    ensemble = stage("consensus").settings
     assert ensemble(configs.load(TREE, ["consensus.keep=0.5"])) != ensemble(configs.load(TREE))
 
 
 def test_other_defaults_make_other_artifacts(monkeypatch):
     """What stands for a setting that is not given belongs to the fingerprint as if it were."""
     config = configs.load(TREE)
-    trained, merged = heads.STAGE.settings(config), consensus.STAGE.settings(config)
+    trained, merged = (
+        stage("heads").settings(config),
+        stage("consensus").settings(config),
+    )
     assert trained["heads"]["balance"] == list(schema.BALANCES)
     for module, name, value in (
-        (heads, "default_steps", lambda clusters: 7),
-        (heads, "default_batch", lambda clusters: 7),
+        (constants, "default_steps", lambda clusters: 7),
+        (constants, "default_batch", lambda clusters: 7),
         (schema, "BALANCES", (1.0,)),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, value)
-            assert heads.STAGE.settings(config) != trained, name
-    monkeypatch.setattr(consensus, "KEEP_LEAST", 3)
-    assert consensus.STAGE.settings(config) != merged
+            assert stage("heads").settings(config) != trained, name
+    monkeypatch.setattr(schema, "KEEP_LEAST", 3)
+    assert stage("consensus").settings(config) != merged
     assert json.loads(json.dumps(trained)) == trained

@@ -16,6 +16,7 @@ import pytest
 from icce_ray import config as configs
 from icce_ray.config.schema import Config, DataConfig
 from icce_ray.data import listing
+from icce_ray.data.labels import load_labels
 from icce_ray.data.reading import read_many
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError, DataError, IcceError
@@ -24,6 +25,7 @@ from icce_ray.rundir.progress import Reporter
 from icce_ray.rundir.schemas import INDEX_SCHEMA
 from icce_ray.stages import index
 from icce_ray.stages.base import Context
+from icce_ray.stages.table import stage
 
 
 def touch(root: Path, *names: str) -> None:
@@ -44,7 +46,7 @@ def make(tmp_path: Path, classes: int = 2, **data: Any) -> Config:
 
 def run_stage(config: Config) -> RunDirectory:
     run = RunDirectory(config.run_dir)
-    outcome = index.STAGE.run(Context(config, run, Reporter(run, quiet=True), Cluster()))
+    outcome = index.run(Context(config, run, Reporter(run, quiet=True), Cluster()))
     manifest = Manifest("index", "x", {}, {}, outcome.rows, 0.0, outcome.results)
     run.finish("index", manifest)
     return run
@@ -210,11 +212,11 @@ def test_stage_writes_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     table = run.read_table("index")
     assert table.schema.equals(INDEX_SCHEMA)
     assert table["image_id"].to_pylist() == list(range(9))
-    found = index.load_labels(config, run)
+    found = load_labels(config, run)
     assert found is not None
     assert found[0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and found[1] == ["a", "b", "c"]
     none = config.data.model_copy(update={"labels": "none"})
-    assert index.load_labels(config.model_copy(update={"data": none}), run) is None
+    assert load_labels(config.model_copy(update={"data": none}), run) is None
 
 
 def test_more_classes_than_images(tmp_path: Path) -> None:
@@ -226,56 +228,8 @@ def test_more_classes_than_images(tmp_path: Path) -> None:
 def test_labels_do_not_change_the_stage(tmp_path: Path) -> None:
     a = make(tmp_path, path="x", labels="none")
     b = make(tmp_path, path="x", labels="file.txt")
-    assert index.STAGE.settings(a) == index.STAGE.settings(b)
-    assert index.STAGE.settings(a) != index.STAGE.settings(make(tmp_path, path="x", limit=3))
-
-
-# --- labels --------------------------------------------------------------------------------------
-
-
-def labels_of(tmp_path: Path, file: Path, count: int = 4, **data: Any) -> tuple[list[int], list]:
-    touch(tmp_path / "images", *(f"{i}.png" for i in range(count)))
-    config = make(tmp_path, path=str(tmp_path / "images"), labels=str(file), **data)
-    found = index.load_labels(config, run_stage(config))
-    assert found is not None and found[0].dtype == np.int64
-    return found[0].tolist(), found[1]
-
-
-@pytest.mark.parametrize(
-    ("values", "codes", "names"),
-    [
-        (np.array([10, 9, 10, -1]), [1, 0, 1, -1], ["9", "10"]),
-        (np.array([1.0, 0.0, 1.0, 2.0]), [1, 0, 1, 2], ["0", "1", "2"]),
-        (np.array(["b", "a", "", "b"]), [1, 0, -1, 1], ["a", "b"]),
-        (np.array([True, False, True, True]), [1, 0, 1, 1], ["0", "1"]),
-        ("dog\ncat \n\ndog\n", [1, 0, -1, 1], ["cat", "dog"]),
-        ("10\n9\n-1\n10\n", [1, 0, -1, 1], ["9", "10"]),
-        ("007\n7\n07\n7", [0, 2, 1, 2], ["007", "07", "7"]),
-    ],
-)
-def test_label_files(tmp_path: Path, values: Any, codes: list[int], names: list[str]) -> None:
-    file = tmp_path / ("labels.txt" if isinstance(values, str) else "labels.npy")
-    if isinstance(values, str):
-        file.write_text(values)
-    else:
-        np.save(file, values)
-    assert labels_of(tmp_path, file) == (codes, names)
-
-
-def test_label_file_of_all_images_with_a_limit(tmp_path: Path) -> None:
-    np.save(tmp_path / "labels.npy", np.arange(8))
-    assert labels_of(tmp_path, tmp_path / "labels.npy", 8, limit=3)[1] == ["0", "2", "5"]
-
-
-def test_label_file_errors(tmp_path: Path) -> None:
-    file = tmp_path / "labels.npy"
-    np.save(file, np.arange(5))
-    with pytest.raises(DataError, match="5 labels, but there are 4 images"):
-        labels_of(tmp_path, file)
-    for values in (np.zeros((4, 2)), np.array([0.5, 1, 2, 3]), np.array([1, None], object)):
-        np.save(file, values, allow_pickle=True)
-        with pytest.raises(DataError, match=r"data\.labels"):
-            labels_of(tmp_path, file)
+    assert stage("index").settings(a) == stage("index").settings(b)
+    assert stage("index").settings(a) != stage("index").settings(make(tmp_path, path="x", limit=3))
 
 
 # --- embeddings ----------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_neighbor_information_equals_its_definition(case):
     )
     expected = (value - chance) / (1 - chance) if chance < 1 else 0
     heads = np.stack([labels, np.zeros(rows, int)], axis=1)
-    information, evidence = scores.heads_alone(heads, ids, clusters, 3)
+    information, evidence = scores.head_scores(heads, ids, clusters, 3)
     assert information == pytest.approx([expected, 0], abs=1e-9)
     shares = np.bincount(labels) / rows
     cost = -sum(p * np.log(p) for p in shares if p) / np.log(clusters)
@@ -147,7 +147,7 @@ def test_evidence_tells_classes_of_unequal_sizes_from_equal_cuts():
     """Information prefers four clusters of equal size, most of them cut from one class."""
     truth, ids = chained(np.array([2600, 900, 380, 120]))
     cuts = np.arange(len(truth)) * 4 // len(truth)
-    information, evidence = scores.heads_alone(np.stack([truth, cuts], axis=1), ids, 4, 0)
+    information, evidence = scores.head_scores(np.stack([truth, cuts], axis=1), ids, 4, 0)
     assert information[0] < information[1]
     assert evidence[0] > evidence[1]
 
@@ -155,7 +155,7 @@ def test_evidence_tells_classes_of_unequal_sizes_from_equal_cuts():
 def test_evidence_tells_classes_of_equal_size_from_merged_ones():
     truth, ids = chained(np.array([1000] * 4))
     merged = np.maximum(truth, 1) - 1
-    _, evidence = scores.heads_alone(np.stack([truth, merged], axis=1), ids, 4, 0)
+    _, evidence = scores.head_scores(np.stack([truth, merged], axis=1), ids, 4, 0)
     assert evidence[0] > evidence[1]
 
 
@@ -189,8 +189,8 @@ def test_nmi_equals_scikit_learn(case):
     rng = np.random.default_rng(seed)
     a, b = rng.integers(0, clusters, rows), 7 * rng.integers(0, clusters, rows)
     expected = sklearn_nmi(a, b) if len(set(a)) > 1 and len(set(b)) > 1 else 0
-    assert scores._nmi(a, b) == pytest.approx(expected, abs=1e-9)
-    assert scores._nmi(1000 * a, b) == pytest.approx(expected, abs=1e-9)  # sparse counting
+    assert scores.nmi(a, b) == pytest.approx(expected, abs=1e-9)
+    assert scores.nmi(1000 * a, b) == pytest.approx(expected, abs=1e-9)  # sparse counting
 
 
 def test_agreements_are_mean_nmi_above_that_of_shuffled_labels(good):
@@ -334,3 +334,35 @@ def test_any_small_input_gives_finite_scores(data):
 def test_bad_input_is_named(good, change, error, words):
     with pytest.raises(error, match=words):
         score(**{"names": SCORES, **good, "seed": 0, **change})
+
+
+# --- one number each ---------------------------------------------------------------------------
+
+
+def test_neighbor_share_equals_a_loop(monkeypatch):
+    monkeypatch.setattr(scores, "CHUNK", 7)
+    rng = np.random.default_rng(1)
+    clusters = rng.integers(0, 3, 50)
+    ids = rng.integers(0, 50, (50, 6)).astype(np.int32)
+    counts = rng.integers(0, 7, 50)
+    shares = [
+        np.mean([clusters[j] == clusters[i] for j in ids[i, : counts[i]]])
+        for i in range(50)
+        if counts[i]
+    ]
+    found = scores.neighbor_share(clusters, ids, counts)
+    assert found == pytest.approx(float(np.mean(shares)))
+
+
+def test_neighbor_share_ignores_padding_beyond_the_count():
+    ids = np.array([[1, -1], [0, -1]], dtype=np.int32)
+    assert scores.neighbor_share(np.array([4, 4]), ids, np.array([1, 1])) == 1.0
+
+
+def test_spread_of_sizes():
+    found = scores.spread_of_sizes(np.array([0, 0, 0, 2]), 4)
+    assert found["sizes"].tolist() == [3, 0, 1, 0]
+    assert (found["empty"], found["largest"], found["smallest"], found["ratio"]) == (2, 3, 1, 3.0)
+    expected = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
+    assert found["entropy"] == pytest.approx(expected)
+    assert scores.spread_of_sizes(np.arange(8) % 4, 4)["entropy"] == pytest.approx(1.0)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icce_ray.core.evaluation import kmeans
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.errors import DataError
 
@@ -103,82 +101,3 @@ def test_calibration_leaves_out_empty_bins_and_takes_full_confidence():
 def test_nothing_is_ranked_where_all_are_right():
     found = metrics.calibration(np.array([0.5, 0.7]), np.array([True, True]))
     assert found["ranking"] is None and found["error"] == pytest.approx(0.4)
-
-
-def test_neighbor_consistency_equals_a_loop(monkeypatch):
-    monkeypatch.setattr(metrics, "CHUNK", 7)
-    rng = np.random.default_rng(1)
-    clusters = rng.integers(0, 3, 50)
-    ids = rng.integers(0, 50, (50, 6)).astype(np.int32)
-    counts = rng.integers(0, 7, 50)
-    shares = [
-        np.mean([clusters[j] == clusters[i] for j in ids[i, : counts[i]]])
-        for i in range(50)
-        if counts[i]
-    ]
-    found = metrics.neighbor_consistency(clusters, ids, counts)
-    assert found == pytest.approx(float(np.mean(shares)))
-
-
-def test_neighbor_consistency_ignores_padding_beyond_the_count():
-    ids = np.array([[1, -1], [0, -1]], dtype=np.int32)
-    assert metrics.neighbor_consistency(np.array([4, 4]), ids, np.array([1, 1])) == 1.0
-
-
-def test_cluster_sizes():
-    found = metrics.cluster_sizes(np.array([0, 0, 0, 2]), 4)
-    assert found["sizes"].tolist() == [3, 0, 1, 0]
-    assert (found["empty"], found["largest"], found["smallest"], found["ratio"]) == (2, 3, 1, 3.0)
-    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
-    assert found["entropy"] == pytest.approx(expected)
-    assert metrics.cluster_sizes(np.arange(8) % 4, 4)["entropy"] == pytest.approx(1.0)
-
-
-def blobs(rows: int, width: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(2)
-    labels = np.arange(rows) % classes
-    points = np.eye(width)[labels] * 4 + rng.normal(0, 0.3, (rows, width))
-    points /= np.linalg.norm(points, axis=1, keepdims=True)
-    return points.astype(np.float16), labels
-
-
-@pytest.mark.parametrize("max_rows", [100_000, 200])
-def test_kmeans_finds_clear_blobs_in_memory_and_streamed(tmp_path, max_rows):
-    features, labels = blobs(900, 16, 5)
-    np.save(tmp_path / "f.npy", features)
-    mapped = np.load(tmp_path / "f.npy", mmap_mode="r")
-    found = kmeans.kmeans_baseline(mapped, 5, 3, seed=0, max_rows=max_rows)
-    assert found.dtype == np.int32
-    assert metrics.accuracy(labels, found) > 0.99
-    again = kmeans.kmeans_baseline(mapped, 5, 3, seed=0, max_rows=max_rows)
-    assert (found == again).all()
-
-
-def test_streamed_kmeans_trains_on_all_rows_not_on_the_sample_alone(monkeypatch):
-    import faiss
-
-    seen = []
-    original = faiss.Clustering.train_encoded
-    monkeypatch.setattr(
-        faiss.Clustering,
-        "train_encoded",
-        lambda self, x, *rest: seen.append(len(x)) or original(self, x, *rest),
-    )
-    features, _ = blobs(3000, 8, 2)
-    kmeans.kmeans_baseline(features, 2, 1, seed=0, max_rows=100)
-    assert seen == [3000]
-
-
-def test_kmeans_needs_a_row_per_cluster():
-    with pytest.raises(DataError, match="num_classes=5"):
-        kmeans.kmeans_baseline(np.ones((3, 2), np.float16), 5, 1, seed=0)
-
-
-def test_head_agreement_is_one_for_renamed_heads_and_low_for_noise():
-    pytest.importorskip("icce_ray.core.ensemble.consensus")
-    rng = np.random.default_rng(3)
-    one = rng.integers(0, 4, 500)
-    same = np.stack([one, (one + 1) % 4, (one + 2) % 4], axis=1)
-    assert metrics.head_agreement(same) == pytest.approx(1.0, abs=1e-4)
-    assert metrics.head_agreement(rng.integers(0, 4, (500, 3))) < 0.1
-    assert metrics.head_agreement(same[:, :1]) == 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -234,7 +235,7 @@ def test_pairs_depend_on_seed_and_step_only():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"start": "random"}, {"hidden": (16,)}],
+    [{}, {"start": "random"}, {"hidden": (32,)}],
     ids=str,
 )
 def test_separated_blobs_are_found(options):
@@ -536,3 +537,24 @@ def test_heads_are_shared_out_once_and_evenly(count, world):
     shares = [core.own_heads(count, rank, world) for rank in range(world)]
     assert sorted(n for share in shares for n in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+class _Assigned:
+    """A trainer whose heads have assigned every row already."""
+
+    def __init__(self, *columns: Sequence[int]) -> None:
+        self.columns = np.array(columns).T
+
+    def assign(self, rows: np.ndarray) -> np.ndarray:
+        return self.columns[rows]
+
+
+def test_an_unfinished_training_is_scored_above_chance() -> None:
+    ids = np.array([[1], [0], [3], [2]])
+    score = HeadTrainer.consistency
+    rows = np.arange(4)
+    assert score(_Assigned([0, 0, 1, 1]), rows, ids) == pytest.approx(1)  # type: ignore[arg-type]
+    assert score(_Assigned([0, 0, 0, 0]), rows, ids) == 0  # type: ignore[arg-type]
+    assert score(_Assigned([0, 1, 0, 1]), rows, ids) == pytest.approx(-1)  # type: ignore[arg-type]
+    both = _Assigned([0, 0, 1, 1], [0, 0, 0, 0])
+    assert score(both, rows[2:], ids[2:]) == pytest.approx(0)  # type: ignore[arg-type]

@@ -1,0 +1,66 @@
+"""Numbers of the method that fingerprints and plans need, apart from what computes with them.
+
+Importing them costs nothing, so that a command that only looks at a run imports no torch.
+Shapes: N images, D features, K clusters.
+"""
+
+from __future__ import annotations
+
+import math
+
+EVIDENCE = 1.9  # neighbors of each that count as independent witnesses; see core.evaluation
+CONFIDENCE_NEIGHBORS = 20  # of each image that its confidence reads, fewer where classes are small
+
+QUERY_CHUNK = 2048  # rows of exact search that are compared at a time ...
+BASE_CHUNK = 32_768  # ... with that many others: 256 MB of similarities
+IVF_SAMPLE_PER_LIST = 64  # rows per inverted list that its centroids are trained on
+
+# Exact search takes 2 N^2 D operations.
+EXACT_SECONDS = 3600.0  # neighbors.search=auto: exact search where it is expected to take less
+CPU_FLOPS = 5e10  # float32 per core and second, as measured
+GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
+
+FITTED_ROWS = 200_000  # images that a consensus model is fitted on; it is then applied to all
+HIDDEN = 512  # width of the hidden layer of classifier.kind=mlp
+CSPA_ROWS = 10_000  # CSPA's graph has up to N^2 edges; at this N they take a few GB
+
+SHUFFLE_BATCHES = 8  # batches in a fine-tuning worker's buffer; rows are permuted once before
+
+
+def default_steps(clusters: int) -> int:
+    """Steps of the heads where the settings name none: 12,619 for 1,000 clusters.
+
+    For 10 clusters, the number that raised `neighbor_evidence` on all data measured. How it grows
+    with the clusters is a guess.
+    """
+    return round(2000 * max(1.0, clusters / 10) ** 0.4)
+
+
+def default_batch(clusters: int) -> int:
+    """Pairs per step where the settings name none: 8 per cluster, within bounds.
+
+    The losses hold several arrays [H, 2B, K]: with 50 heads and 1,000 clusters, 1.6 GB each.
+    """
+    return min(4096, max(1024, 8 * clusters))
+
+
+def ivf_shape(rows: int) -> tuple[int, int]:
+    """Inverted lists, about 4 sqrt(N), and the rows that their centroids are trained on."""
+    lists = max(1, min(int(4 * math.sqrt(rows)), rows // IVF_SAMPLE_PER_LIST))
+    return lists, min(rows, lists * IVF_SAMPLE_PER_LIST)
+
+
+def ivf_bytes(rows: int, features: int) -> float:
+    """Memory while an index of N rows is built: itself, and what its lists are trained on."""
+    return 2.0 * rows * features + 4.0 * ivf_shape(rows)[1] * features
+
+
+def exact_seconds(rows: int, features: int, cpus: int, gpus: int) -> float:
+    """Expected seconds of exact search: 2 N^2 D operations."""
+    rate = gpus * GPU_FLOPS if gpus else max(1, cpus) * CPU_FLOPS
+    return 2.0 * rows**2 * features / rate
+
+
+def is_approximate(search: str, exact: float) -> bool:
+    """Whether neighbors.search means the approximate one, where exact takes `exact` seconds."""
+    return search == "ivf" or (search == "auto" and exact > EXACT_SECONDS)

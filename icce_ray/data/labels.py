@@ -1,0 +1,139 @@
+"""Ground truth of the listed images: from the index, or from a file of one label per image.
+
+Only evaluation and the report read it. Codes are integers from 0, -1 where an image has no label.
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from icce_ray.config.schema import Config, DataConfig
+from icce_ray.data import embeddings
+from icce_ray.data.listing import check_exists, evenly, suffix_of
+from icce_ray.errors import DataError
+from icce_ray.rundir import storage
+from icce_ray.rundir.directory import RunDirectory
+
+INDEX = "index"  # the folder of the listed images
+MODES = ("auto", "none")  # values of data.labels that name no file
+
+
+def preflight(data: DataConfig) -> None:
+    """See that a file of labels is there, and fits given embeddings. Raises DataError."""
+    if data.labels in MODES:
+        return
+    check_exists("data.labels", data.labels)
+    if data.embeddings and suffix_of(data.labels) == "npy":
+        full = embeddings.open_vectors(data.embeddings).total
+        kept = len(evenly(full, data.limit))
+        _check_length(data.labels, len(read_labels(data.labels)), (kept, full))
+
+
+def load_labels(config: Config, run: RunDirectory) -> tuple[np.ndarray, list[str]] | None:
+    """Ground truth by image_id, for `evaluate` and `report` only.
+
+    Returns:
+        Codes int64 [N] (-1: no label) in the order of image_id, and the names of the classes; or
+        None where there are no labels.
+
+    Raises:
+        DataError: a labels file that cannot be read, or of another length than the images.
+    """
+    mode = config.data.labels
+    if mode == "none":
+        return None
+    if mode == "auto":
+        column = run.read_table(INDEX, columns=["label"])["label"]
+        values: Any = column.to_numpy()
+    else:
+        values = _chosen(read_labels(mode), mode, run)
+    codes, names = encode(values)
+    return (codes, names) if names else None
+
+
+def labels_of(mode: str, table: pa.Table) -> np.ndarray | None:
+    """Ground truth of listed images, in their order: codes int64 [N], -1 where there is no label.
+
+    mode: data.labels. Returns None where there are none; raises DataError as `load_labels`.
+    """
+    if mode == "none":
+        return None
+    values = table["label"].to_numpy() if mode == "auto" else read_labels(mode)
+    _check_length(mode, len(values), [table.num_rows])
+    codes, names = encode(values)
+    return codes if names else None
+
+
+def _chosen(values: np.ndarray, uri: str, run: RunDirectory) -> np.ndarray:
+    """The labels of the images that data.limit kept."""
+    done = run.manifest(INDEX)
+    images = done.rows if done else run.read_table(INDEX, columns=["image_id"]).num_rows
+    found = int(done.results.get("found", images)) if done else images
+    _check_length(uri, len(values), (images, found))
+    return values if len(values) == images else values[evenly(found, images)]
+
+
+def _check_length(uri: str, labels: int, images: Sequence[int]) -> None:
+    if labels not in images:
+        raise DataError(
+            f"data.labels={uri} has {labels:,} labels, but there are {images[0]:,} images: it must "
+            "have one label per image, in the order of the index"
+        )
+
+
+def read_labels(uri: str) -> np.ndarray:
+    """A .npy file, or text with one label a line. Returns [N] of integers or of objects."""
+    try:
+        data = storage.read(uri)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"data.labels={uri} cannot be read: {error}") from None
+    try:
+        array = suffix_of(uri) == "npy"
+        values = np.load(io.BytesIO(data), allow_pickle=False) if array else None
+        if values is None:
+            return np.array([line.strip() for line in data.decode().splitlines()], dtype=object)
+    except (ValueError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"data.labels={uri} is neither .npy nor text: {error}") from None
+    if values.ndim != 1:
+        raise DataError(f"data.labels={uri} must have one label per image, not {values.shape}")
+    if values.dtype.kind == "f" and np.array_equal(values, np.rint(values)):
+        return values.astype(np.int64)
+    if values.dtype.kind not in "iuUSb":
+        raise DataError(f"data.labels={uri} must hold integers or text, not {values.dtype}")
+    return values
+
+
+def encode(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Labels as codes int64 [N] and their names, sorted (as numbers where all are integers).
+
+    None, empty text and negative integers mean: no label, code -1.
+    """
+    if values.dtype.kind in "iub":
+        texts = values.astype(np.int64)
+        known = texts >= 0
+    else:
+        texts = np.array(
+            ["" if v is None else v.decode() if isinstance(v, bytes) else str(v) for v in values],
+            dtype=str,
+        )
+        known = texts != ""
+        texts, known = _as_integers(texts, known)
+    codes = np.full(len(values), -1, np.int64)
+    names, codes[known] = np.unique(texts[known], return_inverse=True)
+    return codes, [str(name) for name in names]
+
+
+def _as_integers(texts: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Integers, where all known texts are such (as written by str), so that 10 comes after 9."""
+    distinct = np.unique(texts[known])
+    if not all(t.removeprefix("-").isdecimal() and str(int(t)) == t for t in distinct):
+        return texts, known
+    numbers = np.full(len(texts), -1, np.int64)
+    numbers[known] = texts[known].astype(np.int64)
+    return numbers, numbers >= 0

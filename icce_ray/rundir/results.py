@@ -1,0 +1,129 @@
+"""What a finished run found, for use in Python: read from its directory when asked for.
+
+Shapes: N images, B new images, D features, K clusters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from icce_ray.errors import ArtifactError, ConfigError
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.storage import split_options
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run directory. Rows are images in the order of the listing; images that could not be read
+    have none.
+
+    Each attribute raises ArtifactError while the stage that makes it is not finished.
+    """
+
+    run_dir: str
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Cluster of each image: int32 [N], 0..K-1, by decreasing size."""
+        return self._consensus["cluster"].to_numpy()
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """How sure that is: float32 [N], 0..1."""
+        return self._consensus["confidence"].to_numpy()
+
+    @cached_property
+    def uris(self) -> list[str]:
+        """Where each image is, [N]: a file, or FILE#ROW."""
+        index = self._table("index", "image_id", "uri")
+        return index["uri"].take(self._consensus["image_id"].combine_chunks()).to_pylist()
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Scores: `acc`, `nmi` and `ari` where there is ground truth, and label-free ones."""
+        self.require("evaluation")
+        return dict(self._directory.read_json("evaluation", "metrics.json"))
+
+    @cached_property
+    def classifier(self) -> Any:
+        """The classifier: a torch module that takes unit rows [B, D] (fine-tuned: images)."""
+        from icce_ray.core.classifier import model
+
+        self.require("classifier")
+        weights = self._directory.read_bytes("classifier", "classifier.safetensors")
+        return model.load(weights, self._directory.read_json("classifier", "classifier.json"))
+
+    def predict(self, embeddings: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Labels int32 [B] and confidence float32 [B] of new embeddings [B, D].
+
+        They must be of the same backbones as the run's. For images, see `icce_ray.predict`.
+
+        Raises:
+            ConfigError: the classifier was fine-tuned, and takes images.
+            DataError: embeddings that cannot be used, or have another number of features.
+        """
+        from icce_ray.core import method
+        from icce_ray.core.classifier.model import Classifier
+
+        if not isinstance(self.classifier, Classifier):
+            raise ConfigError(
+                f"the classifier of {self.run_dir} was fine-tuned and takes images, not "
+                "embeddings; use icce_ray.predict(run_dir, images)"
+            )
+        return method.predict(self.classifier, embeddings)
+
+    @cached_property
+    def _directory(self) -> RunDirectory:
+        return RunDirectory(self.run_dir)
+
+    @cached_property
+    def _consensus(self) -> pa.Table:
+        return self._table("consensus", "image_id", "cluster", "confidence")
+
+    def _table(self, folder: str, *columns: str) -> pa.Table:
+        self.require(folder)
+        return self._directory.read_table(folder, columns=columns)
+
+    def require(self, folder: str) -> None:
+        """Raise ArtifactError where the stage of a folder is not finished."""
+        if self._directory.manifest(folder) is None:
+            raise ArtifactError(
+                f"{self.run_dir} has no finished {folder}/; finish it by icce-ray run"
+            )
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Labels of new images. Rows are images in the order of their listing."""
+
+    folder: str  # with the Parquet files
+    scores: dict[str, float]  # acc, nmi, ari where the images have labels
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Cluster of each image: int32 [B]; -1 where it could not be decoded."""
+        return self._table["cluster"].to_numpy()
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """Its probability: float32 [B]."""
+        return self._table["confidence"].to_numpy()
+
+    @cached_property
+    def uris(self) -> list[str]:
+        """Where each image is, [B]."""
+        return self._table["uri"].to_pylist()
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        uri, options = split_options(self.folder)
+        parent, _, name = uri.rstrip("/").rpartition("/")
+        directory = RunDirectory(parent + options)
+        return directory.read_table(name, columns=("uri", "cluster", "confidence"))

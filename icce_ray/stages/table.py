@@ -1,0 +1,265 @@
+"""The chain: every stage's name, folder and inputs, the settings its result depends on, its needs.
+
+Nothing heavy is imported here: a stage's own file is imported when the stage runs, so that a
+command that only looks at a run, or skips all of it, starts at once. Even the settings' tree takes
+a third of a second to define, which `icce-ray status` does not need.
+
+Shapes: N images, D features, M neighbors, H heads, K clusters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from icce_ray.core import constants
+from icce_ray.core.evaluation.kmeans import kmeans_is_large
+from icce_ray.stages.base import Need, Size, Stage
+
+if TYPE_CHECKING:
+    from icce_ray.config.schema import Config
+    from icce_ray.distributed.cluster import Cluster
+
+FEATURES = 1024  # D of a plan, while it is not known
+LISTING = 450  # bytes of memory per image while listing, as measured
+VIT_L = 304e6  # weights; a backbone's own number is not known before it is made
+
+QUERY_ROWS = 65_536  # of one Ray task of the search, and of the file that it writes
+SEARCHED = ("pca", "search", "nprobe", "max_neighbors")  # of the group neighbors
+SELECTED = ("rule", "k", "threshold", "min_neighbors")  # of the same group
+
+
+def settings(group: Any) -> Any:
+    """The values of a group of settings that can change a result. See config.schema.settings."""
+    from icce_ray.config import schema
+
+    return schema.settings(group)
+
+
+# --- index ---------------------------------------------------------------------------------------
+
+
+def _index_settings(config: Config) -> dict[str, Any]:
+    data: dict[str, Any] = settings(config.data)
+    del data["labels"]  # ground truth is evaluate's
+    return {"data": data}
+
+
+def _index_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    images = size.images or 0
+    return Need(memory=images * LISTING, disk=images * 40.0, where="driver")
+
+
+# --- embed ---------------------------------------------------------------------------------------
+
+
+def _embed_settings(config: Config) -> dict[str, Any]:
+    if config.data.embeddings:  # which is in the settings of `index`
+        return {"source": "embeddings that were given"}
+    embed = settings(config.embed)
+    del embed["max_bad_fraction"]  # decides whether there is a result, not which
+    return {"backbone": settings(config.backbone), "embed": embed}
+
+
+def _embed_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    rows, width = size.images or 0, size.features or FEATURES
+    disk = 2.0 * rows * width
+    if config.data.embeddings:
+        memory = 8.0 * min(rows, config.embed.shard_size) * width
+        return Need(memory=memory, disk=disk, where="driver")
+    flight = min(rows, 4 * config.embed.shard_size)
+    where = "Ray Data: CPU tasks decode, actors embed"
+    return Need(memory=1e9 + 4.0 * flight * width, disk=disk, where=where)
+
+
+# --- search and select ---------------------------------------------------------------------------
+
+
+def _search_settings(config: Config) -> dict[str, Any]:
+    return {"neighbors": {name: getattr(config.neighbors, name) for name in SEARCHED}}
+
+
+def _search_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    images, given = size.images or 0, size.features or FEATURES
+    features = min(given, config.neighbors.pca or given)
+    lists = 6.0 * images * min(config.neighbors.max_neighbors, max(images, 1))
+    one = lists * min(1.0, QUERY_ROWS / max(images, 1))  # what one task finds
+    chunk = 4.0 * (constants.QUERY_CHUNK + features) * constants.BASE_CHUNK
+    # Nothing is started to find out what there is; a cluster is taken to search exactly.
+    cores = os.cpu_count() or 1
+    seconds = constants.exact_seconds(images, features, cores, 0) if cluster.is_local else 0.0
+    approximate = constants.is_approximate(config.neighbors.search, seconds)
+    index = constants.ivf_bytes(images, features) if approximate else 0.0
+    # As arrays on the node: the embeddings and their numbers, their components, the index.
+    arrays = 2.0 * images * given + 8.0 * images
+    arrays += 2.0 * images * features * ((features < given) + approximate)
+    return Need(memory=max(2 * one, index) + chunk, disk=lists, cache=arrays, where="Ray tasks")
+
+
+def _select_settings(config: Config) -> dict[str, Any]:
+    """With num_classes, which cuts k."""
+    chosen = {name: getattr(config.neighbors, name) for name in SELECTED}
+    return {"neighbors": chosen, "num_classes": config.num_classes}
+
+
+def _select_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    """The similarities as a mapped array and as what is compared; the lists as arrays; counts."""
+    images = size.images or 0
+    lists = 1.0 * images * min(config.neighbors.max_neighbors, max(images, 1))
+    return Need(memory=3 * lists + 16.0 * images, disk=16.0 * images, cache=6 * lists)
+
+
+# --- heads and consensus -------------------------------------------------------------------------
+
+
+def _heads_settings(config: Config) -> dict[str, Any]:
+    """With what stands for the settings not given, so that other defaults make other heads."""
+    heads, clusters = config.heads, config.head_clusters
+    resolved = {
+        "clusters": clusters,
+        "steps": heads.steps or constants.default_steps(clusters),
+        "batch_size": heads.batch_size or constants.default_batch(clusters),
+        "balance": settings(heads.balances),
+    }
+    return {"heads": {**settings(heads), **resolved}, "seed": config.seed}
+
+
+def _heads_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    images, features = size.images or 0, size.features or FEATURES
+    inputs = min(features, config.heads.pca or features)
+    widths = [inputs, *config.heads.hidden, config.head_clusters]
+    weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.heads.count
+    pairs = config.heads.batch_size or constants.default_batch(config.head_clusters)
+    own = math.ceil(config.heads.count / max(1, config.heads.num_workers or 1))
+    activations = 2 * pairs * own * (sum(widths[1:]) + 4 * config.head_clusters) * 4 * 2
+    matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4)
+    assigned = images * config.heads.count * 2
+    # student, teacher, gradient and AdamW's two moments: five copies of the weights, float32
+    memory = matrix + 5 * 4 * weights + activations + assigned
+    disk = assigned + 4 * 4 * weights
+    return Need(memory=memory, disk=disk, cache=16.0 * images, where="train workers")
+
+
+def _consensus_settings(config: Config) -> dict[str, Any]:
+    from icce_ray.config.schema import KEEP_LEAST, KEEP_SHARE
+
+    keep = config.consensus.keep or [KEEP_SHARE, KEEP_LEAST]
+    return {
+        "consensus": {**settings(config.consensus), "keep": keep},
+        "evidence": constants.EVIDENCE,
+        "confidence": constants.CONFIDENCE_NEIGHBORS,
+        "num_classes": config.num_classes,
+        "seed": config.seed,
+    }
+
+
+def _consensus_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    """From measurements: the label matrix twice, and the graph or table of the method."""
+    images, heads = size.images or 0, config.heads.count
+    assigned = images * heads * (2 if config.head_clusters < 2**15 else 4)
+    fitted = min(images, constants.FITTED_ROWS)
+    graph = {
+        "cspa": 26.0 * min(images, constants.CSPA_ROWS) ** 2,
+        "hbgf": 280.0 * fitted * heads,
+        "dawid-skene": 60.0 * fitted * heads,
+    }
+    memory = 2e8 + 2 * assigned + graph.get(config.consensus.method, 0.0)
+    return Need(memory=memory, disk=16.0 * images, cache=1.0 * assigned, where="one task")
+
+
+# --- classify ------------------------------------------------------------------------------------
+
+
+def _classify_settings(config: Config) -> dict[str, Any]:
+    return {
+        "classifier": settings(config.classifier),
+        "num_classes": config.num_classes,
+        "seed": config.seed,
+    }
+
+
+def _classify_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    count, features, chosen = size.images or 0, size.features or FEATURES, config.classifier
+    answers = 16.0 * count
+    head = features * constants.HIDDEN if chosen.kind == "mlp" else features * config.num_classes
+    if chosen.kind != "finetune":
+        batch = chosen.batch_size * (features + config.num_classes) * 4 * 4
+        memory = count * features * 2 + batch + 16 * head
+        where = "train workers" if chosen.num_workers else "one Ray task"
+        return Need(memory=memory, disk=answers, cache=answers, where=where)
+    pixels = 3 * (config.backbone[0].image_size or 224) ** 2
+    buffer = constants.SHUFFLE_BATCHES * chosen.batch_size * pixels
+    weights = 4 * 4 * VIT_L  # with their gradient and two moments
+    disk = answers + 2 * 3 * 4 * VIT_L
+    return Need(memory=weights + buffer, disk=disk, cache=answers, where="train workers")
+
+
+# --- evaluate and report -------------------------------------------------------------------------
+
+
+def _evaluate_settings(config: Config) -> dict[str, Any]:
+    return {
+        "evaluate": settings(config.evaluate),
+        "labels": config.data.labels,
+        "seed": config.seed,
+        "num_classes": config.num_classes,
+    }
+
+
+def _evaluate_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    """Memory is that of the k-means task: one float32 copy of what it holds at once."""
+    rows, width = size.images or 0, size.features or 0
+    large = kmeans_is_large(rows, width, config.num_classes)
+    held = min(rows, max(100_000, 256 * config.num_classes)) if large else rows
+    memory = 4.0 * held * width * 2
+    return Need(memory=memory, disk=2e6, cache=16.0 * rows, where="one task (k-means)")
+
+
+def _report_settings(config: Config) -> dict[str, Any]:
+    return {**_evaluate_settings(config), "report": settings(config.report)}
+
+
+def _report_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    """Columns of a few bytes per image, the page twice (pieces and text)."""
+    page = config.report.max_megabytes * 1e6
+    return Need(memory=120.0 * (size.images or 0) + 3 * page, disk=page)
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("index", "index", (), _index_settings, _index_needs),
+    Stage("embed", "embeddings", ("index",), _embed_settings, _embed_needs),
+    Stage("search", "neighbors", ("embed",), _search_settings, _search_needs),
+    Stage("select", "selection", ("embed", "search"), _select_settings, _select_needs),
+    Stage("heads", "heads", ("embed", "search", "select"), _heads_settings, _heads_needs),
+    Stage("consensus", "consensus", ("search", "heads"), _consensus_settings, _consensus_needs),
+    Stage(
+        "classify",
+        "classifier",
+        ("index", "embed", "consensus"),
+        _classify_settings,
+        _classify_needs,
+    ),
+    Stage(
+        "evaluate",
+        "evaluation",
+        ("index", "embed", "search", "select", "heads", "consensus", "classify"),
+        _evaluate_settings,
+        _evaluate_needs,
+    ),
+    Stage(
+        "report",
+        "report",
+        ("index", "embed", "search", "select", "heads", "consensus", "classify", "evaluate"),
+        _report_settings,
+        _report_needs,
+        is_view=True,
+    ),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def stage(name: str) -> Stage:
+    """The stage of that name."""
+    return STAGES[NAMES.index(name)]

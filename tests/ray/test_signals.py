@@ -1,0 +1,107 @@
+"""SIGTERM while heads train, as `timeout`, systemd and Slurm send it: to more than the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray  # noqa: F401
+
+import psutil  # isort: skip  # comes with Ray, and is found once that is imported
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+PATIENCE = 600.0  # seconds; only a hang is that long
+SETTINGS = """
+num_classes: 3
+data: {labels: none}
+neighbors: {max_neighbors: 10, pca: null}
+heads: {count: 4, steps: 3000, batch_size: 256, checkpoint_every: 50}
+evaluate: {kmeans: false}
+"""
+
+
+def until(what: str, ready: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """A function that starts the run, in a process group of its own, as a shell does."""
+    rng = np.random.default_rng(0)
+    x = np.eye(3, 16)[np.arange(240) % 3] + 0.2 * rng.normal(size=(240, 16))
+    np.save(tmp_path / "x.npy", x.astype(np.float32))
+    (tmp_path / "small.yaml").write_text(SETTINGS)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run() -> subprocess.Popen[bytes]:
+        settings = [f"data.embeddings={tmp_path}/x.npy", f"run_dir={tmp_path}/run"]
+        with (tmp_path / f"{len(started)}.txt").open("wb") as printed:
+            command = [sys.executable, "-m", "icce_ray.cli", "run", str(tmp_path / "small.yaml")]
+            process = subprocess.Popen(
+                [*command, *settings],
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def everything(driver: int) -> None:
+    """SIGTERM to the driver's group and to all below it, Ray's processes first, as Slurm does."""
+    below = psutil.Process(driver).children(recursive=True)
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    os.killpg(driver, signal.SIGTERM)
+
+
+def group(driver: int) -> None:
+    """SIGTERM to the driver and again to its group, as `timeout` does."""
+    os.kill(driver, signal.SIGTERM)
+    os.killpg(driver, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("terminate", [group, everything])
+def test_a_terminated_run_stops_in_order_and_resumes(
+    tmp_path: Path, start: Any, terminate: Callable[[int], None]
+) -> None:
+    run = tmp_path / "run"
+    first = start()
+    checkpoints = run / "heads" / "train"
+    until("a checkpoint", lambda: list(checkpoints.glob("*/complete.json")) or first.poll())
+    assert first.poll() is None, (tmp_path / "0.txt").read_text()
+    terminate(first.pid)
+    assert first.wait(PATIENCE) in (130, 143)
+    printed = (tmp_path / "0.txt").read_text()
+    assert "stopped; run the same command again to resume" in printed
+    assert "GCS" not in printed and "Traceback" not in printed, printed
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert not (run / "heads" / "manifest.json").exists()
+
+    second = start()
+    assert second.wait(PATIENCE) == 0, (tmp_path / "1.txt").read_text()
+    assert "resumed from the checkpoint at " in (tmp_path / "1.txt").read_text()
+    assert json.loads((run / "status.json").read_text())["state"] == "done"

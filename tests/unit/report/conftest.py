@@ -1,0 +1,85 @@
+"""A parsed page, for the tests of both pages."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+
+VOID = {"meta", "img", "input", "br", "link", "hr"}
+LOADS = {"src", "href", "data", "action", "poster", "srcset", "xlink:href"}
+
+
+class Page(HTMLParser):
+    """Checks that tags match, and collects what the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.images: list[dict[str, str]] = []
+        self.rows: list[list[str]] = []  # of all tables
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"an attribute given twice: {attrs}"
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):  # <path/> of the charts
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("style", "script"):
+            return
+        self.words.append(data)
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        """All words, without markup, style and script."""
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def ids(self) -> list[str]:
+        return [value or "" for name, value in self.attributes if name == "id"]
+
+    @property
+    def loads(self) -> list[str]:
+        """Addresses the page names."""
+        return [value or "" for name, value in self.attributes if name in LOADS]
+
+    @property
+    def handlers(self) -> list[str]:
+        """Attributes that would run a script."""
+        return [name for name, _ in self.attributes if name.startswith("on")]
+
+    @property
+    def trials(self) -> list[list[str]]:
+        """Rows of a sweep's table of trials, without its head."""
+        width = len(self.rows[0])
+        return [[cell.strip() for cell in row] for row in self.rows[1:] if len(row) == width]
+
+
+@pytest.fixture
+def parse():
+    """parse(text) -> Page."""
+    return Page
