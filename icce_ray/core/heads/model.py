@@ -52,44 +52,66 @@ class BatchedLinear(nn.Module):
         for weight, generator in zip(self.weight.data, generators, strict=True):
             weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Outputs times `scale`."""
-        weight, bias = self.weight.to(x.dtype), self.bias
-        if x.dim() == 3:
-            return _affine(x, weight, bias, scale)
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return self.logits(with_ones(x))
+        out = torch.bmm(x, self.weight.to(x.dtype))
+        return out if self.bias is None else out + self.bias
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Outputs [H, B, O] for inputs that all heads share, [B, I'], as `with_ones` gives them.
+
+        With the bias as a further input, the product is all there is: to add it afterwards would
+        cost a pass over the outputs, which are by far the largest array of a training step.
+        """
+        count, _, outputs = self.weight.shape
+        columns = self._columns(x)
         if not self.short:
-            return _affine(x.expand(len(weight), *x.shape), weight, bias, scale)
+            return torch.bmm(x.expand(count, *x.shape), columns.transpose(1, 2))
         # One plain product over all heads' columns: with few outputs per head a batched one is up
         # to a hundred times slower on CPUs. The result is [H, O, B] in memory: over a last axis
         # shorter than their vector units, softmax and sums are several times slower. What is done
         # element by element, or reduced, keeps that layout.
-        heads, _, outputs = weight.shape
-        columns = self.columns(weight)
-        if bias is None:
-            out = columns @ x.T * scale if scale != 1 else columns @ x.T
-        else:
-            flat = bias.to(x.dtype).reshape(-1, 1)
-            out = torch.addmm(flat, columns, x.T, beta=scale, alpha=scale)
-        return out.view(heads, outputs, len(x)).transpose(1, 2)
+        flat = columns.reshape(count * outputs, x.shape[1])
+        return (flat @ x.T).view(count, outputs, len(x)).transpose(1, 2)
 
-    def columns(self, weight: Tensor) -> Tensor:
-        """[H, I, O] of a short layer as one matrix [H O, I], without a copy."""
-        return weight.transpose(1, 2).reshape(-1, weight.shape[1])
+    def _columns(self, x: Tensor) -> Tensor:
+        """Weights and biases for inputs [B, I'], in their type: [H, O, I'] (short: in memory)."""
+        count, inputs, outputs = self.weight.shape
+        further = self.weight.new_zeros(count, x.shape[1] - inputs, outputs)
+        if self.bias is not None:
+            further[:, :1] = self.bias
+        if self.short:
+            joined = torch.cat([self.weight.transpose(1, 2), further.transpose(1, 2)], 2)
+            return joined.to(x.dtype)
+        return torch.cat([self.weight, further], 1).to(x.dtype).transpose(1, 2)
 
     @torch.no_grad()
     def set_gradients(self, x: Tensor, gradient: Tensor, row_weights: Tensor) -> None:
-        """Gradients of weight and bias, from inputs [B, I] shared by all heads, the gradient to the
-        outputs, [H, B, O] as `forward` lays them out, and weights of its rows, [B]."""
-        heads, inputs, outputs = self.weight.shape
+        """Gradients of weight and bias, from the inputs [B, I'] and the gradient [H, B, O] of what
+        `logits` gave, in its layout, and weights of the rows, [B]."""
+        count, inputs, outputs = self.weight.shape
         weighted = x * row_weights.to(x.dtype).unsqueeze(1)
         if self.short:
-            flat = gradient.transpose(1, 2).reshape(heads * outputs, len(x))
-            self.weight.grad = (flat @ weighted).view(heads, outputs, inputs).transpose(1, 2)
+            flat = gradient.transpose(1, 2).reshape(count * outputs, len(x))
+            found = (flat @ weighted).view(count, outputs, x.shape[1]).transpose(1, 2)
         else:
-            self.weight.grad = _product(weighted.T.expand(heads, inputs, len(x)), gradient)
+            found = _product(weighted.T.expand(count, x.shape[1], len(x)), gradient)
+        # Copies in the parameters' own layout, which a fused optimizer asks for.
+        self.weight.grad = torch.empty_like(self.weight).copy_(found[:, :inputs])
         if self.bias is not None:
-            rows = row_weights.to(x.dtype).expand(heads, 1, len(x))
-            self.bias.grad = _product(rows, gradient)
+            self.bias.grad = torch.empty_like(self.bias).copy_(found[:, inputs : inputs + 1])
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """Inputs [B, I] and a column of ones, for the bias. In half precision with further columns of
+    zeros, since GPUs multiply matrices faster whose widths are multiples of 8."""
+    rows, inputs = x.shape
+    further = 8 - inputs % 8 if x.dtype == torch.float16 else 1
+    out = x.new_zeros(rows, inputs + further)
+    out[:, :inputs] = x
+    out[:, inputs] = 1
+    return out
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -97,13 +119,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return torch.bmm(a, b)
     return torch.bmm(a, b, out_dtype=torch.float32)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """scale (x W + b), batched over heads."""
-    if bias is None:
-        return torch.bmm(x, weight) * scale if scale != 1 else torch.bmm(x, weight)
-    return torch.baddbmm(bias.to(x.dtype), x, weight, beta=scale, alpha=scale)
 
 
 class BatchedNorm(nn.Module):

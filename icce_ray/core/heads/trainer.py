@@ -27,11 +27,12 @@ from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.constants import default_batch
 from icce_ray.core.heads import closed_form
 from icce_ray.core.heads.closed_form import Running, Target, Terms
-from icce_ray.core.heads.model import Heads, kmeans_start
+from icce_ray.core.heads.model import Heads, kmeans_start, with_ones
 from icce_ray.core.optimizer import AdamW
 from icce_ray.core.projection import Projection, project
 from icce_ray.core.sampling import seed_of
 from icce_ray.core.schedule import cosine_rise, warmup_cosine
+from icce_ray.core.tensors import below
 from icce_ray.errors import StageError
 
 WEIGHT_DECAY = 1e-4  # AdamW's, as TEMI's
@@ -177,9 +178,10 @@ class HeadTrainer:
         about = (self.terms, self.target, self.running, weigh, want_loss)
         if self.linear:
             with torch.no_grad():
-                student, teacher = (h.last(rows, inverse) for h in (self.student, self.teacher))
+                x = with_ones(rows) * inverse
+                student, teacher = (heads.last.logits(x) for heads in (self.student, self.teacher))
                 loss, gradient, weights = self.objective(student, teacher, *about)
-            self.student.last.set_gradients(rows, gradient, self._row_weights(weights) * inverse)
+            self.student.last.set_gradients(x, gradient, self._row_weights(weights))
             return loss
         with self._autocast():
             student = self.student(rows) * inverse
@@ -276,7 +278,7 @@ class HeadTrainer:
             index = chosen[start : start + ASSIGN_ROWS]
             x = self.data.rows(index).to(self.dtype)
             with self._autocast():
-                logits = self.teacher.last(x) if self.linear else self.teacher(x)
+                logits = self.teacher.last.logits(with_ones(x)) if self.linear else self.teacher(x)
             out[start : start + len(index)] = logits.argmax(-1).T
             if on_rows:
                 on_rows(start + len(index))
@@ -328,8 +330,8 @@ class HeadTrainer:
             raise StageError(f"the checkpoint lacks heads {missing[:5]}")
         pick = torch.tensor([order[n] for n in self.numbers])
         mine = {k: v[pick] if _per_head(k) else v for k, v in merged.items()}
-        self.student.load_state_dict(_below(mine, "student."))
-        self.teacher.load_state_dict(_below(mine, "teacher."))
+        self.student.load_state_dict(below(mine, "student."))
+        self.teacher.load_state_dict(below(mine, "teacher."))
         for name, mean in vars(self.running).items():
             mean.copy_(mine[name])
         self.step_number = int(mine["step"])
@@ -363,7 +365,3 @@ def merge_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _per_head(key: str) -> bool:
     return key not in ("step", "history_steps")
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
