@@ -7,6 +7,7 @@
     python jobs/benchmark.py truth       the label-free scores of the true classes themselves
     python jobs/benchmark.py imbalance   classes of unequal size, cut from a finished run's data
     python jobs/benchmark.py pace        accuracy over the time of training, beside TEMI's recipe
+    python jobs/benchmark.py speed       each part beside a baseline and the machine's ceiling
     python jobs/benchmark.py alone       the parts of the method on one device, without Ray
     python jobs/benchmark.py startup     the time of commands that compute nothing
 
@@ -239,6 +240,37 @@ def startup(
 
     measured = starting.measure(run_dir, config, repeats)
     print(json.dumps(measured) if as_json else starting.table(measured))
+
+
+@app.command()
+def speed(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="heads, hidden, start, search, assign, probe, whole; default: all."),
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="N; default: ImageNet's on a GPU, else 60,000.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    out: Out = Path("runs/speed"),
+) -> None:
+    """Each part of the method beside a baseline and this machine's ceiling, without Ray."""
+    from benchmarks import speed as fast
+
+    from icce_ray.errors import ConfigError
+
+    chosen = parts or list(fast.PARTS)
+    if unknown := set(chosen) - set(fast.PARTS):
+        raise ConfigError(f"no part {unknown.pop()!r}; the parts are {', '.join(fast.PARTS)}")
+    ceiling, measured = fast.measure(chosen, _device(device), rows, _tell)
+    about = {"machine": machine(), "ceiling": asdict(ceiling)}
+    content = {**about, "parts": [asdict(row) for row in measured]}
+    if as_json:
+        print(json.dumps(content))
+        return
+    notes = "\n".join(f"- {row.part}: {row.note}" for row in measured if row.note)
+    publish(out, f"{fast.table(ceiling, measured)}\n\n{notes}", content)
 
 
 def _tell(line: str) -> None:

@@ -213,8 +213,9 @@ class HeadsConfig(Node):
     teacher_momentum: Fraction = 0.5
     """Momentum of the moving-average teacher at the start; it rises to 1 along a cosine. TEMI's
     0.996 suits trainings a hundred times as long: a teacher that lags holds the heads back."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the matrix products; losses and Sinkhorn stay in float32."""
+    precision: Literal["auto", "float32"] = "auto"
+    """Arithmetic of the matrix products. auto: half precision on GPUs (float16, with hidden layers
+    bfloat16), float32 on CPUs. Losses and Sinkhorn-Knopp are always float32."""
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
     """Ray Train workers. 0: train in the driver's process. Default: one per GPU; without GPUs, 0 on
     a local Ray and 1 on a cluster."""

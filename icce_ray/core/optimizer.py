@@ -48,6 +48,8 @@ class AdamW:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
+            if not ready:
+                continue
             slots = [self._slots(parameter) for parameter in ready]
             adamw(
                 ready,
@@ -63,13 +65,14 @@ class AdamW:
                 weight_decay=group["weight_decay"],
                 eps=EPSILON,
                 maximize=False,
+                fused=ready[0].is_cuda,  # one pass over memory instead of ten
             )
 
     def _slots(self, parameter: Tensor) -> dict[str, Tensor]:
         """Step number and moments of a parameter."""
         if parameter not in self.state:
             self.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -60,7 +60,7 @@ def _train(worker: Worker, config: Mapping[str, Any]) -> None:
         trainer.restore(states)
         history.restore(states)
     while trainer.step_number < trainer.steps:
-        history.add(trainer.step())
+        history.step()
         worker.progress(trainer.step_number, history.note)
         if probe is not None and probe.due(trainer):
             worker.progress(trainer.step_number, force=True, score=probe.score(trainer))
@@ -108,12 +108,14 @@ class _History:
         self.losses: list[Tensor] = []
         self.last: Tensor | None = None  # [H], on the device
 
-    def add(self, loss: Tensor) -> None:
-        """Take in the losses of one step, [H]. Does not wait for the device, which would then have
-        nothing to do until the host has prepared the next step."""
-        self.last = loss
-        if self.trainer.step_number % self.every == 0:
-            self.steps.append(self.trainer.step_number)
+    def step(self) -> None:
+        """One step of the training. Only where its loss is recorded is one computed, and waited
+        for: else the device would have nothing to do until the host has prepared the next step."""
+        trainer = self.trainer
+        loss = trainer.step(want_loss=(trainer.step_number + 1) % self.every == 0)
+        if loss is not None:
+            self.last = loss
+            self.steps.append(trainer.step_number)
             self.losses.append(loss.cpu())
 
     def note(self) -> str:

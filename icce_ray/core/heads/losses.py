@@ -21,6 +21,13 @@ def log_softmax(logits: Tensor) -> Tensor:
     return logits.transpose(1, 2).log_softmax(1).transpose(1, 2)
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """As `log_softmax`, probabilities."""
+    if logits.stride(-1) == 1:
+        return logits.softmax(-1)
+    return logits.transpose(1, 2).softmax(1).transpose(1, 2)
+
+
 def pmi(
     log_student: Tensor,
     log_teacher: Tensor,

@@ -39,31 +39,86 @@ class BatchedLinear(nn.Module):
 
     def __init__(self, heads: int, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, inputs, outputs))
+        # Few outputs are laid out as [H, O, I] in memory: see `forward`.
+        self.short = outputs < SHORT
+        memory = (heads, outputs, inputs) if self.short else (heads, inputs, outputs)
+        weight = torch.empty(memory)
+        self.weight = nn.Parameter(weight.transpose(1, 2) if self.short else weight)
         self.bias = nn.Parameter(torch.zeros(heads, 1, outputs)) if bias else None
 
     def reset(self, generators: Sequence[torch.Generator]) -> None:
         """Kaiming-uniform, as torch.nn.Linear, head by head."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         for weight, generator in zip(self.weight.data, generators, strict=True):
-            weight.uniform_(-bound, bound, generator=generator)
+            weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        shared = x.dim() == 2
-        out = self._shared_input(x) if shared else torch.bmm(x, self.weight.to(x.dtype))
+        if x.dim() == 2:
+            return self.logits(with_ones(x))
+        out = torch.bmm(x, self.weight.to(x.dtype))
         return out if self.bias is None else out + self.bias
 
-    def _shared_input(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """Outputs [H, B, O] for inputs that all heads share, [B, I'], as `with_ones` gives them.
+
+        With the bias as a further input, the product is all there is: to add it afterwards would
+        cost a pass over the outputs, which are by far the largest array of a training step.
+        """
+        count, _, outputs = self.weight.shape
+        columns = self._columns(x)
+        if not self.short:
+            return torch.bmm(x.expand(count, *x.shape), columns.transpose(1, 2))
         # One plain product over all heads' columns: with few outputs per head a batched one is up
-        # to a hundred times slower on CPUs. Few outputs are laid out as [H, O, B]: over a last axis
-        # that is shorter than their vector units, softmax and sums are several times slower. What
-        # is done element by element, or reduced, keeps that layout.
-        heads, inputs, outputs = self.weight.shape
-        if outputs < SHORT:
-            columns = self.weight.transpose(1, 2).reshape(heads * outputs, inputs)
-            return (columns.to(x.dtype) @ x.T).view(heads, outputs, len(x)).transpose(1, 2)
-        columns = self.weight.permute(1, 0, 2).reshape(inputs, heads * outputs)
-        return (x @ columns.to(x.dtype)).view(len(x), heads, outputs).permute(1, 0, 2).contiguous()
+        # to a hundred times slower on CPUs. The result is [H, O, B] in memory: over a last axis
+        # shorter than their vector units, softmax and sums are several times slower. What is done
+        # element by element, or reduced, keeps that layout.
+        flat = columns.reshape(count * outputs, x.shape[1])
+        return (flat @ x.T).view(count, outputs, len(x)).transpose(1, 2)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """Weights and biases for inputs [B, I'], in their type: [H, O, I'] (short: in memory)."""
+        count, inputs, outputs = self.weight.shape
+        further = self.weight.new_zeros(count, x.shape[1] - inputs, outputs)
+        if self.bias is not None:
+            further[:, :1] = self.bias
+        if self.short:
+            joined = torch.cat([self.weight.transpose(1, 2), further.transpose(1, 2)], 2)
+            return joined.to(x.dtype)
+        return torch.cat([self.weight, further], 1).to(x.dtype).transpose(1, 2)
+
+    @torch.no_grad()
+    def set_gradients(self, x: Tensor, gradient: Tensor, row_weights: Tensor) -> None:
+        """Gradients of weight and bias, from the inputs [B, I'] and the gradient [H, B, O] of what
+        `logits` gave, in its layout, and weights of the rows, [B]."""
+        count, inputs, outputs = self.weight.shape
+        weighted = x * row_weights.to(x.dtype).unsqueeze(1)
+        if self.short:
+            flat = gradient.transpose(1, 2).reshape(count * outputs, len(x))
+            found = (flat @ weighted).view(count, outputs, x.shape[1]).transpose(1, 2)
+        else:
+            found = _product(weighted.T.expand(count, x.shape[1], len(x)), gradient)
+        # Copies in the parameters' own layout, which a fused optimizer asks for.
+        self.weight.grad = torch.empty_like(self.weight).copy_(found[:, :inputs])
+        if self.bias is not None:
+            self.bias.grad = torch.empty_like(self.bias).copy_(found[:, inputs : inputs + 1])
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """Inputs [B, I] and a column of ones, for the bias. In half precision with further columns of
+    zeros, since GPUs multiply matrices faster whose widths are multiples of 8."""
+    rows, inputs = x.shape
+    further = 8 - inputs % 8 if x.dtype == torch.float16 else 1
+    out = x.new_zeros(rows, inputs + further)
+    out[:, :inputs] = x
+    out[:, inputs] = 1
+    return out
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product in float32, also of half-precision factors."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out_dtype=torch.float32)
 
 
 class BatchedNorm(nn.Module):
@@ -122,13 +177,6 @@ class Heads(nn.Module):
         self.last = BatchedLinear(count, widths[-1], clusters, bias=not self.cosine)
         self._reset(numbers, seed)
 
-    @property
-    def first(self) -> BatchedLinear:
-        """The layer that sees the embeddings."""
-        first = next(iter(self.layers), self.last)
-        assert isinstance(first, BatchedLinear)
-        return first
-
     def _reset(self, numbers: Sequence[int], seed: int) -> None:
         seeds = [seed_of(seed, "head weights", number) for number in numbers]
         generators = [torch.Generator().manual_seed(one) for one in seeds]
@@ -151,27 +199,42 @@ class Heads(nn.Module):
         return torch.bmm(x, prototypes.to(x.dtype)).float()
 
 
-def kmeans_start(sample: np.ndarray, clusters: int, seed: int) -> Tensor:
+def kmeans_start(sample: Tensor, clusters: int, seed: int) -> Tensor:
     """First weights of one linear head: centroids of a quick k-means, float32 [P, K].
 
     Each head takes another random half of the rows and of the components, so that heads start
     different; the centroids themselves are taken in all components.
 
     Args:
-        sample: float32 [N, P], unit rows.
+        sample: float32 [N, P], unit rows, on whatever device.
     """
     generator = np.random.default_rng(seed)
-    rows = len(sample) if len(sample) < 4 * clusters else max(len(sample) // 2, 2 * clusters)
-    chosen = sample[np.sort(generator.choice(len(sample), rows, replace=False))]
-    components = np.sort(
-        generator.permutation(sample.shape[1])[: max(1, math.ceil(sample.shape[1] / 2))]
-    )
-    part = np.ascontiguousarray(chosen[:, components])
-    centroids = lloyd(torch.from_numpy(part), clusters, generator)
-    nearest = torch.cdist(torch.from_numpy(part), centroids).argmin(1)
-    sums = torch.zeros(clusters, sample.shape[1]).index_add_(0, nearest, torch.from_numpy(chosen))
-    counts = torch.bincount(nearest, minlength=clusters).clamp_min(1)
-    return (sums / counts.unsqueeze(1)).T.contiguous()
+    count, width = sample.shape
+    rows = count if count < 4 * clusters else max(count // 2, 2 * clusters)
+    picked = np.sort(generator.choice(count, rows, replace=False))
+    components = np.sort(generator.permutation(width)[: max(1, math.ceil(width / 2))])
+    chosen = sample[torch.from_numpy(picked).to(sample.device)]
+    part = chosen[:, torch.from_numpy(components).to(sample.device)].contiguous()
+    nearest = _nearest(part, lloyd(part, clusters, generator))
+    sums, counts = _cluster_sums(chosen, nearest, clusters)
+    return (sums / counts.clamp_min(1).unsqueeze(1)).T.contiguous()
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """Number of the centroid nearest to each row: |x - c|^2 is least where x.c - |c|^2 / 2 is most.
+    [N, P] and [K, P] -> int64 [N]."""
+    half = centroids.square().sum(1).mul_(-0.5)
+    return torch.addmm(half, x, centroids.T).argmax(1)
+
+
+def _cluster_sums(x: Tensor, nearest: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of each cluster [K, P], and their number [K]."""
+    counts = torch.bincount(nearest, minlength=clusters)
+    if x.device.type == "cpu":
+        return x.new_zeros(clusters, x.shape[1]).index_add_(0, nearest, x), counts
+    # A product, since a GPU adds by index in an order of its own: a seed would not repeat.
+    codes = F.one_hot(nearest, clusters).to(x.dtype)
+    return codes.T @ x, counts
 
 
 def _seeds(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
@@ -179,11 +242,11 @@ def _seeds(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
     where its K passes cost more than k-means itself."""
     if clusters > SEEDED or len(x) <= clusters:
         picks = generator.choice(len(x), clusters, replace=len(x) < clusters)
-        return x[torch.from_numpy(picks)].clone()
+        return x[torch.from_numpy(picks).to(x.device)].clone()
     rows = [int(generator.integers(len(x)))]
     nearest = (x - x[rows[0]]).square().sum(1)
     for _ in range(clusters - 1):
-        odds = nearest.double().numpy()
+        odds = nearest.double().cpu().numpy()
         total = odds.sum()
         p = odds / total if total > 0 else None  # all rows are alike: any will do
         rows.append(int(generator.choice(len(x), p=p)))
@@ -198,12 +261,10 @@ def lloyd(x: Tensor, clusters: int, generator: np.random.Generator, iterations: 
     """
     centroids = _seeds(x, clusters, generator)
     for _ in range(iterations):
-        nearest = torch.cdist(x, centroids).argmin(1)
-        counts = torch.bincount(nearest, minlength=clusters)
-        sums = torch.zeros_like(centroids).index_add_(0, nearest, x)
+        sums, counts = _cluster_sums(x, _nearest(x, centroids), clusters)
         centroids = sums / counts.clamp_min(1).unsqueeze(1)
         empty = (counts == 0).nonzero().flatten()
         if len(empty):
             rows = generator.choice(len(x), len(empty))
-            centroids[empty] = x[torch.from_numpy(rows)]
+            centroids[empty] = x[torch.from_numpy(rows).to(x.device)]
     return centroids

@@ -21,20 +21,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from icce_ray.config.schema import HeadsConfig
 from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.constants import default_batch
-from icce_ray.core.heads import losses
-from icce_ray.core.heads.model import Heads, kmeans_start
+from icce_ray.core.heads import closed_form
+from icce_ray.core.heads.closed_form import Running, Target, Terms
+from icce_ray.core.heads.model import Heads, kmeans_start, with_ones
 from icce_ray.core.optimizer import AdamW
 from icce_ray.core.projection import Projection, project
 from icce_ray.core.sampling import seed_of
 from icce_ray.core.schedule import cosine_rise, warmup_cosine
+from icce_ray.core.tensors import below
 from icce_ray.errors import StageError
 
-MARGINAL_MOMENTUM = 0.9  # TEMI: running mean of the teacher's predictions
 WEIGHT_DECAY = 1e-4  # AdamW's, as TEMI's
 WARMUP = 0.05  # share of the steps over which the learning rate rises
 CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
@@ -97,11 +97,21 @@ class HeadTrainer:
         self.student = self._new_heads(num_clusters)
         self.teacher = self._new_heads(num_clusters).requires_grad_(False)
         balances = [settings.balance_of(number) for number in self.numbers]
-        self.balance = torch.tensor(balances, device=data.device).view(-1, 1)
-        self.marginal = torch.full(
-            (len(self.numbers), num_clusters), 1 / num_clusters, device=data.device
-        )
-        self.usage = self.marginal.clone()  # the same before Sinkhorn
+        self.clusters = num_clusters
+        even = torch.full((len(self.numbers), num_clusters), 1 / num_clusters, device=data.device)
+        self.running = Running(marginal=even, usage=even.clone())
+        sizes = None
+        if settings.prior is not None:
+            sizes = torch.tensor(sorted(settings.prior, reverse=True), device=data.device)
+            sizes = sizes / sizes.sum()
+        self.target = Target(torch.tensor(balances, device=data.device).view(-1, 1), sizes)
+        self.terms = Terms(settings.beta, settings.cross_entropy, settings.sinkhorn_iterations)
+        self.linear = not settings.hidden
+        self.half = settings.precision == "auto" and data.device.type == "cuda"
+        kernels = closed_form.fused(data.device, num_clusters) if self.half else None
+        self.objective = kernels or closed_form.loss_and_gradient
+        # Logits in half precision are for the kernels, which compute in float32 inside.
+        self.dtype = torch.float16 if kernels and self.linear else torch.float32
         decayed = [p for p in self.student.parameters() if p.shape[1] > 1]
         plain = [p for p in self.student.parameters() if p.shape[1] == 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
@@ -119,20 +129,22 @@ class HeadTrainer:
         """Give linear heads their k-means start. Not needed before `restore`."""
         if self.settings.start != "kmeans" or self.settings.hidden:
             return
-        clusters = self.marginal.shape[1]
+        clusters = self.clusters
         generator = np.random.default_rng(seed_of(self.seed, "k-means rows"))
         most = min(len(self.data), max(START_ROWS, 50 * clusters))
         rows = np.sort(generator.choice(len(self.data), most, replace=False))
-        sample = self.data.rows(torch.from_numpy(rows)).cpu().numpy()
+        sample = self.data.rows(torch.from_numpy(rows))
         for position, number in enumerate(self.numbers):
             weight = kmeans_start(sample, clusters, seed_of(self.seed, "k-means start", number))
             for heads in (self.student, self.teacher):
-                heads.last.weight.data[position] = weight.to(self.data.device)
+                heads.last.weight.data[position] = weight
 
     # one step
 
-    def step(self) -> Tensor:
-        """One update. Returns the loss of each of this worker's heads, [H].
+    def step(self, want_loss: bool = True) -> Tensor | None:
+        """One update. Returns the loss of each of this worker's heads, [H], where it is wanted.
+
+        Without a loss a step is faster; weights that are not finite are noticed all the same.
 
         Raises:
             StageError: for a loss that is not finite, naming step and head.
@@ -140,15 +152,12 @@ class HeadTrainer:
         factor = warmup_cosine(self.step_number, self.steps, WARMUP)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * factor
-        x, y = self._draw_pairs()
-        loss = self._loss(*self._views(x, y))
-        self.optimizer.zero_grad()
-        loss.sum().backward()
+        loss = self._backward(torch.cat(self._draw_pairs()), want_loss)
         self.optimizer.step()
         self._update_teacher()
         self.step_number += 1
-        self._note(loss.detach())
-        return loss.detach()
+        self._note(self._signs() if loss is None else loss)
+        return loss
 
     def _draw_pairs(self) -> tuple[Tensor, Tensor]:
         """Row numbers of images and of one random neighbor each, int64 [B] each."""
@@ -161,61 +170,45 @@ class HeadTrainer:
         column = (u * self.data.counts[x]).long()
         return x, self.data.ids[x, column].long()
 
-    def _views(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probabilities of student and teacher for both images of each pair, [H, 2B, K]; and
-        the target shares of the clusters, [H, K], or None for equal ones."""
-        rows = self.data.rows(torch.cat([x, y]))
-        with self._autocast():
-            student = self.student(rows)
+    def _backward(self, images: Tensor, want_loss: bool = True) -> Tensor | None:
+        """Set the gradients of the student. images: row numbers [2B]. Returns the losses [H]."""
+        rows = self.data.rows(images).to(self.dtype)
+        inverse = 1 / self.settings.temperature
+        weigh = self._pair_weights if self.settings.instance_weights else None
+        about = (self.terms, self.target, self.running, weigh, want_loss)
+        if self.linear:
             with torch.no_grad():
-                teacher = self.teacher(rows) / self.settings.temperature
-        s = losses.log_softmax(student / self.settings.temperature)
-        prior = self._prior(teacher)
-        return s, losses.sinkhorn(teacher, self.settings.sinkhorn_iterations, prior=prior), prior
+                x = with_ones(rows) * inverse
+                student, teacher = (heads.last.logits(x) for heads in (self.student, self.teacher))
+                loss, gradient, weights = self.objective(student, teacher, *about)
+            self.student.last.set_gradients(x, gradient, self._row_weights(weights))
+            return loss
+        with self._autocast():
+            student = self.student(rows) * inverse
+            with torch.no_grad():
+                teacher = self.teacher(rows) * inverse
+        with torch.no_grad():
+            loss, gradient, weights = self.objective(student.detach().clone(), teacher, *about)
+            gradient *= self._row_weights(weights).unsqueeze(1)
+        self.optimizer.zero_grad()
+        student.backward(gradient)
+        return loss
 
-    @torch.no_grad()
-    def _prior(self, logits: Tensor) -> Tensor | None:
-        """Target shares of the clusters, [H, K]; None: equal ones. logits: [H, 2B, K]."""
-        s = self.settings
-        if s.prior is None and set(s.balances) == {1.0}:
-            return None
-        self._follow(self.usage, losses.log_softmax(logits.float()).exp())
-        if s.prior is None:
-            return F.normalize(self.usage ** (1 - self.balance), p=1, dim=1)
-        shares = torch.tensor(sorted(s.prior, reverse=True), device=logits.device)
-        rank = self.usage.argsort(1, descending=True).argsort(1)  # the largest gets the largest
-        return (shares / shares.sum())[rank]
+    def _row_weights(self, pair_weights: Tensor | None) -> Tensor:
+        """What the gradient of each row counts in the mean over the batch, [2B]."""
+        if pair_weights is None:
+            pair_weights = torch.ones(self.batch, device=self.data.device)
+        return torch.cat([pair_weights, pair_weights]) / (2 * self.batch)
 
-    def _loss(self, log_student: Tensor, log_teacher: Tensor, prior: Tensor | None) -> Tensor:
-        """Mean loss per head over the batch, [H]."""
-        s = self.settings
-        teacher = log_teacher.exp()
-        self._follow(self.marginal, teacher)
-        log_x, log_y = log_student.chunk(2, dim=1)
-        log_t_x, log_t_y = log_teacher.chunk(2, dim=1)
-        t_x, t_y = teacher.chunk(2, dim=1)
-        both = losses.pmi(log_x, log_t_y, self.marginal, s.beta, prior) + losses.pmi(
-            log_y, log_t_x, self.marginal, s.beta, prior
-        )
-        total = -both / 2
-        if s.cross_entropy:
-            both = losses.cross_entropy(log_x, t_y) + losses.cross_entropy(log_y, t_x)
-            total = total + s.cross_entropy / 2 * both
-        if s.instance_weights:
-            total = total * self._instance_weights(t_x, t_y)
-        return total.mean(1)
-
-    @torch.no_grad()
-    def _instance_weights(self, t_x: Tensor, t_y: Tensor) -> Tensor:
+    def _pair_weights(self, agreement: Tensor) -> Tensor:
         """TEMI's w: mean over *all* heads of the probability that a pair shares a cluster, [B].
 
-        Split by heads, agreements are gathered and summed in head order, so that the result does
-        not depend on the number of workers: the only exchange of a step, A x B numbers.
+        Agreements of the own heads, [H, B], are gathered and averaged in head order, so that the
+        result does not depend on the number of workers: the only exchange of a step, A x B numbers.
         """
-        agreement = losses.pair_agreement(t_x, t_y)
-        if self.group.world == 1:
-            return agreement.mean(0)
-        return self._gather_heads(agreement).mean(0)
+        if self.group.world > 1:
+            agreement = self._gather_heads(agreement)
+        return agreement.mean(0)
 
     def _gather_heads(self, mine: Tensor) -> Tensor:
         """Rows of all heads, in head order; workers may own unequal numbers of heads."""
@@ -228,11 +221,6 @@ class HeadTrainer:
         return full[:count]
 
     @torch.no_grad()
-    def _follow(self, running: Tensor, teacher: Tensor) -> None:
-        """Move a running mean, [H, K], towards that of the batch's probabilities, [H, 2B, K]."""
-        running.lerp_(teacher.mean(1), 1 - MARGINAL_MOMENTUM)
-
-    @torch.no_grad()
     def _update_teacher(self) -> None:
         momentum = self.teacher_momentum()
         for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
@@ -243,8 +231,14 @@ class HeadTrainer:
         return cosine_rise(self.settings.teacher_momentum, self.step_number, self.steps)
 
     def _autocast(self) -> torch.autocast:
-        wanted = self.settings.precision == "bfloat16"
-        return torch.autocast(self.data.device.type, torch.bfloat16, enabled=wanted)
+        return torch.autocast(self.data.device.type, torch.bfloat16, enabled=self.half)
+
+    def _signs(self) -> Tensor:
+        """A number of each head that is not finite where its gradient is not, [H]."""
+        layer = self.student.last
+        gradient = layer.weight.grad if layer.bias is None else layer.bias.grad
+        assert gradient is not None
+        return gradient.sum((1, 2))
 
     def _note(self, loss: Tensor) -> None:
         """Keep a step's loss [H], and look at those kept now and then."""
@@ -276,20 +270,20 @@ class HeadTrainer:
         self, on_rows: Callable[[int], None] | None = None, rows: np.ndarray | None = None
     ) -> np.ndarray:
         """Cluster of all rows, or of `rows`, by each own head's teacher, int16/int32 [N, H]."""
-        clusters = self.marginal.shape[1]
-        dtype = np.int16 if clusters <= np.iinfo(np.int16).max else np.int32
+        kind = torch.int16 if self.clusters <= torch.iinfo(torch.int16).max else torch.int32
         chosen = torch.arange(len(self.data)) if rows is None else torch.from_numpy(rows)
-        out = np.empty((len(chosen), len(self.numbers)), dtype)
+        out = torch.empty(len(chosen), len(self.numbers), dtype=kind, device=self.data.device)
         self.teacher.eval()
         for start in range(0, len(out), ASSIGN_ROWS):
             index = chosen[start : start + ASSIGN_ROWS]
+            x = self.data.rows(index).to(self.dtype)
             with self._autocast():
-                logits = self.teacher(self.data.rows(index))
-            out[start : start + len(index)] = logits.argmax(-1).T.cpu().numpy()
+                logits = self.teacher.last.logits(with_ones(x)) if self.linear else self.teacher(x)
+            out[start : start + len(index)] = logits.argmax(-1).T
             if on_rows:
                 on_rows(start + len(index))
         self.teacher.train()
-        return out
+        return out.cpu().numpy()
 
     def consistency(self, rows: np.ndarray, ids: np.ndarray) -> float:
         """How much more often a row and its neighbor share a cluster than by chance.
@@ -321,7 +315,7 @@ class HeadTrainer:
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in slot:
                     out[f"optimizer.{key}.{name}"] = slot[key]
-        out |= {"marginal": self.marginal, "usage": self.usage}
+        out |= vars(self.running)
         out["numbers"] = torch.tensor(self.numbers)
         out["step"] = torch.tensor(self.step_number)
         # copies: on a CPU the next step would change them
@@ -336,10 +330,10 @@ class HeadTrainer:
             raise StageError(f"the checkpoint lacks heads {missing[:5]}")
         pick = torch.tensor([order[n] for n in self.numbers])
         mine = {k: v[pick] if _per_head(k) else v for k, v in merged.items()}
-        self.student.load_state_dict(_below(mine, "student."))
-        self.teacher.load_state_dict(_below(mine, "teacher."))
-        self.marginal.copy_(mine["marginal"])
-        self.usage.copy_(mine["usage"])
+        self.student.load_state_dict(below(mine, "student."))
+        self.teacher.load_state_dict(below(mine, "teacher."))
+        for name, mean in vars(self.running).items():
+            mean.copy_(mine[name])
         self.step_number = int(mine["step"])
         for name, parameter in self.student.named_parameters():
             keys = ("exp_avg", "exp_avg_sq")
@@ -371,7 +365,3 @@ def merge_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _per_head(key: str) -> bool:
     return key not in ("step", "history_steps")
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

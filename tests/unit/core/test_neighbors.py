@@ -122,6 +122,19 @@ def build(matrix, tmp_path):
     return faiss.read_index(str(tmp_path / "index.faiss"))
 
 
+@given(st.integers(1, 900), st.integers(1, 60), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_top_is_topk(width, k, seed):
+    """Also where columns do not fill the groups, and where many are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    k = min(k, width)
+    scores = torch.randint(0, 3 if seed == 3 else 10**6, (5, width), generator=generator).float()
+    values, columns = core.top(scores, k)
+    assert torch.equal(values, scores.topk(k, dim=1).values)
+    assert torch.equal(scores.gather(1, columns), values)
+    assert all(len(set(row)) == k for row in columns.tolist())
+
+
 def test_ivf_that_visits_all_lists_is_exact(tmp_path, monkeypatch):
     monkeypatch.setattr(core, "QUERY_CHUNK", 100)
     monkeypatch.setattr(core, "BASE_CHUNK", 150)

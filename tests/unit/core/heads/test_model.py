@@ -136,7 +136,7 @@ def test_a_heads_first_weights_depend_on_its_number_alone(hidden):
 
 
 def test_kmeans_start_repeats_and_differs_by_seed():
-    sample = unit_rows(120).numpy()
+    sample = unit_rows(120)
     one, again, other = (kmeans_start(sample, CLUSTERS, seed) for seed in (3, 3, 4))
     assert one.shape == (FEATURES, CLUSTERS) and one.dtype == torch.float32
     assert torch.equal(one, again) and not torch.equal(one, other)
@@ -145,7 +145,10 @@ def test_kmeans_start_repeats_and_differs_by_seed():
 def test_its_columns_are_centers_of_the_blobs():
     centers = np.linalg.qr(np.random.default_rng(0).normal(size=(FEATURES, 3)))[0].T
     sample = np.repeat(centers, 40, axis=0) + 0.01 * unit_rows(120).numpy()
-    found = [kmeans_start(sample.astype(np.float32), 3, seed).numpy() for seed in range(20)]
+    found = [
+        kmeans_start(torch.from_numpy(sample.astype(np.float32)), 3, seed).numpy()
+        for seed in range(20)
+    ]
     # Each k-means starts from random rows; some miss a blob, none may leave the data.
     assert max((centers @ weight).max(1).min() for weight in found) > 0.98
     assert all(np.linalg.norm(weight, axis=0).max() < 1.05 for weight in found)
@@ -153,13 +156,13 @@ def test_its_columns_are_centers_of_the_blobs():
 
 @pytest.mark.parametrize("rows", [2, CLUSTERS, CLUSTERS + 1, 4 * CLUSTERS, 4 * CLUSTERS + 1])
 def test_kmeans_start_with_hardly_more_rows_than_clusters(rows):
-    assert kmeans_start(unit_rows(rows).numpy(), CLUSTERS, 0).isfinite().all()
+    assert kmeans_start(unit_rows(rows), CLUSTERS, 0).isfinite().all()
 
 
 def test_kmeans_start_on_copies_of_few_rows():
-    sample = np.repeat(unit_rows(2).numpy(), 50, axis=0)
+    sample = unit_rows(2).repeat_interleave(50, dim=0)
     assert kmeans_start(sample, CLUSTERS, 0).isfinite().all()
-    assert kmeans_start(np.ones((30, 1), np.float32), CLUSTERS, 0).isfinite().all()
+    assert kmeans_start(torch.ones(30, 1), CLUSTERS, 0).isfinite().all()
 
 
 def test_lloyd_ends_at_means_of_its_own_clusters():

@@ -1,0 +1,339 @@
+"""How fast each part of the method is: beside a baseline in the same run, and beside the ceiling.
+
+The ceiling is what this machine reaches in plain matrix products and copies, measured first. No
+part needs Ray. faiss is compared with where it is installed.
+
+Shapes: N rows, D features, P components, H heads, K clusters, B pairs, M neighbors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.recorded import RecordedTrainer, plain_search
+from benchmarks.scale import IMAGENET, blocks, center_of
+from benchmarks.tables import markdown
+from icce_ray.config.schema import HeadsConfig, MethodConfig
+from icce_ray.core import method, neighbors
+from icce_ray.core.classifier import probe as probe_
+from icce_ray.core.evaluation.truth import accuracy
+from icce_ray.core.heads.model import kmeans_start
+from icce_ray.core.heads.trainer import Data, HeadTrainer
+
+Say = Callable[[str], None]
+TEMI = {"hidden": (512, 256), "batch_norm": False, "start": "random"}
+
+
+@dataclass
+class Row:
+    """One part: what it took, and what its baseline took in the same run."""
+
+    part: str
+    work: str
+    seconds: float
+    baseline: str = ""
+    baseline_seconds: float | None = None
+    flop: float | None = None  # operations of its matrix products
+    bytes: float | None = None  # that it has to read and write at least
+    gigabytes: float | None = None  # of GPU memory at most, where there is a GPU
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the machine reaches in plain work."""
+
+    products: float  # FLOP per second, in the arithmetic that the parts use
+    copies: float  # bytes per second, read and written
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how large."""
+
+    device: torch.device
+    rows: int  # N of the parts that work on all rows
+    say: Say
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize(self.device)
+
+    def time(self, work: Callable[[], Any], repeats: int = 1) -> float:
+        """Median seconds."""
+        taken = []
+        for _ in range(repeats):
+            self.wait()
+            began = time.perf_counter()
+            work()
+            self.wait()
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken)
+
+    def peak(self) -> float | None:
+        """GB of GPU memory at most since the last call."""
+        if not self.gpu:
+            return None
+        most = torch.cuda.max_memory_allocated(self.device) / 1e9
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return most
+
+
+def measure_ceiling(place: Place) -> Ceiling:
+    """Plain products and copies."""
+    kind = torch.float16 if place.gpu else torch.float32
+    size = 8192 if place.gpu else 2048
+    a = torch.randn(size, size, device=place.device).to(kind)
+    x = torch.randn(2**28 if place.gpu else 2**25, device=place.device)
+    y = torch.empty_like(x)
+    place.time(lambda: a @ a)
+    products = 2 * size**3 / place.time(lambda: a @ a, 9)
+    copies = 2 * x.nbytes / place.time(lambda: y.copy_(x), 9)
+    return Ceiling(products, copies)
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def random_data(place: Place, rows: int, components: int, most: int = 50) -> Data:
+    """Unit rows with random neighbors: what a step costs does not depend on their values."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(rows, components, generator=generator), dim=1)
+    ids = torch.randint(rows, (rows, most), generator=generator, dtype=torch.int32)
+    counts = torch.full((rows,), most)
+    parts = (x.half(), ids, counts)
+    return Data(*(part.to(place.device) for part in parts), place.device)
+
+
+def heads(place: Place) -> list[Row]:
+    """A training step of linear heads, beside the same step recorded by autograd."""
+    cases = [(50, 1000, 4096)] if place.gpu else [(24, 10, 1024), (24, 100, 1024), (8, 1000, 4096)]
+    return [_step(place, "heads, linear", 256, *case, {}) for case in cases]
+
+
+def hidden(place: Place) -> list[Row]:
+    """A training step of TEMI's heads, beside the same step recorded by autograd in float32."""
+    case = (50, 1000, 512) if place.gpu else (4, 10, 512)
+    return [_step(place, "heads, hidden 512 and 256", 1024, *case, TEMI)]
+
+
+def _step(
+    place: Place,
+    part: str,
+    width: int,
+    count: int,
+    clusters: int,
+    pairs: int,
+    more: Mapping[str, Any],
+) -> Row:
+    data = random_data(place, 100_000 if place.gpu else 20_000, width)
+    settings = HeadsConfig.model_validate(
+        {"count": count, "batch_size": pairs, "start": "random", **more}
+    )
+    taken, memory = _pace(place, HeadTrainer(data, settings, clusters, 0, 10**6), 30)
+    before, _ = _pace(place, RecordedTrainer(data, settings, clusters, 0, 10**6), 5)
+    widths = [width, *settings.hidden, clusters]
+    weights = count * sum(i * o for i, o in itertools.pairwise(widths))
+    half = 2 if place.gpu else 4
+    row = Row(
+        part=part,
+        work=f"H {count}, K {clusters:,}, B {pairs:,}, P {width}",
+        seconds=taken,
+        baseline="autograd, float32",
+        baseline_seconds=before,
+        flop=3 * 2 * 2 * pairs * weights,
+        bytes=9.0 * half * 2 * pairs * count * clusters,
+        gigabytes=memory,
+    )
+    place.say(f"{row.part}, {row.work}: {1000 * taken:.2f} ms, autograd {1000 * before:.2f} ms")
+    return row
+
+
+def _pace(place: Place, trainer: HeadTrainer, most: int) -> tuple[float, float | None]:
+    """Seconds of a step that needs no loss, as nearly all do, and GPU memory."""
+    place.time(lambda: trainer.step(want_loss=False), 3)
+    place.peak()
+    steps = most if place.gpu else 5
+    taken = place.time(lambda: [trainer.step(want_loss=False) for _ in range(steps)], 3)
+    return taken / steps, place.peak()
+
+
+def start(place: Place) -> list[Row]:
+    """The k-means start of all heads, beside the same on the CPU."""
+    count, clusters = (50, 1000) if place.gpu else (24, 10)
+    rows = max(20_000, 50 * clusters)
+    sample = random_data(place, rows, 256).features.float()
+    work = lambda x, n: [kmeans_start(x, clusters, seed) for seed in range(n)]  # noqa: E731
+    work(sample, 1)
+    taken = place.time(lambda: work(sample, count))
+    row = Row("k-means start", f"{count} heads, K {clusters:,}, {rows:,} rows", taken)
+    if place.gpu:
+        cpu = sample.cpu()
+        row.baseline = "CPU"
+        row.baseline_seconds = place.time(lambda: work(cpu, 2)) * count / 2
+    place.say(f"{row.part}: {taken:.2f} s")
+    return [row]
+
+
+def search(place: Place) -> list[Row]:
+    """Exact neighbors, top 100, beside topk over all similarities, and faiss where it is there."""
+    rows, width, k = place.rows, 256, 100
+    matrix = np.concatenate(list(blocks(rows, width, 1000)))
+    queries = rows if place.gpu else min(rows, 8192)
+    neighbors.search(matrix, 0, 512, k, place.device)
+    place.peak()
+    taken = place.time(lambda: neighbors.search(matrix, 0, queries, k, place.device))
+    memory = place.peak()
+    work = f"{queries:,} of {rows:,} x {width}, top {k}"
+    flop = 2.0 * queries * rows * width
+    some = min(queries, 65_536 if place.gpu else 2048)
+    plain = place.time(lambda: plain_search(matrix, some, k, place.device)) * queries / some
+    out = [Row("exact neighbors", work, taken, "topk of all", plain, flop, gigabytes=memory)]
+    ids, _ = neighbors.search(matrix, 0, 2048, k, place.device)
+    expected, _ = plain_search(matrix, 2048, k, place.device)
+    same = np.mean([len(set(a) & set(b)) / k for a, b in zip(ids, expected, strict=True)])
+    out[0].note = f"{100 * same:.2f} % of the ids as by float32"
+    index = _faiss(matrix, place)
+    if index is not None:
+        few = np.ascontiguousarray(matrix[:some], np.float32)
+        other = place.time(lambda: index.search(few, k + 1)) * queries / some
+        out.append(Row("exact neighbors", work, taken, "faiss, brute force", other, flop))
+    for row in out:
+        place.say(f"{row.part}: {taken:.2f} s, {row.baseline} {row.baseline_seconds:.2f} s")
+    return out
+
+
+def _faiss(matrix: np.ndarray, place: Place) -> Any:
+    try:
+        import faiss
+    except ImportError:
+        return None
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index: Any = faiss.IndexFlatIP(matrix.shape[1])
+    if place.gpu:
+        if not hasattr(faiss, "get_num_gpus") or not faiss.get_num_gpus():
+            return None
+        index = faiss.index_cpu_to_all_gpus(index)
+    index.add(matrix.astype(np.float32))
+    return index
+
+
+def assign(place: Place) -> list[Row]:
+    """The clusters that all heads give all rows, beside float32 products."""
+    count, clusters = (50, 1000) if place.gpu else (24, 10)
+    data = random_data(place, place.rows, 256)
+    chosen = {"count": count, "start": "random"}
+    half = HeadTrainer(data, HeadsConfig(**chosen), clusters, 0, 10)
+    full = HeadTrainer(data, HeadsConfig(**chosen, precision="float32"), clusters, 0, 10)
+    half.assign(rows=np.arange(1000))
+    taken, before = place.time(half.assign), place.time(full.assign)
+    flop = 2.0 * place.rows * 256 * count * clusters
+    work = f"{place.rows:,} rows, H {count}, K {clusters:,}"
+    place.say(f"assigning all rows: {taken:.2f} s, float32 {before:.2f} s")
+    return [Row("assigning all rows", work, taken, "float32", before, flop)]
+
+
+def probe(place: Place) -> list[Row]:
+    """The classifier: a linear probe at its default settings."""
+    clusters, width = (1000, 1024) if place.gpu else (10, 1280)
+    matrix = np.concatenate(list(blocks(place.rows, width, clusters)))
+    labels = center_of(np.arange(place.rows), clusters)
+    settings = MethodConfig(num_classes=clusters)
+    sure = np.ones(place.rows, np.float32)
+    place.peak()
+    taken = place.time(
+        lambda: method.train_classifier(matrix, labels, sure, settings, place.device)
+    )
+    steps = probe_.probe_steps(place.rows, settings.classifier)
+    flop = 3 * 2.0 * settings.classifier.epochs * place.rows * width * clusters
+    work = f"{place.rows:,} x {width:,}, K {clusters:,}, {steps:,} steps"
+    place.say(f"classifier: {taken:.1f} s")
+    return [Row("classifier, linear probe", work, taken, flop=flop, gigabytes=place.peak())]
+
+
+def whole(place: Place) -> list[Row]:
+    """From embeddings to the classifier, all defaults, on synthetic embeddings."""
+    clusters, width = (1000, 1024) if place.gpu else (10, 1280)
+    matrix = np.concatenate(list(blocks(place.rows, width, clusters)))
+    codes = center_of(np.arange(place.rows), clusters)
+    more = {"heads": {"count": 50}} if clusters == 1000 else {}
+    settings = MethodConfig.model_validate({"num_classes": clusters, **more})
+    marks = [("", time.perf_counter())]
+
+    def mark(part: str) -> None:
+        place.wait()
+        marks.append((part, time.perf_counter()))
+        place.say(f"  {part}: {marks[-1][1] - marks[-2][1]:.1f} s")
+
+    place.peak()
+    ids, similarity = method.search(matrix, settings, place.device)
+    mark("search")
+    counts = method.select(ids, similarity, settings).counts
+    mark("select")
+    assignments = method.train_heads(matrix, ids, counts, settings, place.device)
+    mark("heads")
+    merged = method.merge(assignments, ids, settings)
+    mark("consensus")
+    method.train_classifier(matrix, merged.labels, merged.confidence, settings, place.device)
+    mark("classifier")
+    taken = marks[-1][1] - marks[0][1]
+    parts = itertools.pairwise(marks)
+    note = ", ".join(f"{name} {at - before:.1f} s" for (_, before), (name, at) in parts)
+    note += f"; accuracy {100 * accuracy(codes, merged.labels):.1f} %"
+    work = f"{place.rows:,} x {width:,}, K {clusters:,}, H {settings.heads.count}"
+    return [Row("embeddings to classifier", work, taken, gigabytes=place.peak(), note=note)]
+
+
+PARTS: Mapping[str, Callable[[Place], list[Row]]] = {
+    "heads": heads,
+    "hidden": hidden,
+    "start": start,
+    "search": search,
+    "assign": assign,
+    "probe": probe,
+    "whole": whole,
+}
+
+
+def measure(
+    parts: list[str], device: torch.device, rows: int | None, say: Say
+) -> tuple[Ceiling, list[Row]]:
+    """The chosen parts, one after the other."""
+    place = Place(device, rows or (IMAGENET if device.type == "cuda" else 60_000), say)
+    ceiling = measure_ceiling(place)
+    say(f"products {ceiling.products / 1e12:.3g} TFLOP/s, copies {ceiling.copies / 1e9:.0f} GB/s")
+    return ceiling, [row for part in parts for row in PARTS[part](place)]
+
+
+def table(ceiling: Ceiling, rows: list[Row]) -> str:
+    """Seconds, share of the ceiling, and the ratio to the baseline."""
+    head = ["part", "work", "s", "TFLOP/s", "of ceiling", "baseline", "its s", "ratio", "GB"]
+    return markdown(head, [_line(ceiling, row) for row in rows])
+
+
+def _line(ceiling: Ceiling, row: Row) -> list[str]:
+    least = max((row.flop or 0) / ceiling.products, (row.bytes or 0) / ceiling.copies)
+    before = row.baseline_seconds
+    return [
+        row.part,
+        row.work,
+        f"{row.seconds:.3g}",
+        f"{row.flop / row.seconds / 1e12:.3g}" if row.flop else "-",
+        f"{100 * least / row.seconds:.0f} %" if least else "-",
+        row.baseline or "-",
+        f"{before:.3g}" if before else "-",
+        f"{before / row.seconds:.2f}" if before else "-",
+        f"{row.gigabytes:.1f}" if row.gigabytes else "-",
+    ]
