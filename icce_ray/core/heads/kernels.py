@@ -24,7 +24,10 @@ from icce_ray.core.heads.losses import TINY
 
 MOST_CLUSTERS = 8192  # a row must fit into registers
 TILE = 4096  # elements of a tile: rows x clusters, at least one row
-BLOCK_ROWS = 256  # rows whose column sums one program adds up
+BLOCK_ROWS = 64  # rows whose column sums one program adds up
+WARP = (
+    1024  # elements of a tile per warp; the gradient has four tiles at a time, and takes a fourth
+)
 
 
 def loss_and_gradient(
@@ -63,7 +66,7 @@ def loss_and_gradient(
         WANT_LOSS=want_loss,
         TILE=tile,
         BLOCK=block,
-        num_warps=_warps(tile * block),
+        num_warps=_warps(tile * block, WARP // 4),
     )
     loss = None
     if want_loss:
@@ -77,8 +80,8 @@ def _tile(clusters: int, elements: int) -> tuple[int, int]:
     return block, max(1, min(64, BLOCK_ROWS, elements // block))
 
 
-def _warps(elements: int) -> int:
-    return max(1, min(8, elements // 512))
+def _warps(elements: int, each: int = WARP) -> int:
+    return max(1, min(8, elements // each))
 
 
 def _column_sums(logits: Tensor, s: Tensor) -> Tensor:

@@ -116,6 +116,7 @@ class HeadTrainer:
         plain = [p for p in self.student.parameters() if p.shape[1] == 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = AdamW(groups, lr=settings.lr, weight_decay=WEIGHT_DECAY)
+        self.generator = torch.Generator(data.counts.device)
         self.step_number = 0
         self._unchecked: list[Tensor] = []  # losses [H] of the last steps
 
@@ -163,7 +164,7 @@ class HeadTrainer:
         """Row numbers of images and of one random neighbor each, int64 [B] each."""
         device = self.data.counts.device
         seed = seed_of(self.seed, "pairs", self.step_number)
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = self.generator.manual_seed(seed)
         size = (self.batch,)
         x = torch.randint(len(self.data), size, generator=generator, device=device)
         u = torch.rand(size, generator=generator, device=device)
