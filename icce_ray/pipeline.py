@@ -411,7 +411,7 @@ def running(
             reporter.stage = ""
             reporter.status(done)
         except (KeyboardInterrupt, SystemExit):  # the latter from Ray, for a signal while it starts
-            reporter.say("stopped; the same command resumes here")
+            reporter.say("stopped; run the same command again to resume")
             reporter.status("stopped")
             raise
         except BaseException as error:

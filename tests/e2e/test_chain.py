@@ -183,7 +183,7 @@ def test_a_changed_setting_names_what_it_invalidates(here: Here) -> None:
     done = here("run", "quickstart", "run_dir=run", *SMALL, "consensus.method=mcla")
     assert done.returncode == ArtifactError.exit_code
     assert "consensus.method: 'dawid-skene' -> 'mcla'" in done.stderr
-    assert "This invalidates: consensus, classifier, evaluate, report" in done.stderr
+    assert "This invalidates: consensus, classify, evaluate, report" in done.stderr
     assert "--overwrite" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -240,7 +240,7 @@ def one_thread() -> Iterator[None]:
 
 def run_embeddings(folder: Path, name: str, *overrides: str) -> Path:
     tree = {"num_classes": 3, "data": {"embeddings": str(folder / "x.npy")}}
-    settings = [f"run_dir={folder / name}", "heads.num_workers=0", "heads.count=4"]
+    settings = [f"run_dir={folder / name}", "heads.num_workers=0", "heads.count=6"]
     pipeline.run(load(tree, [*settings, "heads.steps=60", *overrides]), quiet=True)
     return folder / name
 
@@ -250,7 +250,7 @@ def test_in_memory_the_same_comes_out(embeddings: Path, ray_session: None) -> No
     x = np.load(embeddings / "x.npy")
     run = run_embeddings(embeddings, "run")
     with one_thread():
-        found = icce_ray.cluster(x, 3, heads={"count": 4, "steps": 60})
+        found = icce_ray.cluster(x, 3, heads={"count": 6, "steps": 60})
     done = icce_ray.load(run)
     assert (done.labels == found.labels).all()
     np.testing.assert_allclose(done.confidence, found.confidence, atol=1e-6)
