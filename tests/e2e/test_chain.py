@@ -240,8 +240,8 @@ def one_thread() -> Iterator[None]:
 
 def run_embeddings(folder: Path, name: str, *overrides: str) -> Path:
     tree = {"num_classes": 3, "data": {"embeddings": str(folder / "x.npy")}}
-    settings = [f"run_dir={folder / name}", "heads.num_workers=0", "heads.count=6"]
-    pipeline.run(load(tree, [*settings, "heads.steps=60", *overrides]), quiet=True)
+    settings = [f"run_dir={folder / name}", "heads.num_workers=0", "seed=1"]
+    pipeline.run(load(tree, [*settings, "heads.count=4", "heads.steps=60", *overrides]), quiet=True)
     return folder / name
 
 
@@ -250,7 +250,7 @@ def test_in_memory_the_same_comes_out(embeddings: Path, ray_session: None) -> No
     x = np.load(embeddings / "x.npy")
     run = run_embeddings(embeddings, "run")
     with one_thread():
-        found = icce_ray.cluster(x, 3, heads={"count": 6, "steps": 60})
+        found = icce_ray.cluster(x, 3, seed=1, heads={"count": 4, "steps": 60})
     done = icce_ray.load(run)
     assert (done.labels == found.labels).all()
     np.testing.assert_allclose(done.confidence, found.confidence, atol=1e-6)
