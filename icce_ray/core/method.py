@@ -185,7 +185,12 @@ def choose_heads(
     return fitting[best], why
 
 
-def merge(assignments: np.ndarray, ids: np.ndarray, settings: MethodConfig) -> Consensus:
+def merge(
+    assignments: np.ndarray,
+    ids: np.ndarray,
+    settings: MethodConfig,
+    device: torch.device | None = None,
+) -> Consensus:
     """The consensus of the heads that fit best, and how sure each image is of its cluster.
 
     Arguments as of `choose_heads`. info: that of `consensus`, and `kept` (numbers of the merged
@@ -199,6 +204,7 @@ def merge(assignments: np.ndarray, ids: np.ndarray, settings: MethodConfig) -> C
         head_clusters=settings.head_clusters,
         kept=kept,
         seed=settings.seed,
+        device=device,
     )
     rows, most = ids.shape
     near = neighbors.reference_k(CONFIDENCE_NEIGHBORS, rows, settings.num_classes, most)
@@ -342,7 +348,7 @@ def cluster(
     ids, similarity = search(x, config, chosen, say.rows("search", len(x)))
     near = select(ids, similarity, config)
     assignments = train_heads(x, ids, near.counts, config, chosen, say.steps("heads"))
-    merged = merge(assignments, ids, config)
+    merged = merge(assignments, ids, config, chosen)
     model, _ = train_classifier(
         x, merged.labels, merged.confidence, config, chosen, on_step=say.steps("classifier")
     )

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from icce_ray.config.schema import Config
 from icce_ray.core import method
+from icce_ray.core.device import default_device
 from icce_ray.core.ensemble.base import Consensus
 from icce_ray.distributed.cluster import Request
 from icce_ray.distributed.tasks import run_task
@@ -23,22 +24,24 @@ from icce_ray.rundir.schemas import CONSENSUS_SCHEMA
 from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "consensus"
-ADVICE = "Start a node with a CPU core"
+ADVICE = "Start a node with a CPU core, or set ray.num_gpus=0"
 
 
-def _solve(run: RunDirectory, config: Config) -> Consensus:
+def _solve(run: RunDirectory, config: Config, gpu: bool) -> Consensus:
     """Runs in the task, which opens the assignments on its own node."""
     assignments, ids = run.matrix("heads", "assignments"), run.matrix("neighbors", "ids")
-    return method.merge(assignments, ids, config)
+    return method.merge(assignments, ids, config, default_device() if gpu else None)
 
 
 def run(context: Context) -> Outcome:
     """Merge the heads' clusterings into one, with a confidence for each image."""
     config, run = context.config, context.run
     if context.in_process:
-        merged = _solve(run, config)
+        merged = _solve(run, config, gpu=False)  # the trials of a sweep share the machine
     else:
-        merged = run_task(context, _solve, run, config, request=Request(1), advice=ADVICE)
+        gpus = context.cluster.gpus_each() if config.consensus.method == "dawid-skene" else 0.0
+        work = (run, config, gpus > 0)
+        merged = run_task(context, _solve, *work, request=Request(1, gpus), advice=ADVICE)
     columns = [run.matrix("heads", "image_id"), merged.labels, merged.confidence]
     run.write_table(pa.table(columns, CONSENSUS_SCHEMA), FOLDER, "part-00000.parquet")
     confidence = float(merged.confidence.mean())

@@ -135,8 +135,8 @@ def measure_parts(
     with watch.part("heads: assign all rows"):
         assignments = trainer.assign()
     del trainer, data
-    with watch.part("consensus (CPU)"):
-        merged = method.merge(assignments, case.ids, config)
+    with watch.part("consensus"):
+        merged = method.merge(assignments, case.ids, config, device)
     with watch.part("classifier: linear probe"):
         model, _ = method.train_classifier(
             embeddings, merged.labels, merged.confidence, config, device

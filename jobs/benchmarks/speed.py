@@ -284,7 +284,7 @@ def whole(place: Place) -> list[Row]:
     mark("select")
     assignments = method.train_heads(matrix, ids, counts, settings, place.device)
     mark("heads")
-    merged = method.merge(assignments, ids, settings)
+    merged = method.merge(assignments, ids, settings, place.device)
     mark("consensus")
     method.train_classifier(matrix, merged.labels, merged.confidence, settings, place.device)
     mark("classifier")

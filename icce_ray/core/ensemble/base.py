@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from icce_ray.core.sampling import sample_rows
 
@@ -31,6 +32,7 @@ class Ensemble:
     head_clusters: int  # L, at least K
     max_rows: int  # images that a model is fitted on
     seed: int
+    device: torch.device | None = None  # a GPU for the methods that can use one
 
     @property
     def rows(self) -> int:

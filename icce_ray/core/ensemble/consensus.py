@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 import numpy as np
+import torch
 
 from icce_ray.config.schema import ConsensusMethod
 from icce_ray.core.constants import CSPA_ROWS, FITTED_ROWS
@@ -41,6 +42,7 @@ def consensus(
     kept: Sequence[int] | np.ndarray | None = None,
     max_rows: int = FITTED_ROWS,
     seed: int,
+    device: torch.device | None = None,
 ) -> Consensus:
     """Merge H clusterings of N images into one of K clusters.
 
@@ -54,6 +56,7 @@ def consensus(
         max_rows: hbgf, dawid-skene: images the model is fitted on (a random subset); it is then
             applied to all.
         seed: same seed, same result.
+        device: dawid-skene: a GPU to compute on, in float32. Default: the CPU.
 
     Returns:
         Labels in order of decreasing cluster size, ties by first image. Confidence: dawid-skene:
@@ -81,7 +84,7 @@ def consensus(
     used = _check_kept(kept, assignments.shape[1])
     _check_merge(num_clusters, each, method, len(used))
     heads = canonical_heads(assignments, used, each)
-    ensemble = Ensemble(heads, num_clusters, each, max_rows, seed)
+    ensemble = Ensemble(heads, num_clusters, each, max_rows, seed, device)
     if num_clusters == 1:
         draft = Draft(np.zeros(heads.shape[1], np.int64), info={"path": "one cluster"})
     elif len(heads) == 1:

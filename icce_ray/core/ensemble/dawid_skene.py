@@ -8,9 +8,13 @@ Shapes: N images, H heads, L clusters per head, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
 from scipy import sparse
 
 from icce_ray.core.ensemble.base import Draft, Ensemble, fill_empty
@@ -49,11 +53,21 @@ def dawid_skene(ensemble: Ensemble) -> Draft:
     few = ensemble.take(ensemble.sample())
     over = few.head_clusters > few.num_clusters
     starts = {"mcla": mcla, "hbgf": hbgf} if over else {"mcla": mcla, "voting": voting}
-    fits = [(*_fit(few, start(few).labels), name) for name, start in starts.items()]
+    gpu = ensemble.device if ensemble.device and ensemble.device.type == "cuda" else None
+    fit, apply = (_fit, _apply) if gpu is None else _on_gpu(gpu)
+    fits = [(*fit(few, start(few).labels), name) for name, start in starts.items()]
     model, history, name = max(fits, key=lambda fit: fit[1][-1])
-    labels, confidence = _apply(ensemble.heads, model)
+    labels, confidence = apply(ensemble.heads, model)
     info = {"path": f"EM from {name}", "log_likelihood": history, "fitted_rows": few.rows}
     return Draft(labels, confidence, info)
+
+
+def _on_gpu(device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`_fit` and `_apply` on a GPU."""
+    from icce_ray.core.ensemble import dense
+
+    em = dense.EM(ITERATIONS, CONVERGED, SMOOTHING, POSTERIOR_FLOOR)
+    return partial(dense.fit, em=em, device=device), partial(dense.apply, device=device)
 
 
 def _fit(ensemble: Ensemble, start: np.ndarray) -> tuple[_Model, list[float]]:

@@ -22,7 +22,7 @@ def test_it_is_the_product_of_posterior_neighbors_and_cluster(rows, clusters, mo
     expected = [posterior[i] * share[i] * mean[i] for i in range(rows)]
     found = core.supported(posterior, labels, ids)
     assert found.dtype == np.float32
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_a_small_cluster_can_be_sure():
