@@ -10,7 +10,9 @@ import icce_ray
 from icce_ray.config.schema import ClassifierConfig, HeadsConfig
 from icce_ray.core import neighbors
 from icce_ray.core.classifier import probe
+from icce_ray.core.ensemble.consensus import consensus
 from icce_ray.core.evaluation.truth import accuracy
+from icce_ray.core.heads import closed_form
 from icce_ray.core.heads.trainer import Data, HeadTrainer
 from icce_ray.core.projection import fit_projection, project
 
@@ -44,7 +46,43 @@ def test_search_finds_what_the_cpu_finds(
     assert not (ids == np.arange(len(ids))[:, None]).any()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("heads", "pairs", "clusters"), [(3, 100, 10), (2, 300, 1000)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_kernels_compute_the_closed_form(
+    device: torch.device, heads: int, pairs: int, clusters: int, kind: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (heads, 2 * pairs, clusters)
+    student, teacher = (
+        (3 * torch.randn(shape, generator=generator)).to(device, kind) for _ in range(2)
+    )
+    even = torch.full((heads, clusters), 1 / clusters, device=device)
+    balance = torch.tensor([0.5, 0.0, 1.0], device=device)[:heads].view(-1, 1)
+    about = (closed_form.Terms(0.6, 0.1, 3), closed_form.Target(balance, None))
+    results = []
+    for step in (closed_form.loss_and_gradient, closed_form.fused(device, clusters)):
+        assert step is not None
+        running = closed_form.Running(even.clone(), even.clone())
+        logits = (student.clone(), teacher.clone())
+        if step is closed_form.loss_and_gradient:
+            logits = (student.float(), teacher.float())
+        results.append([*step(*logits, *about, running, lambda a: a.mean(0)), running.marginal])
+    for plain, kernel in zip(*results, strict=True):
+        torch.testing.assert_close(kernel.float(), plain, atol=1e-3, rtol=1e-3)
+
+
+def test_the_dense_em_finds_what_the_sparse_one_finds(device: torch.device) -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 20, 5000)
+    wrong = rng.random((5000, 8)) < 0.3
+    heads = np.where(wrong, rng.integers(0, 20, (5000, 8)), truth[:, None]).astype(np.int16)
+    on_cpu = consensus(heads, 20, "dawid-skene", seed=0)
+    on_gpu = consensus(heads, 20, "dawid-skene", seed=0, device=device)
+    assert (on_cpu.labels == on_gpu.labels).mean() > 0.999
+    np.testing.assert_allclose(on_cpu.confidence, on_gpu.confidence, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
 def test_heads_train_on_the_device(
     device: torch.device, blobs: tuple[np.ndarray, np.ndarray], precision: str
 ) -> None:
