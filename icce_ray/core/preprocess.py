@@ -1,4 +1,4 @@
-"""TODO"""
+"""From the bytes of an image to the pixels that a backbone sees: decode, resize, crop, normalize."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from PIL import Image, ImageOps
 
 from icce_ray.errors import DataError, one_line
 
-# What PIL may try: raster images alone, and nothing that starts another program (EPS).
+# What PIL may try: only raster images, and nothing that starts another program (EPS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
-
-
 MAX_ASPECT = 8  # thinner images lose their ends before scaling, see Preprocess
-
-
 ORIENTATION = 0x0112  # EXIF tag
 
 

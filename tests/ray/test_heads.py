@@ -174,21 +174,21 @@ class Lost(Exception):
 
 @pytest.fixture
 def dies_at(monkeypatch: pytest.MonkeyPatch):
-    """dies_at(step): training stops before that step; dies_at(None): it goes on."""
+    """dies_at(step): training stops before that step; dies_at(None): it resumes."""
     step = head_trainer.HeadTrainer.step
 
     def start(when: int | None) -> None:
-        def half(self: head_trainer.HeadTrainer) -> torch.Tensor:
+        def half(self: head_trainer.HeadTrainer, **options: bool) -> torch.Tensor | None:
             if self.step_number == when:
                 raise Lost
-            return step(self)
+            return step(self, **options)
 
         monkeypatch.setattr(head_trainer.HeadTrainer, "step", half)
 
     return start
 
 
-def test_a_stopped_training_goes_on_from_its_checkpoint_exactly(tmp_path: Path, dies_at) -> None:
+def test_a_stopped_training_resumes_from_its_checkpoint_exactly(tmp_path: Path, dies_at) -> None:
     expected, _ = trained(with_neighbors(tmp_path / "whole"))
     context = with_neighbors(tmp_path / "broken", ["ray.max_failures=0"])
     dies_at(40)
@@ -198,7 +198,12 @@ def test_a_stopped_training_goes_on_from_its_checkpoint_exactly(tmp_path: Path, 
     dies_at(None)
     steps = []
     step = head_trainer.HeadTrainer.step
-    head_trainer.HeadTrainer.step = lambda self: (steps.append(self.step_number), step(self))[1]
+
+    def noted(self: head_trainer.HeadTrainer, **options: bool) -> torch.Tensor | None:
+        steps.append(self.step_number)
+        return step(self, **options)
+
+    head_trainer.HeadTrainer.step = noted
     try:
         found, _ = trained(context)
     finally:

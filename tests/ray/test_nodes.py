@@ -125,10 +125,10 @@ train, tune = heads._train, finetune._loop
 
 def gated_train(worker, config):
     step = head_trainer.HeadTrainer.step
-    def stop(self):
+    def stop(self, **options):
         if self.step_number == 30:
             pass_gate(f"heads{worker.world}", world=worker.world)
-        return step(self)
+        return step(self, **options)
     head_trainer.HeadTrainer.step = stop
     train(worker, config)
 

@@ -125,7 +125,7 @@ def finished(killed: Killed, ray_session: None) -> Path:
     return killed.folder
 
 
-def test_a_killed_sweep_goes_on(killed: Killed, finished: Path) -> None:
+def test_a_killed_sweep_resumes(killed: Killed, finished: Path) -> None:
     assert killed.checkpoints and not killed.trained
     assert {path: path.stat().st_mtime_ns for path in killed.finished} == killed.finished
     found = (finished / "run" / "store").glob("heads-*/manifest.json")
@@ -148,7 +148,7 @@ def test_trials_share_what_is_equal_and_are_ranked(finished: Path) -> None:
     assert not (finished / "run" / "sweeps" / "small" / "tune").exists()
 
 
-def test_the_best_config_goes_on_from_the_sweep(finished: Path) -> None:
+def test_the_best_config_reuses_the_sweep(finished: Path) -> None:
     best = config.load(finished / "run" / "sweeps" / "small" / "best.yaml")
     settings = results(finished)["trials"][0]["settings"]
     assert best.heads.beta == settings["heads.beta"]

@@ -2,7 +2,7 @@
 
 Shapes: H heads, B rows, D features, K clusters, O outputs of a layer. All heads run in one batched
 matrix product per layer; no Python loop over heads. Each head's initial weights come from
-(seed, head number) alone, so that heads keep their identity however workers share them.
+(seed, head number) only, so that heads keep their identity however workers share them.
 Architecture of a head: TEMI (arXiv 2303.17896), with ICCE's batch normalization.
 """
 
@@ -20,17 +20,9 @@ from torch.nn import functional as F
 from icce_ray.core.sampling import seed_of
 
 BN_MOMENTUM = 0.1
-
-
 BN_EPSILON = 1e-5
-
-
 SEEDED = 100  # clusters up to which k-means is seeded with care
-
-
 SHORT = 64  # outputs below which the rows are the last axis in memory
-
-
 LINEAR_START = 0.1  # of torch's usual deviation
 
 

@@ -204,7 +204,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch, **states: int | None) -> None:
     monkeypatch.setitem(sys.modules, "ray", fake)  # type: ignore[arg-type]
 
 
-def test_lost_nodes_are_told_and_idle_ones_taken_away_are_not(
+def test_lost_nodes_are_reported_and_idle_ones_taken_away_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     heard = Heard()
@@ -220,7 +220,7 @@ def test_lost_nodes_are_told_and_idle_ones_taken_away_are_not(
     assert [text[:26] for text in heard.events[1:]] == ["a node was lost (10.0.0.1)"]
 
 
-def test_little_shared_memory_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_shared_memory_is_reported_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     free = types.SimpleNamespace(free=64e6)
     monkeypatch.setattr(clusters.shutil, "disk_usage", lambda path: free)
     hint = clusters.shared_memory_hint()

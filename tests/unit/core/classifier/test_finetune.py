@@ -84,7 +84,7 @@ def test_a_diverging_fine_tuning_stops(warm: Any) -> None:
         )
 
 
-def test_state_goes_on_exactly(tiny: Any, warm: Any) -> None:
+def test_state_resumes_exactly(tiny: Any, warm: Any) -> None:
     from safetensors.torch import load, save
 
     model, images, labels = warm
