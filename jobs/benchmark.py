@@ -210,7 +210,7 @@ def alone(
     steps: Annotated[
         int | None, typer.Option(help="Steps of the heads' training; default: all.", min=10)
     ] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16, of the heads.")] = "float32",
+    precision: Annotated[str, typer.Option(help="auto or float32, of the heads.")] = "auto",
     device: Device = "auto",
     out: Out = Path("runs/alone"),
 ) -> None:

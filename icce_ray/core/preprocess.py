@@ -1,4 +1,4 @@
-"""From the bytes of an image to the pixels that a backbone sees: decode, resize, crop, normalize."""
+"""From the bytes of an image to the pixels of a backbone: decode, resize, crop, normalize."""
 
 from __future__ import annotations
 
