@@ -307,8 +307,10 @@ def run(
 def _run_chain(context: Context, chosen: Sequence[str], snapshot: Snapshot) -> None:
     config, run = context.config, context.run
     steps = make_steps(config, run, chosen, snapshot)
-    if any(step.todo for step in steps):
-        run.write_bytes(configs.to_yaml(config).encode(), "config.yaml")
+    text = configs.to_yaml(config).encode()
+    # Also where nothing is to do: num_classes=auto has put the artifacts of another number here.
+    if not run.exists("config.yaml") or run.read_bytes("config.yaml") != text:
+        run.write_bytes(text, "config.yaml")
     shown = False
     for position, stage in enumerate(STAGES):
         if not shown and (position == 1 or not steps[0].todo):

@@ -133,7 +133,10 @@ def _heads_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.heads.count
     pairs = config.heads.batch_size or constants.default_batch(config.head_clusters)
     own = math.ceil(config.heads.count / max(1, config.heads.num_workers or 1))
-    activations = 2 * pairs * own * (sum(widths[1:]) + 4 * config.head_clusters) * 4 * 2
+    # Float32 copies of the logits at one time: on a GPU those of student and teacher, in half
+    # precision; on a CPU the temporary ones as well. Both measured, as are the hidden layers'.
+    logits = config.head_clusters * (1 if config.ray.num_gpus else 7)
+    activations = 2 * pairs * own * (6 * sum(config.heads.hidden) + logits) * 4
     matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4)
     assigned = images * config.heads.count * 2
     # student, teacher, gradient and AdamW's two moments: five copies of the weights, float32

@@ -20,6 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from icce_ray import cli, config, pipeline
+from icce_ray.config import schema
 from icce_ray.core import backbone as backbones
 from icce_ray.core import neighbors as nearest
 from icce_ray.core.projection import fit_projection, project
@@ -49,9 +50,10 @@ CHAIN = """
 import ctypes; ctypes.CDLL(None).prctl(1, 9)  # ends where pytest is killed
 import json, sys
 from icce_ray import config, pipeline
+from icce_ray.config import schema
 from icce_ray.distributed.cluster import Cluster
 overrides = json.loads(sys.argv[1])
-shared = Cluster(config.RayConfig(num_cpus=2))
+shared = Cluster(schema.RayConfig(num_cpus=2))
 shared.start()
 manifests = pipeline.run(config.load("quickstart", overrides))
 print(json.dumps([m.id for m in manifests.values()]))
@@ -137,7 +139,7 @@ def test_the_whole_chain_on_s3_through_two_outages(
 
 
 def _check_embeddings(
-    run: RunDirectory, backbone: config.BackboneConfig, files: list[Path]
+    run: RunDirectory, backbone: schema.BackboneConfig, files: list[Path]
 ) -> None:
     """They, and the neighbors, are what the backbone and a plain search give here."""
     model = backbones.load(backbone)
@@ -145,7 +147,7 @@ def _check_embeddings(
     expected = torch.nn.functional.normalize(model.embed(torch.from_numpy(images)), dim=-1)
     found = column(run, "embeddings", "embedding")
     assert (found * expected.numpy()).sum(1).min() > 0.97  # where there is bfloat16, it is used
-    cpu, components = torch.device("cpu"), config.NeighborsConfig().pca
+    cpu, components = torch.device("cpu"), schema.NeighborsConfig().pca
     searched = project(found, fit_projection(found, components, 0), cpu).numpy()
     _, similarity = nearest.search(searched, 0, IMAGES, 100, "cpu")
     stored = column(run, "neighbors", "similarity")
@@ -169,6 +171,7 @@ FULL = """
 import ctypes; ctypes.CDLL(None).prctl(1, 9)  # ends where pytest is killed
 import pathlib, resource, subprocess, sys
 from icce_ray import config, pipeline
+from icce_ray.config import schema
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import StageError
@@ -199,7 +202,7 @@ def settings(run):
     return config.load(tree, [f"run_dir={run}", "heads.num_workers=0", "heads.count=2",
         "heads.steps=20", "heads.checkpoint_every=5", "embed.shard_size=500"])
 
-shared = Cluster(config.RayConfig(num_cpus=2))
+shared = Cluster(schema.RayConfig(num_cpus=2))
 shared.start()
 pipeline.run(settings(folder / "plain"), quiet=True, last="consensus")
 pipeline.DISK_MARGIN = 0.0  # the disk fills up after the plan was made

@@ -34,7 +34,7 @@ PURE = ("config.schema", "errors", "rundir.directory", "rundir.progress")  # nor
 ROOMS = {
     "core": (),
     "data": ("core", "rundir"),
-    "rundir": (),
+    "rundir": ("core",),
     "report": ("core", "data", "rundir"),
 }
 

@@ -46,15 +46,24 @@ def test_scores_reach_the_driver_with_the_next_report(run: RunDirectory) -> None
     assert states[-1]["scores"] == [(2, 0.5)]
 
 
-def test_a_step_of_the_heads_reads_nothing_back() -> None:
-    """A tensor on `meta` has no values: to read one raises. A GPU would be waited for."""
-    trainer: Any = types.SimpleNamespace(steps=1000, step_number=1, numbers=[0, 1, 2])
+class Stepping:
+    """Stands for a trainer."""
+
+    steps, step_number, numbers = 1000, 0, (0, 1, 2)
+
+    def step(self, want_loss: bool) -> torch.Tensor | None:
+        self.step_number += 1
+        return torch.tensor([1.0, 2.0, 6.0]) if want_loss else None
+
+
+def test_the_losses_of_heads_are_computed_only_where_they_are_recorded() -> None:
+    trainer: Any = Stepping()
     history = heads._History(trainer)
-    history.add(torch.zeros(3, device="meta"))
-    assert not history.losses
-    trainer.step_number = 5
-    history.add(torch.tensor([1.0, 2.0, 6.0]))
-    assert history.steps == [5] and history.note() == "loss 3.000"
+    for _ in range(history.every - 1):
+        history.step()
+    assert not history.losses and history.note() == ""
+    history.step()
+    assert history.steps == [history.every] and history.note() == "loss 3.000"
 
 
 def test_an_error_of_ours_in_a_single_worker_is_written_and_not_raised(run: RunDirectory) -> None:
