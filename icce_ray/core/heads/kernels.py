@@ -25,9 +25,7 @@ from icce_ray.core.heads.losses import TINY
 MOST_CLUSTERS = 8192  # a row must fit into registers
 TILE = 4096  # elements of a tile: rows x clusters, at least one row
 BLOCK_ROWS = 64  # rows whose column sums one program adds up
-WARP = (
-    1024  # elements of a tile per warp; the gradient has four tiles at a time, and takes a fourth
-)
+WARP = 1024  # elements of a tile per warp; the gradient has four tiles at a time: a fourth of it
 
 
 def loss_and_gradient(
