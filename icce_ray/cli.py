@@ -39,6 +39,11 @@ cluster: `ray job submit --working-dir . -- python jobs/pipeline.py imagenet ...
 """,
 )
 
+Name = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="Name of a golden config, or a YAML file.")
+]
+Plan = Annotated[bool, typer.Option("--plan", help="Show what would be done, and stop.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only errors and the final result.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -49,9 +54,7 @@ Overrides = Annotated[
 
 @app.command()
 def run(
-    name: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="Name of a golden config, or a YAML file.")
-    ],
+    name: Name,
     overrides: Overrides = None,
     first: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="First stage to run.")
@@ -66,12 +69,8 @@ def run(
             help="Replace what was made with other settings; with --from, run those stages again.",
         ),
     ] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Show what would be done, and stop.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="Print only errors and the final result.")
-    ] = False,
+    plan: Plan = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run the stages: index, embed, search, select, heads, consensus, classify, evaluate, report.
 
@@ -118,9 +117,7 @@ def _accuracy_line(metrics: dict[str, Any]) -> str:
 
 @app.command()
 def sweep(
-    name: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="Name of a golden config, or a YAML file.")
-    ],
+    name: Name,
     space: Annotated[
         str,
         typer.Argument(
@@ -128,15 +125,11 @@ def sweep(
         ),
     ],
     overrides: Overrides = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Show what would be done, and stop.")
-    ] = False,
+    plan: Plan = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete earlier results of this sweep.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="Print only errors and the final result.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Try many settings and rank the results by a score that needs no labels.
 

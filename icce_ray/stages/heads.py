@@ -99,7 +99,7 @@ class _Probe:
 
 
 class _History:
-    """Mean loss per head over stretches of equal length."""
+    """The loss of each head at steps of equal distance."""
 
     def __init__(self, trainer: HeadTrainer) -> None:
         self.trainer = trainer
@@ -119,7 +119,7 @@ class _History:
             self.losses.append(loss.cpu())
 
     def note(self) -> str:
-        """The last loss as text. Waits for the device."""
+        """The last recorded loss as text."""
         return "" if self.last is None else f"loss {float(self.last.mean()):.3f}"
 
     def state(self) -> dict[str, Tensor]:

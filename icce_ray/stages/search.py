@@ -65,7 +65,7 @@ def _ivf_index(run: RunDirectory, matrix: np.ndarray) -> Any:
 
     def build(path: Path) -> None:
         with run.writing(path):
-            core.build_ivf(matrix, path, seed=0)
+            core.build_ivf(matrix, path, method.SEARCH_SEED)
 
     path = _derived(run, f"ivf-{matrix.shape[1]}", ".faiss", build)
     faiss.omp_set_num_threads(torch.get_num_threads())

@@ -17,7 +17,7 @@ from typing import Any
 
 from icce_ray import pipeline
 from icce_ray.config.schema import Config
-from icce_ray.core.constants import default_steps
+from icce_ray.core import method
 from icce_ray.core.evaluation.labelfree import SCORES, score
 from icce_ray.distributed import train as training
 from icce_ray.distributed import tune as tuning
@@ -177,7 +177,7 @@ def _train(work: HeadWork, key: str, report: Report) -> None:
     if work.threads:
         torch.set_num_threads(work.threads)
     config, view = work.trials[key]
-    steps = config.heads.steps or default_steps(config.head_clusters)
+    steps = method.head_steps(config)
 
     def on_progress(step: int, value: float) -> None:
         report(min(tuning.NEARLY_DONE, tuning.DONE * step / steps), value)

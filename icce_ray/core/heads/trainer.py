@@ -25,6 +25,7 @@ from torch import Tensor
 from icce_ray.config.schema import HeadsConfig
 from icce_ray.core.collective import Alone, Collective
 from icce_ray.core.constants import default_batch
+from icce_ray.core.evaluation.labelfree import neighbor_consistency
 from icce_ray.core.heads import closed_form
 from icce_ray.core.heads.closed_form import Running, Target, Terms
 from icce_ray.core.heads.model import Heads, kmeans_start, with_ones
@@ -287,19 +288,14 @@ class HeadTrainer:
         return out.cpu().numpy()
 
     def consistency(self, rows: np.ndarray, ids: np.ndarray) -> float:
-        """How much more often a row and its neighbor share a cluster than by chance.
+        """Mean over own heads of `labelfree.neighbor_consistency`.
 
-        Mean over own heads of (share - chance) / (1 - chance), chance being sum of p_k^2; at most
-        1, and 0 for a head with one cluster. rows: int [S]; ids: int [S, M], row numbers.
+        rows: int [S]; ids: int [S, M], row numbers of their neighbors.
         """
         used, where = np.unique(np.concatenate([rows, ids.ravel()]), return_inverse=True)
         clusters = self.assign(rows=used)
         own, near = where[: len(rows)], where[len(rows) :].reshape(ids.shape)
-        found = []
-        for column in clusters.T:
-            share = float((column[own][:, None] == column[near]).mean())
-            chance = float(((np.bincount(column[own]) / len(own)) ** 2).sum())
-            found.append((share - chance) / (1 - chance) if chance < 1 else 0.0)
+        found = [neighbor_consistency(column[own], column[near]) for column in clusters.T]
         return float(np.mean(found))
 
     # state
