@@ -320,6 +320,27 @@ def release_placement(placed: str) -> None:
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(placed))))
 
 
+def release_orphans() -> None:
+    """Give back placement groups whose maker has died, as Ray does it.
+
+    Ray does it once, when it learns of the death: a group whose request was still under way then
+    keeps its place, or asks for one, until the job ends. Who made a group is told only by Ray's own
+    tables. Without them such a group remains.
+    """
+    with contextlib.suppress(Exception):
+        from ray._private.state import state
+        from ray.core.generated import gcs_pb2
+
+        table = vars(gcs_pb2)["PlacementGroupTableData"]  # generated, without types
+        for raw in state._connect_and_get_accessor().get_placement_group_table():
+            group = table.FromString(raw)
+            gone = group.state == table.REMOVED or group.is_detached
+            if gone or not group.creator_actor_id:
+                continue
+            if state.actor_table(group.creator_actor_id.hex()).get("State") == "DEAD":
+                release_placement(group.placement_group_id.hex())
+
+
 def cancel_reservation(name: str) -> None:
     """Give back the nodes that Ray Train keeps under a name; see `reservation`."""
     with contextlib.suppress(Exception):

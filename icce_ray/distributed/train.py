@@ -27,6 +27,7 @@ POLL = 0.5  # seconds between looks at the progress file
 REMOTE_POLL = 5.0
 GROW_EVERY = 60.0  # seconds between looks whether a group that lost workers can have them back
 GIVE_BACK = 10.0  # seconds a group gets to end its workers in order, before it is killed
+AFTERMATH = 3.0  # seconds after which nothing of an ended group can turn up any more
 
 # How long Ray Train waits for a place for a group it believes to fit before it counts anew. After a
 # lost node its belief is up to 20 s old; the default of 60 s is spent waiting for nothing.
@@ -202,6 +203,11 @@ def _fit_task(
             _trainer(work, group, datasets, failures).fit()
         except Exception as error:
             return type(error).__name__, str(error)
+        except KeyboardInterrupt:
+            # By `_end_group`; Ray Train has ended the workers. Its controller forgets an abort that
+            # comes while it starts a group, and would ask for places for good. It ends with its
+            # owner, which is this process.
+            os._exit(0)
     return None
 
 
@@ -233,6 +239,9 @@ def _end_group(ray: Any, context: Context, work: Mapping[str, Any], ref: Any) ->
     if not ray.wait([ref], timeout=GIVE_BACK)[0]:
         ray.cancel(ref, force=True)
     release(work["run"], work["folder"])
+    for _ in range(round(AFTERMATH / POLL)):
+        time.sleep(POLL)
+        compat.release_orphans()
 
 
 def release(run: RunDirectory, folder: str) -> None:
@@ -246,6 +255,7 @@ def release(run: RunDirectory, folder: str) -> None:
         compat.release_placement(held["placement"])
     if held.get("reservation"):
         compat.cancel_reservation(held["reservation"])
+    compat.release_orphans()
 
 
 class _Watch:

@@ -262,6 +262,39 @@ def test_without_placement_groups_nothing_is_given_back(
     compat.release_placement("00" * 18)
 
 
+def test_only_groups_whose_maker_has_died_are_orphans(
+    ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
+
+    def group(name: bytes, maker: bytes, **more: Any) -> bytes:
+        made = Group(placement_group_id=name, creator_actor_id=maker, **more)
+        return made.SerializeToString()
+
+    groups = [
+        group(b"orphan", b"dead"),
+        group(b"served", b"alive"),
+        group(b"of the driver", b""),
+        group(b"detached", b"dead", is_detached=True),
+        group(b"gone", b"dead", state=Group.REMOVED),
+    ]
+    tables = types.SimpleNamespace(
+        _connect_and_get_accessor=lambda: types.SimpleNamespace(
+            get_placement_group_table=lambda: groups
+        ),
+        actor_table=lambda maker: {"State": bytes.fromhex(maker).decode().upper()},
+    )
+    released: list[bytes] = []
+    monkeypatch.setattr(compat, "release_placement", lambda id: released.append(bytes.fromhex(id)))
+    monkeypatch.setattr(state, "state", tables)
+    compat.release_orphans()
+    assert released == [b"orphan"]
+    monkeypatch.setattr(state, "state", object())  # without those tables
+    compat.release_orphans()
+    assert released == [b"orphan"]
+
+
 def test_without_a_coordinator_nothing_is_cancelled(
     ray: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
