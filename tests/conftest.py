@@ -33,6 +33,7 @@ def ray_session() -> Iterator[None]:
 
     from icce_ray.distributed import compat
 
+    ray.shutdown()  # one that a run inside an earlier test has started for itself
     compat.init(
         ray,
         address="local",

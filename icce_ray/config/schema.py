@@ -217,8 +217,8 @@ class HeadsConfig(Node):
     """Arithmetic of the matrix products. auto: half precision on GPUs (float16, with hidden layers
     bfloat16), float32 on CPUs. Losses and Sinkhorn-Knopp are always float32."""
     num_workers: Annotated[Annotated[int, Field(ge=0)] | None, RUNTIME] = None
-    """Ray Train workers. 0: train in the driver's process. Default: one per GPU; without GPUs, 0 on
-    a local Ray and 1 on a cluster."""
+    """Ray Train workers. 0: train in the driver's process. Default: one per GPU, without GPUs 1; on
+    a local Ray 0 where that is 1."""
     checkpoint_every: Annotated[Positive, RUNTIME] = 500
     """Steps between checkpoints. A lost worker costs at most these."""
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from icce_ray import errors
 from icce_ray.distributed import compat
 from icce_ray.distributed.checkpoints import TRAIN, Checkpoints
@@ -154,6 +156,8 @@ def _fit_here(work: Mapping[str, Any], datasets: Any, failures: int) -> None:
         raise
     except Exception as error:
         raise _explain(work, type(error).__name__, str(error)) from None
+    finally:
+        torch.cuda.empty_cache()  # the next stages' tasks are other processes; without a GPU, nothing
 
 
 def _fit_in_group(
@@ -216,7 +220,7 @@ def _trainer(work: Mapping[str, Any], group: Group, datasets: Any, failures: int
     from ray.train.torch import TorchTrainer
 
     run: RunDirectory = work["run"]
-    return TorchTrainer(
+    trainer = TorchTrainer(
         run_loop,
         train_loop_config=dict(work),
         scaling_config=group.scaling(),
@@ -229,6 +233,8 @@ def _trainer(work: Mapping[str, Any], group: Group, datasets: Any, failures: int
         ),
         datasets=dict(datasets) if datasets else None,
     )
+    compat.without_servants(trainer, fed=bool(datasets))
+    return trainer
 
 
 def _end_group(ray: Any, context: Context, work: Mapping[str, Any], ref: Any) -> None:

@@ -169,11 +169,11 @@ def run(context: Context) -> Outcome:
 
 
 def _workers(config: Config, cluster: Cluster, gpus: float) -> int:
-    """On the cores of this machine the driver trains by itself: to start the processes of Ray Train
+    """A single worker on this machine is the driver itself: to start the processes of Ray Train
     takes longer than many a training."""
-    if config.heads.num_workers is None and cluster.is_local and not gpus:
-        return 0
-    return cluster.workers(config.heads.num_workers, gpus)
+    workers = cluster.workers(config.heads.num_workers, gpus)
+    own = config.heads.num_workers is None and cluster.is_local and workers == 1
+    return 0 if own else workers
 
 
 def _write(run: RunDirectory, states: list[dict[str, Tensor]], rows: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ SETTINGS = """
 num_classes: 3
 data: {labels: none}
 neighbors: {max_neighbors: 10, pca: null}
-heads: {count: 4, steps: 3000, batch_size: 256, checkpoint_every: 50}
+heads: {count: 4, steps: 1500, batch_size: 256, checkpoint_every: 50}
 evaluate: {kmeans: false}
 """
 
@@ -84,24 +84,29 @@ def group(driver: int) -> None:
     os.killpg(driver, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("terminate", [group, everything])
-def test_a_terminated_run_stops_in_order_and_resumes(
-    tmp_path: Path, start: Any, terminate: Callable[[int], None]
-) -> None:
-    run = tmp_path / "run"
-    first = start()
-    checkpoints = run / "heads" / "train"
-    until("a checkpoint", lambda: list(checkpoints.glob("*/complete.json")) or first.poll())
-    assert first.poll() is None, (tmp_path / "0.txt").read_text()
-    terminate(first.pid)
-    assert first.wait(PATIENCE) in (130, 143)
-    printed = (tmp_path / "0.txt").read_text()
-    assert "stopped; run the same command again to resume" in printed
-    assert "GCS" not in printed and "Traceback" not in printed, printed
-    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
-    assert not (run / "heads" / "manifest.json").exists()
+def checkpoints(heads: Path) -> set[str]:
+    return {path.parent.name for path in heads.glob("train/*/complete.json")}
 
-    second = start()
-    assert second.wait(PATIENCE) == 0, (tmp_path / "1.txt").read_text()
-    assert "resumed from the checkpoint at " in (tmp_path / "1.txt").read_text()
-    assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+def stopped_by(terminate: Callable[[int], None], folder: Path, driver: Any, printed: Path) -> None:
+    """Send the signal when heads have a new checkpoint, and look at what it left."""
+    heads = folder / "run" / "heads"
+    before = checkpoints(heads)
+    until("a checkpoint", lambda: checkpoints(heads) - before or driver.poll())
+    assert driver.poll() is None, printed.read_text()
+    terminate(driver.pid)
+    assert driver.wait(PATIENCE) in (130, 143)
+    said = printed.read_text()
+    assert "stopped; run the same command again to resume" in said
+    assert "GCS" not in said and "Traceback" not in said, said
+    assert json.loads((folder / "run" / "status.json").read_text())["state"] == "stopped"
+    assert not (heads / "manifest.json").exists()
+
+
+def test_a_terminated_run_stops_in_order_and_resumes(tmp_path: Path, start: Any) -> None:
+    """Stopped twice, in two ways, and then left to its end."""
+    stopped_by(group, tmp_path, start(), tmp_path / "0.txt")
+    stopped_by(everything, tmp_path, start(), tmp_path / "1.txt")
+    assert start().wait(PATIENCE) == 0, (tmp_path / "2.txt").read_text()
+    assert "resumed from the checkpoint at " in (tmp_path / "2.txt").read_text()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"

@@ -262,6 +262,20 @@ def test_without_placement_groups_nothing_is_given_back(
     compat.release_placement("00" * 18)
 
 
+def test_a_trainer_starts_only_what_serves_here(ray: Any) -> None:
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    def started(fed: bool) -> set[str]:
+        trainer = DataParallelTrainer(lambda: None)
+        compat.without_servants(trainer, fed)
+        return {type(one).__name__ for one in trainer._create_default_callbacks()}
+
+    with_data, without = started(True), started(False)
+    assert with_data - without == {"DatasetsCallback"} and "BackendSetupCallback" in without
+    assert "PlacementGroupCleanerCallback" not in with_data
+    compat.without_servants(object(), fed=False)  # of another Ray
+
+
 def test_only_groups_whose_maker_has_died_are_orphans(
     ray: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
