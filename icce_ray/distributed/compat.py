@@ -321,7 +321,7 @@ def release_placement(placed: str) -> None:
 
 
 # Each is a process that imports for four seconds. The first reads data sets. The second gives back
-# the places of a dead controller, as far as a dashboard tells it of the death; we do it by ourselves.
+# the places of a dead controller where there is a dashboard to watch it; we do that by ourselves.
 _SERVANTS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 
 

@@ -157,7 +157,7 @@ def _fit_here(work: Mapping[str, Any], datasets: Any, failures: int) -> None:
     except Exception as error:
         raise _explain(work, type(error).__name__, str(error)) from None
     finally:
-        torch.cuda.empty_cache()  # the next stages' tasks are other processes; without a GPU, nothing
+        torch.cuda.empty_cache()  # the next stages' tasks are other processes
 
 
 def _fit_in_group(
