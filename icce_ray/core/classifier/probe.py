@@ -6,7 +6,6 @@ Shapes: N rows, B batch, D features, K clusters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -50,11 +49,14 @@ class _Rows:
         copied = on_gpu(features, device) if isinstance(features, np.ndarray) else features
         self.source = features if copied is None else copied
         self.shape = tuple(features.shape)
+        # Where row numbers are looked up: with the rows themselves, so that a GPU waits for nothing.
+        held = isinstance(self.source, Tensor)
+        self.home = self.source.device if held else torch.device("cpu")
 
     def take(self, rows: Tensor) -> Tensor:
-        """Some rows, float32 [B, D] on the device."""
+        """Rows by their numbers at home, float32 [B, D] on the device."""
         if isinstance(self.source, Tensor):
-            return self.source[rows.to(self.source.device)].to(self.device).float()
+            return self.source[rows].to(self.device).float()
         picked = torch.from_numpy(self.source[rows.numpy()])
         return picked.to(self.device).float()
 
@@ -68,7 +70,7 @@ def _standardize(model: Classifier, rows: _Rows) -> None:
     mean = torch.zeros(rows.shape[1], dtype=torch.float64)
     square = torch.zeros_like(mean)
     for part in index.split(1024):  # float32 sums of few rows, added up in float64
-        x = rows.take(part)
+        x = rows.take(part.to(rows.home))
         mean += x.sum(0).double().cpu() / len(index)
         square += x.square().sum(0).double().cpu() / len(index)
     deviation = (square - mean.square()).clamp_min(0).sqrt()
@@ -171,8 +173,8 @@ class _ProbeTrainer:
         seed: int,
     ) -> None:
         self.model, self.rows, self.seed = model, rows, seed
-        self.labels = torch.from_numpy(labels.astype(np.int64))
-        self.weights = torch.from_numpy(normalized_weights(weights))
+        self.labels = torch.from_numpy(labels.astype(np.int64)).to(rows.home)
+        self.weights = torch.from_numpy(normalized_weights(weights)).to(rows.home)
         self.batch = probe_batch(rows.shape[0], settings.batch_size)
         self.steps = math.ceil(rows.shape[0] / self.batch)  # per epoch
         self.total = self.steps * settings.epochs
@@ -181,7 +183,7 @@ class _ProbeTrainer:
     def epoch(self, number: int, on_step: OnStep | None) -> dict[str, float]:
         """One pass over all rows. Returns epoch (from 1), loss and agreement."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, "probe rows", number))
-        order = torch.randperm(self.rows.shape[0], generator=generator)
+        order = torch.randperm(self.rows.shape[0], generator=generator).to(self.rows.home)
         meter = Meter(number * self.steps, self.total, on_step)
         for batch in order.split(self.batch):
             set_lr(self.optimizer, meter.done, self.total)
@@ -238,28 +240,18 @@ def calibrate(classifier: Classifier, features: Matrix, confidence: np.ndarray) 
 
 
 @torch.inference_mode()
-def predict_proba(
-    classifier: Classifier, features: Matrix, device: torch.device | None = None
-) -> Iterator[Tensor]:
-    """Probabilities of consecutive chunks of rows, float32 [B, K] on the CPU."""
-    device = device or default_device()
-    model = classifier.to(device).eval()
-    for start in range(0, len(features), PREDICT_ROWS):
-        part = features[start : start + PREDICT_ROWS]
-        x = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-        yield model(x.to(device).float()).softmax(1).cpu()
-
-
 def predict(
     classifier: Classifier, features: Matrix, device: torch.device | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Most probable cluster int32 [N] and its probability float32 [N]."""
+    device = device or default_device()
+    model = classifier.to(device).eval()
     clusters = np.empty(len(features), np.int32)
     confidence = np.empty(len(features), np.float32)
-    start = 0
-    for probabilities in predict_proba(classifier, features, device):
-        value, index = probabilities.max(1)
-        clusters[start : start + len(value)] = index.numpy()
-        confidence[start : start + len(value)] = value.numpy()
-        start += len(value)
+    for start in range(0, len(features), PREDICT_ROWS):
+        part = features[start : start + PREDICT_ROWS]
+        x = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+        value, index = model(x.to(device).float()).softmax(1).max(1)
+        rows = slice(start, start + len(value))
+        clusters[rows], confidence[rows] = index.cpu().numpy(), value.cpu().numpy()
     return clusters, confidence
