@@ -49,7 +49,7 @@ class _Rows:
         copied = on_gpu(features, device) if isinstance(features, np.ndarray) else features
         self.source = features if copied is None else copied
         self.shape = tuple(features.shape)
-        # Where row numbers are looked up: with the rows themselves, so that a GPU waits for nothing.
+        # Where rows are looked up: beside the rows themselves, so that a GPU waits for nothing.
         held = isinstance(self.source, Tensor)
         self.home = self.source.device if held else torch.device("cpu")
 
