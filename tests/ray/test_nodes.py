@@ -418,16 +418,20 @@ def searching(story: Story) -> None:
 
 
 def training_heads(story: Story) -> None:
-    """The driver is killed, and a node with a worker; the successor resumes on the other node, and
-    on two when there is one more."""
+    """The driver is killed; its successor loses a worker on one node and the other node as a whole,
+    resumes with one worker, then with two."""
     nodes = story.nodes
     story.facts["before"] = story.comes("heads2", 2)
     os.kill(story.drivers[-1].pid, signal.SIGKILL)
     story.drivers[-1].wait()
-    nodes.kill("d")  # it came last
     gone = [one["pid"] for one in story.facts["before"]]
     until(lambda: not any(map(alive, gone)), "the end of the killed driver's workers")
     story.start("second", f"run_dir={story.run}")
+    story.facts["after"] = story.comes("heads2", 2)
+    last = "d"  # it came last
+    other = next(one for one in story.facts["after"] if nodes.name_of(one["node"]) != last)
+    os.kill(other["pid"], signal.SIGKILL)
+    nodes.kill(last)
     story.facts["single"] = story.comes("heads1")
     nodes.add("e")
     story.says("the cluster has room again: 2 workers resume from 20")
@@ -453,12 +457,12 @@ def test_a_cluster_without_nodes_is_waited_for(story: Story) -> None:
 
 def test_the_head_without_cores_does_no_work(story: Story) -> None:
     head = story.nodes.head["id"]
-    for stage in ("decoding", "searching", "before", "single", "grown", "finetuning"):
+    for stage in ("decoding", "searching", "before", "after", "single", "grown", "finetuning"):
         assert all(one["node"] != head for one in story.facts[stage]), stage
 
 
 def test_work_is_spread_over_the_nodes(story: Story) -> None:
-    for stage in ("before", "grown", "finetuning"):
+    for stage in ("before", "after", "grown", "finetuning"):
         assert len({one["node"] for one in story.facts[stage]}) == 2, stage
 
 
@@ -492,6 +496,7 @@ def test_heads_are_exactly_those_of_an_undisturbed_training(story: Story, train_
     events = story.events("heads")
     assert "heads resumes from partial work" in events
     assert "resumed from the checkpoint at 20" in events
+    assert "workers were lost; 1 worker resumes from 20, before 2" in events
     assert "the cluster has room again: 2 workers resume from 20, before 1" in events
 
 
