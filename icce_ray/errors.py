@@ -44,3 +44,10 @@ class NoAnswerError(StorageError):
 def one_line(error: BaseException, most: int = 300) -> str:
     """The message of an error of another library as one line of at most `most` characters."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A name that was found, not given: what a terminal would act on is written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

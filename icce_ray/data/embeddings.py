@@ -18,16 +18,11 @@ import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
 from icce_ray.config.schema import DataConfig
-from icce_ray.data.listing import (
-    PARQUET,
-    Listing,
-    find_files,
-    finish,
-    index_table,
-    number,
-    suffix_of,
-)
+from icce_ray.data.formats import PARQUET, suffix_of
+from icce_ray.data.listing import Listing, finish, index_table, number
+from icce_ray.data.omissions import Omissions
 from icce_ray.data.reading import row_uri
+from icce_ray.data.walking import find_files
 from icce_ray.errors import ArtifactError, DataError, one_line
 from icce_ray.rundir.schemas import to_matrix
 from icce_ray.rundir.storage import Storage
@@ -44,6 +39,7 @@ class Vectors:
     files: tuple[str, ...]
     rows: tuple[int, ...]  # per file
     features: int
+    left: Omissions  # other files beside them
 
     @property
     def total(self) -> int:
@@ -103,7 +99,7 @@ def open_vectors(uri: str) -> Vectors:
     widths = {width for _, width in heads}
     if len(widths) > 1:
         raise DataError(f"data.embeddings={uri}: files differ in width: {sorted(widths)}")
-    vectors = Vectors(uri, tuple(files), tuple(rows for rows, _ in heads), widths.pop())
+    vectors = Vectors(uri, tuple(files), tuple(rows for rows, _ in heads), widths.pop(), there.left)
     if not vectors.total or not vectors.features:
         raise DataError(f"data.embeddings={uri} holds no numbers")
     return vectors
@@ -199,7 +195,7 @@ def list_rows(data: DataConfig) -> Listing:
     elif uris.null_count:
         raise DataError(f"data.embeddings={data.embeddings}: {uris.null_count} rows have no uri")
     labels = read_column(given.files, data.label_column)
-    return finish(index_table(uris, labels), "embeddings", data.limit)
+    return finish(index_table(uris, labels), "embeddings", data.limit, given.left)
 
 
 def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:

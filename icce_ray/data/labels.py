@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from icce_ray.config.schema import Config, DataConfig
 from icce_ray.data import embeddings
-from icce_ray.data.listing import check_exists, evenly, suffix_of
+from icce_ray.data.formats import suffix_of
+from icce_ray.data.listing import check_exists, evenly
 from icce_ray.errors import DataError
 from icce_ray.rundir import storage
 from icce_ray.rundir.directory import RunDirectory

@@ -15,7 +15,7 @@ import pytest
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config, DataConfig
-from icce_ray.data import listing
+from icce_ray.data import listing, tars
 from icce_ray.data.labels import load_labels
 from icce_ray.data.reading import read_many
 from icce_ray.distributed.cluster import Cluster
@@ -181,8 +181,8 @@ def test_streamed_tars_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tmp_path / "1.tar", [(f"{i}.{s}", b"x" * i) for i in range(9) for s in ("jpg", "cls")]
     )
     sought = rows(tmp_path)
-    monkeypatch.setattr(listing.pafs, "LocalFileSystem", type(None))
-    assert listing._tar_file(str(tmp_path / "1.tar")).to_pylist() == [
+    monkeypatch.setattr(tars.pafs, "LocalFileSystem", type(None))
+    assert listing._tar_file(str(tmp_path / "1.tar"))[0].to_pylist() == [
         {k: v for k, v in row.items() if k != "image_id"} for row in sought
     ]
 
