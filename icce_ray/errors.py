@@ -47,7 +47,14 @@ def one_line(error: BaseException, most: int = 300) -> str:
 
 
 def printable(text: str) -> str:
-    """A name that was found, not given: what a terminal would act on is written as an escape."""
+    """A name as one line: what a terminal would act on, or is no text, is written as an escape."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    """As unicode_escape; a byte of a file name that is no text as that byte."""
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

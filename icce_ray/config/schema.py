@@ -65,7 +65,8 @@ class DataConfig(Node):
     dataset: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "stl10"] | None = None
     """A public data set, written once to `path` as class folders of PNG files."""
     format: Literal["auto", "folder", "parquet", "webdataset"] = "auto"
-    """Format of `path`. auto: decided by the files found there."""
+    """Format of `path`. auto: decided by the endings of the files found there. With a format given,
+    a single file may have any name, and files without an ending are taken where none has one."""
     image_column: str = "image"
     """Parquet: the column of encoded image bytes, or of structs with a `bytes` field."""
     label_column: str = "label"

@@ -36,7 +36,8 @@ class Omissions:
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
         """Count what was left out; the first example is kept."""
-        one = self._found.setdefault(reason, Omission(reason=reason, count=0, example=example))
+        shown = printable(example)
+        one = self._found.setdefault(reason, Omission(reason=reason, count=0, example=shown))
         one["count"] += count
 
     def take(self, other: Omissions) -> None:
@@ -66,9 +67,7 @@ class Omissions:
 
     def __str__(self) -> str:
         """What was found but not taken: 3 files ending in .txt (a.txt); 1 link ..."""
-        parts = (
-            f"{o['count']:,} {o['reason']} ({printable(o['example'])})" for o in self.results()
-        )
+        parts = (f"{o['count']:,} {o['reason']} ({o['example']})" for o in self.results())
         return "; ".join(parts)
 
 

@@ -138,8 +138,7 @@ def _texts(names: list[str], left: Omissions) -> pa.Array:
     except UnicodeEncodeError:
         good = [name for name in names if _is_text(name)]
         bad = next(name for name in names if not _is_text(name))
-        shown = os.fsencode(bad).decode(errors="backslashreplace")
-        left.add(omissions.NOT_TEXT, shown, len(names) - len(good))
+        left.add(omissions.NOT_TEXT, bad, len(names) - len(good))
         return pa.array(good, pa.string())
 
 

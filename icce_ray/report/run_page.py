@@ -95,6 +95,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "cost": None if price is None else sum(row["cost"] for row in rows),
         "events": [(row["name"], text) for row in rows for text in row["events"]],
         "quarantine": run_numbers.quarantine(facts),
+        "left_out": run_numbers.left_out(facts),
         "versions": run_numbers.versions(facts),
         "settings": configs.to_yaml(facts.config),
     }

@@ -83,15 +83,19 @@ def predict(
     description = run.read_json(CLASSIFIER, DESCRIPTION)
     config = _config(run, images, overrides)
     backbones = _backbones(description)
-    table = listing.list_images(config.data, setting="images").table
+    reporter = Reporter(RunDirectory(target.address(folder)), quiet)
+    say = partial(reporter.say, log=False)  # `out` may be another's
+    found = listing.list_images(config.data, setting="images", say=say)
+    table = found.table
     if config.data.labels not in ("auto", "none"):
         labels.labels_of(config.data.labels, table)  # a file that does not fit is refused now
     mark = _mark(images, table, trained, config)
     finished = _claim(target, folder, mark)
     if finished is not None:
+        say(f"done already: {finished.rows:,} images are in {target.address(folder)}")
         return finished
     own = cluster or Cluster(config.ray)
-    work = _Work(run, config, description, backbones, table, target, folder, own, quiet)
+    work = _Work(run, config, description, backbones, found, target, folder, own, reporter)
     try:
         return work.run(mark)
     finally:
@@ -189,17 +193,23 @@ class _Work:
     config: Config
     description: Mapping[str, Any]
     backbones: tuple[BackboneConfig, ...]
-    table: pa.Table
+    found: listing.Listing
     target: RunDirectory
     folder: str
     cluster: Cluster
-    quiet: bool
+    reporter: Reporter
+
+    @property
+    def table(self) -> pa.Table:
+        """INDEX_SCHEMA, of the new images."""
+        return self.found.table
 
     def run(self, mark: dict[str, Any]) -> Manifest:
         started = time.monotonic()
         resumed = self.target.begin(self.folder, mark)
-        self.reporter = Reporter(RunDirectory(self.target.address(self.folder)), self.quiet)
         self.reporter.stage = "predict"
+        if self.found.left:
+            self.reporter.say(f"left out: {self.found.left}")
         self.shards = self._open(resumed)
         self.bad = 0
         with self.reporter.listening(), NodeWatch(self.reporter):
@@ -271,6 +281,7 @@ class _Work:
             seconds=round(seconds, 3),
             results={
                 "bad": bad,
+                "left_out": self.found.left.results(),
                 "images_per_second": round(rate, 1),
                 "run": self.source.uri,
                 **scores,

@@ -219,6 +219,18 @@ def test_stage_writes_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load_labels(config.model_copy(update={"data": none}), run) is None
 
 
+def test_the_stage_says_once_what_was_left_out(tmp_path: Path) -> None:
+    touch(tmp_path / "images", "a.png", "b.png", "c.txt", ".d")
+    run = run_stage(make(tmp_path, path=str(tmp_path / "images")))
+    done = run.manifest("index")
+    assert done is not None and done.results["left_out"] == [
+        {"reason": "hidden files and folders", "count": 1, "example": ".d"},
+        {"reason": "files ending in .txt", "count": 1, "example": "c.txt"},
+    ]
+    line = "left out: 1 hidden files and folders (.d); 1 files ending in .txt (c.txt)"
+    assert Path(run.path("log")).read_text().count(line) == 1
+
+
 def test_more_classes_than_images(tmp_path: Path) -> None:
     touch(tmp_path / "images", "a.png", "b.png")
     with pytest.raises(ConfigError, match="num_classes=3"):
