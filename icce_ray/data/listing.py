@@ -44,7 +44,7 @@ class Listing:
 def list_images(data: DataConfig, setting: str = "data.path", say: Say | None = None) -> Listing:
     """List the images of `data.path`, with labels where there are any.
 
-    setting: what the user gave the path as, for messages. say: is told now and then how far it is.
+    setting: what the user gave the path as, for messages. say: gets a line now and then.
 
     Raises:
         DataError: nothing there, an ambiguous mixture, damaged or unsuitable files, an address
@@ -153,14 +153,14 @@ def _each(
     work: Callable[[str], tuple[pa.Table, Omissions]], files: Files, say: Say | None
 ) -> pa.Table:
     """Rows of many files in their order, several at a time; what they left out is added."""
-    uris, told, tables = files.uris().to_pylist(), time.monotonic(), []
+    uris, spoken, tables = files.uris().to_pylist(), time.monotonic(), []
     threads = REMOTE_THREADS if is_remote(uris[0]) else THREADS
     with ThreadPoolExecutor(min(threads, len(uris))) as pool:
         for table, left in pool.map(work, uris):
             tables.append(table)
             files.left.take(left)
-            if say is not None and time.monotonic() - told >= LINE_EVERY:
-                told = time.monotonic()
+            if say is not None and time.monotonic() - spoken >= LINE_EVERY:
+                spoken = time.monotonic()
                 say(f"listing: {len(tables):,} of {len(uris):,} files read")
     return pa.concat_tables(tables)
 

@@ -98,7 +98,7 @@ def _any_of(values: pa.Array, wanted: Sequence[str]) -> pa.Array:
 def find_files(path: str, setting: str = "data.path", say: Say | None = None) -> Files:
     """All files below a folder, or the file itself, and what was left out.
 
-    setting: what the user gave the path as, for messages. say: is told now and then how far it is.
+    setting: what the user gave the path as, for messages. say: gets a line now and then.
 
     Raises:
         DataError: where there is nothing, or it cannot be listed.
@@ -113,7 +113,7 @@ def find_files(path: str, setting: str = "data.path", say: Say | None = None) ->
         if info.type == pafs.FileType.NotFound:
             raise DataError(f"{setting}={path}: there is no such file or folder")
         walk = _RemoteWalk(place, left) if is_remote(base) else _LocalWalk(place.root, left)
-        blocks = [_texts(names, left) for names in _telling(walk.blocks(), path, say)]
+        blocks = [_texts(names, left) for names in _reporting(walk.blocks(), path, say)]
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{setting}={path} cannot be listed: {one_line(error)}") from None
     names = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
@@ -121,12 +121,12 @@ def find_files(path: str, setting: str = "data.path", say: Say | None = None) ->
     return _without_own(files, place)
 
 
-def _telling(walk: Iterator[list[str]], path: str, say: Say | None) -> Iterator[list[str]]:
-    count, told = 0, time.monotonic()
+def _reporting(walk: Iterator[list[str]], path: str, say: Say | None) -> Iterator[list[str]]:
+    count, spoken = 0, time.monotonic()
     for names in walk:
         count += len(names)
-        if say is not None and time.monotonic() - told >= LINE_EVERY:
-            told = time.monotonic()
+        if say is not None and time.monotonic() - spoken >= LINE_EVERY:
+            spoken = time.monotonic()
             say(f"listing {path}: {count:,} files so far")
         yield names
 
