@@ -75,9 +75,9 @@ class DataConfig(Node):
     """Instead of images: existing N x D embeddings (.npy, or Parquet with a list column named
     `embedding`)."""
     labels: str = "auto"
-    """Ground truth, read only by `evaluate` and `report`. auto: class folders or the label column,
-    where there are any. none: ignored. Or a file of N labels (.npy, or text, one label per
-    line)."""
+    """Ground truth, read only by `evaluate` and `report`. auto: class folders (also those below
+    train, val and test) or the label column, where there are any. none: ignored. Or a file of N
+    labels (.npy, or text, one label per line). Empty, negative or NaN: no label."""
     limit: Positive | None = None
     """Use only this many images, evenly spaced in the listing (for a first try)."""
 

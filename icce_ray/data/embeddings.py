@@ -19,7 +19,7 @@ from numpy.lib import format as npy
 
 from icce_ray.config.schema import DataConfig
 from icce_ray.data.formats import PARQUET, suffix_of
-from icce_ray.data.listing import Listing, finish, index_table, number
+from icce_ray.data.listing import Listing, finish, index_table, number, text_column
 from icce_ray.data.omissions import Omissions
 from icce_ray.data.reading import row_uri
 from icce_ray.data.walking import find_files
@@ -210,11 +210,4 @@ def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:
 
 
 def _text(file: str, name: str) -> pa.ChunkedArray | None:
-    def read(stream: pa.NativeFile) -> pa.ChunkedArray | None:
-        parquet = pq.ParquetFile(stream)
-        schema = parquet.schema_arrow
-        if name not in schema.names or pa.types.is_nested(schema.field(name).type):
-            return None
-        return parquet.read(columns=[name])[name].cast(pa.string())
-
-    return Storage(file).load(read)
+    return Storage(file).load(lambda stream: text_column(pq.ParquetFile(stream), name))

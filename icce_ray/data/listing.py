@@ -30,6 +30,8 @@ from icce_ray.rundir.progress import LINE_EVERY
 from icce_ray.rundir.schemas import INDEX_SCHEMA
 from icce_ray.rundir.storage import Storage, hastily, is_remote
 
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -185,27 +187,41 @@ def index_table(
 
 
 def _folder_rows(data: DataConfig, files: Files, say: Say | None) -> pa.Table:
-    """Image files. Labels: the first folder below the root, where all lie in one and two differ."""
-    labels = None
-    if pc.all(pc.match_substring(files.names, "/")).as_py():
-        first = pc.replace_substring_regex(files.names, r"(?s)/.*$", "")
-        labels = first if pc.count_distinct(first).as_py() > 1 else None
-    return index_table(files.uris(), labels)
+    """Image files, labeled by their folders."""
+    return index_table(files.uris(), _folder_labels(files.names))
+
+
+def _folder_labels(names: pa.Array) -> pa.Array | None:
+    """The first folder below the root, or below train, val and test. string [N]
+
+    None, unless all files lie in such a folder and two differ.
+    """
+    first = _first_folders(names)
+    if first is not None and {name.lower() for name in pc.unique(first).to_pylist()} <= SPLITS:
+        first = _first_folders(pc.replace_substring_regex(names, r"(?s)^[^/]*/", ""))
+    return first if first is not None and pc.count_distinct(first).as_py() > 1 else None
+
+
+def _first_folders(names: pa.Array) -> pa.Array | None:
+    if not pc.all(pc.match_substring(names, "/")).as_py():
+        return None
+    return pc.replace_substring_regex(names, r"(?s)/.*$", "")
 
 
 def _parquet_rows(data: DataConfig, files: Files, say: Say | None) -> pa.Table:
     """Rows of Parquet files; their footers say how many; only labels are read."""
-    return _each(lambda uri: (_parquet_file(data, uri), Omissions()), files, say)
+    return _each(lambda uri: _parquet_file(data, uri), files, say)
 
 
-def _parquet_file(data: DataConfig, uri: str) -> pa.Table:
-    def read(stream: pa.NativeFile) -> pa.Table:
-        parquet = pq.ParquetFile(stream)
+def _parquet_file(data: DataConfig, uri: str) -> tuple[pa.Table, Omissions]:
+    def read(stream: pa.NativeFile) -> tuple[pa.Table, Omissions]:
+        parquet, left = pq.ParquetFile(stream), Omissions()
         _check_image_column(data.image_column, parquet.schema_arrow, uri)
-        labels = _label_column(parquet, data.label_column)
-        return index_table(
-            number(row_uri(uri, data.image_column), parquet.metadata.num_rows), labels
-        )
+        labels = text_column(parquet, data.label_column)
+        if labels is None and data.label_column in parquet.schema_arrow.names:
+            left.add(f"columns {data.label_column!r} that hold no plain labels", uri)
+        uris = number(row_uri(uri, data.image_column), parquet.metadata.num_rows)
+        return index_table(uris, labels), left
 
     try:
         return Storage(uri).load(read)
@@ -234,14 +250,25 @@ def _check_image_column(name: str, schema: pa.Schema, uri: str) -> None:
     raise DataError(f"{uri}: column {name!r} {what}; columns are {', '.join(schema.names)}; {hint}")
 
 
-def _label_column(parquet: pq.ParquetFile, column: str) -> Any:
-    """The label column as text; None where there is none or it holds no plain values."""
-    if column not in parquet.schema_arrow.names:
+def text_column(parquet: pq.ParquetFile, name: str) -> pa.ChunkedArray | None:
+    """A column as text, NaN as null; None where there is none, or it holds no plain values."""
+    schema = parquet.schema_arrow
+    if name not in schema.names or pa.types.is_nested(schema.field(name).type):
         return None
-    kind = parquet.schema_arrow.field(column).type
-    if pa.types.is_nested(kind):
+    if _is_bytes(schema.field(name).type):  # masks, perhaps: not all are read to see that
+        first = next(parquet.iter_batches(64, columns=[name]), None)
+        if first is not None and _as_text(first.column(0)) is None:
+            return None
+    return _as_text(parquet.read(columns=[name])[name])
+
+
+def _as_text(values: Any) -> Any:
+    try:
+        if pa.types.is_floating(values.type):
+            values = pc.if_else(pc.is_nan(values), None, values)
+        return values.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
-    return parquet.read(columns=[column])[column].cast(pa.string()).combine_chunks()
 
 
 def _tar_rows(data: DataConfig, files: Files, say: Say | None) -> pa.Table:

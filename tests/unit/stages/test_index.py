@@ -75,6 +75,19 @@ def test_folders_that_are_no_classes(tmp_path: Path, extra: str | None) -> None:
     assert {row["label"] for row in rows(tmp_path)} == {None}
 
 
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("Train",), ("training", "dev")])
+def test_class_folders_below_splits(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    touch(tmp_path, *(f"{split}/{c}/1.png" for split in splits for c in ("cat", "dog")))
+    assert [row["label"] for row in rows(tmp_path)] == ["cat", "dog"] * len(splits)
+    touch(tmp_path, f"{splits[0]}/flat.png")
+    assert {row["label"] for row in rows(tmp_path)} == {None}
+
+
+def test_a_class_may_be_named_as_a_split(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.png", "train/b/1.png", "car/1.png")
+    assert [row["label"] for row in rows(tmp_path)] == ["car", "train", "train"]
+
+
 def test_single_file_and_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "a.png", "in/b.png", "in/c.png")
     monkeypatch.chdir(tmp_path)
@@ -150,6 +163,34 @@ def test_parquet_columns(tmp_path: Path) -> None:
     (tmp_path / "y.parquet").write_bytes(b"nonsense")
     with pytest.raises(DataError, match=r"y\.parquet cannot be read"):
         rows(tmp_path / "y.parquet")
+
+
+def test_columns_of_labels_that_are_none(tmp_path: Path) -> None:
+    png, count = b"\x89PNG\r\n\x1a\n", 100
+    columns: dict[str, list[Any]] = {
+        "mask": [png] * count,
+        "struct": [{"bytes": png, "path": "a"}] * count,
+        "late": [b"cat"] * (count - 1) + [png],
+        "tensor": [[1, 2]] * count,
+    }
+    for name, values in columns.items():
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"image": [b"x"] * count, "label": values}), path)
+        listed = listing.list_images(DataConfig(path=str(path)))
+        assert listed.found == listed.table["label"].null_count == count
+        assert f"1 columns 'label' that hold no plain labels ({path})" in str(listed.left)
+
+
+def test_columns_of_labels_with_gaps(tmp_path: Path) -> None:
+    nan = float("nan")
+    for values, wanted in (
+        ([1.0, nan, 0.0, None], ["1", None, "0", None]),
+        ([b"cat", None, b"dog", b""], ["cat", None, "dog", ""]),
+        (["nan", "naan", None, "nan"], ["nan", "naan", None, "nan"]),
+    ):
+        path = tmp_path / "x.parquet"
+        pq.write_table(pa.table({"image": [b"x"] * 4, "label": values}), path)
+        assert [row["label"] for row in rows(path)] == wanted
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -263,6 +304,17 @@ def test_parquet_embeddings_bring_addresses_and_labels(tmp_path: Path) -> None:
         {"uri": "/a.png", "label": "1"},
         {"uri": "/b.png", "label": "0"},
     ]
+
+
+def test_labels_of_embeddings_may_be_nan(tmp_path: Path) -> None:
+    table = {"embedding": [[1.0, 2.0]] * 4, "label": [0.0, 1.0, float("nan"), 1.0]}
+    pq.write_table(pa.table(table), tmp_path / "e.parquet")
+    config = make(tmp_path, embeddings=str(tmp_path / "e.parquet"))
+    run = run_stage(config)
+    done, found = run.manifest("index"), load_labels(config, run)
+    assert done is not None and done.results["labeled"] == 3
+    assert found is not None
+    assert found[0].tolist() == [0, 1, -1, 1] and found[1] == ["0", "1"]
 
 
 @pytest.mark.parametrize(
