@@ -41,6 +41,7 @@ _Each = TypeVar("_Each")
 PerHead = Union[_Each, Annotated[tuple[_Each, ...], Field(min_length=1)]]  # noqa: UP007
 
 
+LABEL_MODES = ("auto", "none")  # values of data.labels that name no file
 ConsensusMethod = Literal["voting", "cspa", "mcla", "hbgf", "dawid-skene"]
 BALANCES = (0.5, 0.25, 0.0)  # heads.balance, where it is not given
 

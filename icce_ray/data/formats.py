@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from icce_ray.rundir.storage import split_options
+from icce_ray.rundir.addresses import split_options
 
 # The endings that Pillow gives to the formats that are decoded (core.preprocess.FORMATS).
 IMAGES = (

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.config.schema import Config, DataConfig
+from icce_ray.config.schema import LABEL_MODES, Config, DataConfig
 from icce_ray.data import embeddings
 from icce_ray.data.formats import suffix_of
 from icce_ray.data.listing import check_exists, evenly
@@ -23,12 +23,11 @@ from icce_ray.rundir import storage
 from icce_ray.rundir.directory import RunDirectory
 
 INDEX = "index"  # the folder of the listed images
-MODES = ("auto", "none")  # values of data.labels that name no file
 
 
 def preflight(data: DataConfig) -> None:
     """See that a file of labels can be read, and fits given embeddings. Raises DataError."""
-    if data.labels in MODES:
+    if data.labels in LABEL_MODES:
         return
     check_exists("data.labels", data.labels)
     count = len(read_labels(data.labels))

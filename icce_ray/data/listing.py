@@ -25,10 +25,11 @@ from icce_ray.data.formats import FORMATS, dotted
 from icce_ray.data.omissions import Omissions
 from icce_ray.data.reading import REMOTE_THREADS, THREADS, row_uri
 from icce_ray.data.walking import Files, Say, find_files
-from icce_ray.errors import DataError, StorageError, one_line, printable
+from icce_ray.errors import ArtifactError, DataError, StorageError, one_line, printable
+from icce_ray.rundir.addresses import is_remote
 from icce_ray.rundir.progress import LINE_EVERY
 from icce_ray.rundir.schemas import INDEX_SCHEMA
-from icce_ray.rundir.storage import Storage, hastily, is_remote
+from icce_ray.rundir.storage import Storage, hastily
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
@@ -108,7 +109,7 @@ def check_exists(setting: str, uri: str) -> None:
     try:
         with hastily():
             info = Storage(uri).info()
-    except StorageError as error:
+    except (ArtifactError, StorageError) as error:
         raise DataError(f"{setting}={error}") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{setting}={uri} cannot be read: {one_line(error)}") from None

@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 
 from icce_ray.core.preprocess import BadImage
 from icce_ray.errors import DataError, IcceError, NoAnswerError, one_line, printable
-from icce_ray.rundir.storage import Storage, is_remote
+from icce_ray.rundir.addresses import is_remote
+from icce_ray.rundir.storage import Storage
 
 IMAGE_COLUMN = "image"
 THREADS = 4  # concurrent reads of local files

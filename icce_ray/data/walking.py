@@ -23,9 +23,10 @@ import pyarrow.fs as pafs
 from icce_ray.data import omissions
 from icce_ray.data.formats import suffix_of
 from icce_ray.data.omissions import Omissions
-from icce_ray.errors import DataError, IcceError, one_line
+from icce_ray.errors import ArtifactError, DataError, IcceError, one_line
+from icce_ray.rundir.addresses import absolute, is_remote, join_uri
 from icce_ray.rundir.progress import LINE_EVERY
-from icce_ray.rundir.storage import Storage, absolute, is_remote, join_uri, may_pass
+from icce_ray.rundir.storage import Storage, may_pass
 
 BLOCK = 65_536  # names held as Python strings at a time
 MARK = "\0"  # stands for a name; none has it
@@ -103,9 +104,9 @@ def find_files(path: str, setting: str = "data.path", say: Say | None = None) ->
     Raises:
         DataError: where there is nothing, or it cannot be listed.
     """
-    base = absolute(path)
     left = Omissions()
     try:
+        base = absolute(path)
         place = Storage(base)
         info = place.info()
         if info.type == pafs.FileType.File:
@@ -114,6 +115,8 @@ def find_files(path: str, setting: str = "data.path", say: Say | None = None) ->
             raise DataError(f"{setting}={path}: there is no such file or folder")
         walk = _RemoteWalk(place, left) if is_remote(base) else _LocalWalk(place.root, left)
         blocks = [_texts(names, left) for names in _reporting(walk.blocks(), path, say)]
+    except ArtifactError as error:
+        raise DataError(f"{setting}={error}") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{setting}={path} cannot be listed: {one_line(error)}") from None
     names = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())

@@ -21,7 +21,7 @@ import pyarrow as pa
 import yaml
 
 from icce_ray import config as configs
-from icce_ray.config.schema import BackboneConfig, Config
+from icce_ray.config.schema import LABEL_MODES, BackboneConfig, Config
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.data import labels, listing
 from icce_ray.distributed.cluster import Cluster, NodeWatch
@@ -37,7 +37,7 @@ from icce_ray.distributed.inference import (
 from icce_ray.distributed.shards import Shards
 from icce_ray.distributed.stream import Columns, Job
 from icce_ray.errors import ArtifactError, ConfigError
-from icce_ray.rundir import storage
+from icce_ray.rundir import addresses, storage
 from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter, duration
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
@@ -87,7 +87,7 @@ def predict(
     say = partial(reporter.say, log=False)  # `out` may be another's
     found = listing.list_images(config.data, setting="images", say=say)
     table = found.table
-    if config.data.labels not in ("auto", "none"):
+    if config.data.labels not in LABEL_MODES:
         labels.labels_of(config.data.labels, table)  # a file that does not fit is refused now
     mark = _mark(images, table, trained, config)
     finished = _claim(target, folder, mark)
@@ -138,7 +138,10 @@ def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
 
 def _target(out: str) -> tuple[str, RunDirectory]:
     """The last folder of `out`, and what holds it."""
-    uri, options = storage.split_options(storage.absolute(out))
+    try:
+        uri, options = addresses.split_options(addresses.absolute(out))
+    except ArtifactError as error:
+        raise ConfigError(f"out={error}") from None
     parent, _, folder = uri.rstrip("/").rpartition("/")
     if not folder or not parent or parent.endswith(":/"):
         raise ConfigError(f"out={out} must name a folder below the bucket or the root")
@@ -151,7 +154,7 @@ def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> di
     for batch in table.select(["uri"]).to_batches(max_chunksize=65_536):
         digest.update("\n".join(batch.column(0).to_pylist()).encode() + b"\n")
     settings = {
-        "images": storage.absolute(images),
+        "images": addresses.absolute(images),
         "count": table.num_rows,
         "sha256": digest.hexdigest(),
         "precision": config.embed.precision,
