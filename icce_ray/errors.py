@@ -50,11 +50,9 @@ def printable(text: str) -> str:
     """A name as one line: what a terminal would act on, or is no text, is written as an escape."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else _escape(c) for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _escape(character: str) -> str:
-    """As unicode_escape; a byte of a file name that is no text as that byte."""
-    if "\udc80" <= character <= "\udcff":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
+def printable_lines(text: str) -> str:
+    """A message of several lines, each of them `printable`."""
+    return "\n".join(printable(line) for line in text.split("\n"))

@@ -124,7 +124,8 @@ class EmbedConfig(Node):
     max_actors: Annotated[Positive | None, RUNTIME] = None
     """Most embedding actors. Default: one per GPU of the cluster, or one."""
     max_bad_fraction: Fraction = 0.01
-    """Stop if more than this share of the images cannot be decoded. Fewer are quarantined."""
+    """Stop if more than this share of the images cannot be decoded. Fewer are quarantined; one may
+    be in any case, unless this is 0."""
     max_pixels: Positive = 178_956_970
     """Images of more pixels are quarantined, not decoded (decompression bombs)."""
 

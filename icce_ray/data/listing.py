@@ -248,7 +248,9 @@ def _check_image_column(name: str, schema: pa.Schema, uri: str) -> None:
     fitting = [field.name for field in schema if _is_bytes(field.type)]
     hint = f"data.image_column={fitting[0]} would fit" if fitting else "no column holds image bytes"
     what = f"is of type {schema.field(name).type}" if name in schema.names else "does not exist"
-    raise DataError(f"{uri}: column {name!r} {what}; columns are {', '.join(schema.names)}; {hint}")
+    raise DataError(
+        f"{printable(uri)}: column {name!r} {what}; columns are {', '.join(schema.names)}; {hint}"
+    )
 
 
 def text_column(parquet: pq.ParquetFile, name: str) -> pa.ChunkedArray | None:

@@ -36,13 +36,14 @@ from icce_ray.distributed.inference import (
 )
 from icce_ray.distributed.shards import Shards
 from icce_ray.distributed.stream import Columns, Job
-from icce_ray.errors import ArtifactError, ConfigError
+from icce_ray.errors import ArtifactError, ConfigError, printable
 from icce_ray.rundir import addresses, storage
 from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter, duration
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
 
 GROUPS = ("embed", "ray", "data")  # settings that a call may change
+SOURCES = ("data.path", "data.embeddings", "data.dataset")  # ... but not which images it is for
 SHOW = 3  # reasons of bad images that are shown
 
 
@@ -79,6 +80,8 @@ def predict(
     trained = run.manifest(CLASSIFIER)
     if trained is None:
         raise ArtifactError(f"{run.uri} has no finished classifier; run it first: icce-ray run")
+    if not images:
+        raise ConfigError("images is empty: name a folder, Parquet files or tars")
     listing.check_exists("images", images)
     description = run.read_json(CLASSIFIER, DESCRIPTION)
     config = _config(run, images, overrides)
@@ -114,6 +117,8 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
                 f"{override}: predict takes {', '.join(f'{g}.*' for g in GROUPS)} settings only; "
                 "all else is as the run was made"
             )
+        if override.partition("=")[0].strip() in SOURCES:
+            raise ConfigError(f"{override}: predict takes its images as its second argument")
     tree = yaml.safe_load(run.read_bytes("config.yaml"))
     before = tree.get("data") or {}
     kept = {key: before[key] for key in ("image_column", "label_column") if key in before}
@@ -265,7 +270,7 @@ class _Work:
         bad = batch["reason"].astype(bool)
         for row in np.flatnonzero(bad)[: max(0, SHOW - self.bad)]:
             uri = self.table["uri"][int(batch["image_id"][row])].as_py()
-            self.reporter.say(f"! {uri}: {batch['reason'][row]}")
+            self.reporter.say(f"! {printable(uri)}: {batch['reason'][row]}")
         self.bad += int(bad.sum())
         kept = ("image_id", "cluster", "confidence", "reason")
         return {name: batch[name] for name in kept}, np.ones(len(bad), bool)

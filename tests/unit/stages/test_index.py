@@ -15,7 +15,7 @@ import pytest
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config, DataConfig
-from icce_ray.data import listing, tars
+from icce_ray.data import embeddings, listing, tars
 from icce_ray.data.labels import load_labels
 from icce_ray.data.reading import read_many
 from icce_ray.distributed.cluster import Cluster
@@ -344,6 +344,45 @@ def test_ragged_and_missing_parquet_embeddings(tmp_path: Path) -> None:
         pq.write_table(pa.table({column: values}), path)
         with pytest.raises(DataError, match=message):
             index.preflight(make(tmp_path, embeddings=str(path)))
+
+
+def blocks(path: Path) -> list[np.ndarray]:
+    return list(embeddings.open_vectors(str(path)).blocks(2))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1.0, 2.0]] * 3 + [[1.0]] + [[1.0, 2.0]], r"row 3 \(from 0\) has 1 instead of 2"),
+        ([[1.0, 2.0]] * 2 + [[1.0, 2.0, 3.0]] * 2, r"row 2 \(from 0\) has 3 instead of 2"),
+        ([[1.0, 2.0]] * 4 + [None], r"row 4 \(from 0\) is null"),
+        ([None, [1.0, 2.0]], r"row 0 \(from 0\) is null"),
+        ([[1.0, 2.0], []], r"row 1 \(from 0\) has 0 instead of 2"),
+    ],
+)
+def test_the_odd_row_is_named(tmp_path: Path, rows: list[Any], message: str) -> None:
+    for kind in (pa.list_(pa.float32()), pa.large_list(pa.float64())):
+        table = pa.table({"embedding": pa.array(rows, kind)})
+        pq.write_table(table, tmp_path / "e.parquet", row_group_size=2)
+        with pytest.raises(DataError, match=message):
+            blocks(tmp_path / "e.parquet")
+
+
+def test_a_missing_row_of_a_fixed_size_is_named(tmp_path: Path) -> None:
+    column = pa.array([[1.0, 2.0], [3.0, 4.0], None], pa.list_(pa.float32(), 2))
+    pq.write_table(pa.table({"embedding": column}), tmp_path / "e.parquet")
+    with pytest.raises(DataError, match=r"row 2 \(from 0\) is null"):
+        blocks(tmp_path / "e.parquet")
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_too_large_for_float32_are_infinite(tmp_path: Path) -> None:
+    values = [[1.0, 1e300], [-1e300, 2.0]]
+    pq.write_table(pa.table({"embedding": values}), tmp_path / "e.parquet")
+    np.save(tmp_path / "e.npy", np.array(values))
+    for name in ("e.npy", "e.parquet"):
+        (found,) = blocks(tmp_path / name)
+        assert found.tolist() == [[1.0, np.inf], [-np.inf, 2.0]]
 
 
 # --- before a run --------------------------------------------------------------------------------

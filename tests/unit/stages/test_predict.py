@@ -10,6 +10,7 @@ import pytest
 from icce_ray import config as configs
 from icce_ray.data.listing import list_images
 from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION
+from icce_ray.errors import ConfigError, DataError
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.stages import predict
 
@@ -50,6 +51,22 @@ def test_a_repeated_call_says_that_all_is_done(
     said = capsys.readouterr().err
     assert said == ("" if quiet else f"done already: 2 images are in {out}\n")
     assert [path.name for path in out.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("override", ["data.path=x", "data.embeddings=x", "data.dataset=digits"])
+def test_the_images_are_named_once(run: RunDirectory, tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=f"{override}: predict takes its images as its second"):
+        predict.predict(run.uri, str(tmp_path / "new"), overrides=[override])
+
+
+@pytest.mark.parametrize("images", ["", "none", "~nosuchuser/x", "run", "new/c.txt", "s3a://b/x"])
+def test_a_message_names_the_argument(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ConfigError, DataError), match=r"^images") as error:
+        predict.predict(run.uri, images)
+    assert "data.path" not in str(error.value)
 
 
 def test_predictions_among_the_images_are_no_images(run: RunDirectory, tmp_path: Path) -> None:
