@@ -149,9 +149,9 @@ def predict(
     Raises:
         icce_ray.errors.IcceError: settings, images or artifacts that do not fit, a failed stage.
     """
+    from icce_ray.rundir.addresses import absolute
     from icce_ray.rundir.directory import RunDirectory
     from icce_ray.rundir.results import Predictions
-    from icce_ray.rundir.storage import absolute
     from icce_ray.stages import predict as stage
 
     run_uri = str(run_dir)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from icce_ray.distributed import compat
-from icce_ray.errors import ArtifactError, IcceError
+from icce_ray.errors import ArtifactError, IcceError, printable_lines
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
 RESUME = "Run the same command again to resume"
@@ -229,7 +229,7 @@ def _status_line(state: dict[str, Any]) -> str:
     if text == "running":
         text = _running_line(state)
     elif text == "failed":
-        text = f"failed: {state.get('error', '')}"
+        text = printable_lines(f"failed: {state.get('error', '')}")
     return text
 
 
@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
         from rich.console import Console
 
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: {error}", markup=False, style="red"
+            f"error: {printable_lines(str(error))}", markup=False, style="red"
         )
         compat.leave(error.exit_code)
     except KeyboardInterrupt:

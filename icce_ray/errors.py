@@ -44,3 +44,15 @@ class NoAnswerError(StorageError):
 def one_line(error: BaseException, most: int = 300) -> str:
     """The message of an error of another library as one line of at most `most` characters."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A name as one line: what a terminal would act on, or is no text, is written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """A message of several lines, each of them `printable`."""
+    return "\n".join(printable(line) for line in text.split("\n"))

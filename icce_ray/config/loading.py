@@ -13,8 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from icce_ray.config.removed import REMOVED
-from icce_ray.config.schema import Config, Node, describe, fields
-from icce_ray.errors import ConfigError, one_line
+from icce_ray.config.schema import LABEL_MODES, Config, Node, describe, fields
+from icce_ray.errors import ArtifactError, ConfigError, one_line
+from icce_ray.rundir.addresses import absolute
 
 Tree = TypeVar("Tree", bound=Node)
 
@@ -61,7 +62,33 @@ def merge(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> d
 
 def validate(tree: Mapping[str, Any]) -> Config:
     """Check a plain tree. Raises ConfigError that lists all problems."""
-    return check(Config, tree)
+    config = check(Config, tree)
+    problems = [text for key, path in _paths(config) if (text := _path_problem(key, path))]
+    if problems:
+        raise problems_in("the settings", problems)
+    return config
+
+
+def _paths(config: Config) -> list[tuple[str, str | None]]:
+    """Settings that name a file or folder; None where there is none."""
+    data = config.data
+    labels = None if data.labels in LABEL_MODES else data.labels
+    weights = [(f"backbone.{i}.weights", one.weights) for i, one in enumerate(config.backbone)]
+    return [
+        ("run_dir", config.run_dir),
+        ("data.path", data.path),
+        ("data.embeddings", data.embeddings),
+        ("data.labels", labels),
+        *weights,
+    ]
+
+
+def _path_problem(key: str, path: str | None) -> str | None:
+    try:
+        absolute(path or "")
+    except ArtifactError as error:
+        return f"{key}: {error}"
+    return None
 
 
 def check(kind: type[Tree], tree: Mapping[str, Any]) -> Tree:

@@ -41,6 +41,7 @@ _Each = TypeVar("_Each")
 PerHead = Union[_Each, Annotated[tuple[_Each, ...], Field(min_length=1)]]  # noqa: UP007
 
 
+LABEL_MODES = ("auto", "none")  # values of data.labels that name no file
 ConsensusMethod = Literal["voting", "cspa", "mcla", "hbgf", "dawid-skene"]
 BALANCES = (0.5, 0.25, 0.0)  # heads.balance, where it is not given
 
@@ -65,7 +66,8 @@ class DataConfig(Node):
     dataset: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "stl10"] | None = None
     """A public data set, written once to `path` as class folders of PNG files."""
     format: Literal["auto", "folder", "parquet", "webdataset"] = "auto"
-    """Format of `path`. auto: decided by the files found there."""
+    """Format of `path`. auto: decided by the endings of the files found there. With a format given,
+    a single file may have any name, and files without an ending are taken where none has one."""
     image_column: str = "image"
     """Parquet: the column of encoded image bytes, or of structs with a `bytes` field."""
     label_column: str = "label"
@@ -74,9 +76,9 @@ class DataConfig(Node):
     """Instead of images: existing N x D embeddings (.npy, or Parquet with a list column named
     `embedding`)."""
     labels: str = "auto"
-    """Ground truth, read only by `evaluate` and `report`. auto: class folders or the label column,
-    where there are any. none: ignored. Or a file of N labels (.npy, or text, one label per
-    line)."""
+    """Ground truth, read only by `evaluate` and `report`. auto: class folders (also those below
+    train, val and test) or the label column, where there are any. none: ignored. Or a file of N
+    labels (.npy, or text, one label per line). Empty, negative or NaN: no label."""
     limit: Positive | None = None
     """Use only this many images, evenly spaced in the listing (for a first try)."""
 
@@ -122,7 +124,8 @@ class EmbedConfig(Node):
     max_actors: Annotated[Positive | None, RUNTIME] = None
     """Most embedding actors. Default: one per GPU of the cluster, or one."""
     max_bad_fraction: Fraction = 0.01
-    """Stop if more than this share of the images cannot be decoded. Fewer are quarantined."""
+    """Stop if more than this share of the images cannot be decoded. Fewer are quarantined; one may
+    be in any case, unless this is 0."""
     max_pixels: Positive = 178_956_970
     """Images of more pixels are quarantined, not decoded (decompression bombs)."""
 

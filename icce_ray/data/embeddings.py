@@ -13,22 +13,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
 from icce_ray.config.schema import DataConfig
-from icce_ray.data.listing import (
-    PARQUET,
-    Listing,
-    find_files,
-    finish,
-    index_table,
-    number,
-    suffix_of,
-)
+from icce_ray.data.formats import PARQUET, suffix_of
+from icce_ray.data.listing import Listing, finish, index_table, number, text_column
+from icce_ray.data.omissions import Omissions
 from icce_ray.data.reading import row_uri
-from icce_ray.errors import ArtifactError, DataError, one_line
+from icce_ray.data.walking import find_files
+from icce_ray.errors import ArtifactError, DataError, one_line, printable
 from icce_ray.rundir.schemas import to_matrix
 from icce_ray.rundir.storage import Storage
 
@@ -44,6 +40,7 @@ class Vectors:
     files: tuple[str, ...]
     rows: tuple[int, ...]  # per file
     features: int
+    left: Omissions  # other files beside them
 
     @property
     def total(self) -> int:
@@ -57,9 +54,10 @@ class Vectors:
             yield from read(file, rows)
 
     def _parquet(self, file: str, rows: int) -> Iterator[np.ndarray]:
-        batches = _Batches(file, rows)
+        batches, start = _Batches(file, rows), 0
         while (batch := batches.following()) is not None:
-            yield _matrix(batch.column(0), file, self.features)
+            yield _matrix(batch.column(0), file, self.features, start)
+            start += len(batch)
 
 
 class _Batches:
@@ -103,7 +101,7 @@ def open_vectors(uri: str) -> Vectors:
     widths = {width for _, width in heads}
     if len(widths) > 1:
         raise DataError(f"data.embeddings={uri}: files differ in width: {sorted(widths)}")
-    vectors = Vectors(uri, tuple(files), tuple(rows for rows, _ in heads), widths.pop())
+    vectors = Vectors(uri, tuple(files), tuple(rows for rows, _ in heads), widths.pop(), there.left)
     if not vectors.total or not vectors.features:
         raise DataError(f"data.embeddings={uri} holds no numbers")
     return vectors
@@ -117,13 +115,13 @@ def _head(file: str) -> tuple[int, int]:
             (rows, width), _, _ = _npy_head(stream, file)
             return rows, width
         if suffix_of(file) not in PARQUET:
-            raise DataError(f"{file}: embeddings come as .npy or Parquet")
+            raise DataError(f"{printable(file)}: embeddings come as .npy or Parquet")
         return _parquet_head(pq.ParquetFile(stream), file)
 
     try:
         return Storage(file).load(read)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file} cannot be read: {one_line(error)}") from None
+        raise DataError(f"{printable(file)} cannot be read: {one_line(error)}") from None
 
 
 def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
@@ -133,16 +131,21 @@ def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except ValueError as error:
-        raise DataError(f"{file} is not a .npy file: {one_line(error)}") from None
+        raise DataError(f"{printable(file)} is not a .npy file: {one_line(error)}") from None
     if len(shape) != 2 or dtype.kind not in "fiu":
         raise DataError(
-            f"{file} must hold N x D numbers, one row per image; it is {dtype} of shape {shape}"
+            f"{printable(file)} must hold N x D numbers, one row per image; "
+            f"it is {dtype} of shape {shape}"
         )
     if fortran:
-        raise DataError(f"{file} is stored by columns; save np.ascontiguousarray(embeddings)")
+        raise DataError(
+            f"{printable(file)} is stored by columns; save np.ascontiguousarray(embeddings)"
+        )
     start = stream.tell()
     if stream.size() - start < shape[0] * shape[1] * dtype.itemsize:
-        raise DataError(f"{file} is truncated: its header says {shape[0]} x {shape[1]} {dtype}")
+        raise DataError(
+            f"{printable(file)} is truncated: its header says {shape[0]} x {shape[1]} {dtype}"
+        )
     return shape, dtype, start
 
 
@@ -153,14 +156,20 @@ def _npy_blocks(file: str, rows: int) -> Iterator[np.ndarray]:
     for first in range(0, total, rows):
         count = min(rows, total - first)
         data = source.read_at(count * step, start + first * step)
-        yield np.frombuffer(data, dtype).reshape(count, width).astype(np.float32)
+        yield _single(np.frombuffer(data, dtype).reshape(count, width))
+
+
+def _single(matrix: np.ndarray) -> np.ndarray:
+    """As float32; what it cannot hold becomes infinite, and its row is named later."""
+    with np.errstate(over="ignore"):
+        return matrix.astype(np.float32)
 
 
 def _parquet_head(parquet: pq.ParquetFile, file: str) -> tuple[int, int]:
     schema = parquet.schema_arrow
     if COLUMN not in schema.names:
         raise DataError(
-            f"{file} has no column {COLUMN!r}; its columns are {', '.join(schema.names)}"
+            f"{printable(file)} has no column {COLUMN!r}; its columns are {', '.join(schema.names)}"
         )
     rows = parquet.metadata.num_rows
     if not rows:
@@ -169,19 +178,32 @@ def _parquet_head(parquet: pq.ParquetFile, file: str) -> tuple[int, int]:
     return rows, _matrix(first.column(0), file, None).shape[1]
 
 
-def _matrix(column: pa.Array, file: str, width: int | None) -> np.ndarray:
-    """A list column as float32 [., D]."""
-    wrong = f"{file}: column {COLUMN!r} must hold lists of numbers, all of one length"
+def _matrix(column: pa.Array, file: str, width: int | None, start: int = 0) -> np.ndarray:
+    """A list column as float32 [., D]. start: the number of its first row in the file."""
+    wrong = f"{printable(file)}: column {COLUMN!r} must hold lists of numbers, all of one length"
     kind = column.storage.type if isinstance(column, pa.ExtensionArray) else column.type
     if not (pa.types.is_nested(kind) and hasattr(kind, "value_type")):
         raise DataError(f"{wrong}; it is {kind}")
     try:
         matrix = to_matrix(column)
     except (ArtifactError, ValueError):
-        raise DataError(wrong) from None
+        raise DataError(wrong + _odd_row(column, width, start)) from None
     if column.null_count or matrix.dtype.kind not in "fiu" or width not in (None, matrix.shape[1]):
-        raise DataError(wrong)
-    return matrix.astype(np.float32)
+        raise DataError(wrong + _odd_row(column, width, start))
+    return _single(matrix)
+
+
+def _odd_row(column: pa.Array, width: int | None, start: int) -> str:
+    """The first row without a list, or with one of another length than `width` or the first."""
+    lists = column.storage if isinstance(column, pa.ExtensionArray) else column
+    lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy()
+    usual = width or lengths[0]
+    odd = np.flatnonzero((lengths != usual) | (lengths < 0))
+    if not len(odd):
+        return ""
+    length = lengths[odd[0]]
+    what = "is null" if length < 0 else f"has {length} instead of {usual}"
+    return f"; row {start + odd[0]:,} (from 0) {what}"
 
 
 def list_rows(data: DataConfig) -> Listing:
@@ -199,7 +221,7 @@ def list_rows(data: DataConfig) -> Listing:
     elif uris.null_count:
         raise DataError(f"data.embeddings={data.embeddings}: {uris.null_count} rows have no uri")
     labels = read_column(given.files, data.label_column)
-    return finish(index_table(uris, labels), "embeddings", data.limit)
+    return finish(index_table(uris, labels), "embeddings", data.limit, given.left)
 
 
 def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:
@@ -214,11 +236,4 @@ def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:
 
 
 def _text(file: str, name: str) -> pa.ChunkedArray | None:
-    def read(stream: pa.NativeFile) -> pa.ChunkedArray | None:
-        parquet = pq.ParquetFile(stream)
-        schema = parquet.schema_arrow
-        if name not in schema.names or pa.types.is_nested(schema.field(name).type):
-            return None
-        return parquet.read(columns=[name])[name].cast(pa.string())
-
-    return Storage(file).load(read)
+    return Storage(file).load(lambda stream: text_column(pq.ParquetFile(stream), name))

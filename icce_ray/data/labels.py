@@ -6,6 +6,7 @@ Shapes: N images.
 
 from __future__ import annotations
 
+import codecs
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -13,26 +14,27 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from icce_ray.config.schema import Config, DataConfig
+from icce_ray.config.schema import LABEL_MODES, Config, DataConfig
 from icce_ray.data import embeddings
-from icce_ray.data.listing import check_exists, evenly, suffix_of
-from icce_ray.errors import DataError
+from icce_ray.data.formats import suffix_of
+from icce_ray.data.listing import check_exists, evenly
+from icce_ray.errors import DataError, one_line, printable
 from icce_ray.rundir import storage
 from icce_ray.rundir.directory import RunDirectory
 
 INDEX = "index"  # the folder of the listed images
-MODES = ("auto", "none")  # values of data.labels that name no file
 
 
 def preflight(data: DataConfig) -> None:
-    """See that a file of labels is there, and fits given embeddings. Raises DataError."""
-    if data.labels in MODES:
+    """See that a file of labels can be read, and fits given embeddings. Raises DataError."""
+    if data.labels in LABEL_MODES:
         return
     check_exists("data.labels", data.labels)
-    if data.embeddings and suffix_of(data.labels) == "npy":
+    count = len(read_labels(data.labels))
+    if data.embeddings:
         full = embeddings.open_vectors(data.embeddings).total
         kept = len(evenly(full, data.limit))
-        _check_length(data.labels, len(read_labels(data.labels)), (kept, full))
+        _check_length(data.labels, count, (kept, full))
 
 
 def load_labels(config: Config, run: RunDirectory) -> tuple[np.ndarray, list[str]] | None:
@@ -88,45 +90,103 @@ def _check_length(uri: str, labels: int, images: Sequence[int]) -> None:
 
 
 def read_labels(uri: str) -> np.ndarray:
-    """A .npy file, or text with one label a line. Returns [N] of integers or of objects."""
+    """A .npy file, or text with one label a line. Returns [N] of integers or of objects.
+
+    Raises:
+        DataError: it cannot be read, or its lines have several columns.
+    """
     try:
         data = storage.read(uri)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"data.labels={uri} cannot be read: {error}") from None
+        raise DataError(f"data.labels={uri} cannot be read: {one_line(error)}") from None
     try:
-        array = suffix_of(uri) == "npy"
-        values = np.load(io.BytesIO(data), allow_pickle=False) if array else None
-        if values is None:
-            return np.array([line.strip() for line in data.decode().splitlines()], dtype=object)
+        if suffix_of(uri) == "npy":
+            return _numbers(np.load(io.BytesIO(data), allow_pickle=False), uri)
+        lines = [line.strip() for line in _text(data).splitlines()]
     except (ValueError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"data.labels={uri} is neither .npy nor text: {error}") from None
+        raise DataError(f"data.labels={uri} is neither .npy nor text: {one_line(error)}") from None
+    _refuse_columns(lines, uri)
+    return np.array(lines, dtype=object)
+
+
+def _text(data: bytes) -> str:
+    """Text without the byte-order mark that Windows puts before it."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig")
+
+
+def _numbers(values: np.ndarray, uri: str) -> np.ndarray:
+    """Labels of a .npy file; whole numbers as integers, NaN as -1."""
     if values.ndim != 1:
         raise DataError(f"data.labels={uri} must have one label per image, not {values.shape}")
-    if values.dtype.kind == "f" and np.array_equal(values, np.rint(values)):
-        return values.astype(np.int64)
+    if values.dtype.kind == "f":
+        whole = np.where(np.isnan(values), -1, values)
+        if np.isfinite(whole).all() and np.array_equal(whole, np.rint(whole)):
+            return whole.astype(np.int64)
     if values.dtype.kind not in "iuUSb":
         raise DataError(f"data.labels={uri} must hold integers or text, not {values.dtype}")
     return values
 
 
+def _refuse_columns(lines: Sequence[str], uri: str) -> None:
+    """Refuse `number,label` and the like, where each line would be a class of its own.
+
+    A column differs in each line, another does not. Labels with commas in them repeat.
+    """
+    known = [line for line in lines if line]
+    if len(set(known)) < len(known):
+        return
+    for sign in (",", "\t", ";", " "):
+        rows = [line.split(sign) for line in known]
+        if len({len(row) for row in rows}) != 1:
+            continue
+        distinct = [len(set(column)) for column in zip(*rows, strict=True)]
+        if max(distinct) == len(known) > min(distinct):
+            likely = distinct.index(min(distinct)) + 1
+            raise DataError(
+                f"data.labels={uri} has {len(distinct)} columns ({printable(known[0])!r}), so that "
+                f"every image would be a class of its own. Give one label a line: column {likely} "
+                "seems to hold them"
+            )
+
+
 def encode(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Labels as codes int64 [N] and their names, sorted (as numbers where all are integers).
 
-    None, empty text and negative integers mean: no label, code -1.
+    None, empty text, negative integers, and NaN among numbers mean: no label, code -1.
     """
     if values.dtype.kind in "iub":
         texts = values.astype(np.int64)
         known = texts >= 0
     else:
-        texts = np.array(
-            ["" if v is None else v.decode() if isinstance(v, bytes) else str(v) for v in values],
-            dtype=str,
-        )
-        known = texts != ""
+        texts = np.array([_as_text(value) for value in values], dtype=str)
+        known = (texts != "") & ~_is_nan(texts)
         texts, known = _as_integers(texts, known)
     codes = np.full(len(values), -1, np.int64)
     names, codes[known] = np.unique(texts[known], return_inverse=True)
     return codes, [str(name) for name in names]
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _is_nan(texts: np.ndarray) -> np.ndarray:
+    """Where text [N] is NaN, in columns of numbers; a class of words may have that name."""
+    distinct = set(texts.tolist()) - {""}  # np.unique would sort a million of them
+    absent = [text for text in distinct if text.lower() == "nan"]
+    numbers = bool(absent) and all(map(_is_number, distinct))
+    return np.isin(texts, absent) if numbers else np.zeros(len(texts), bool)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _as_integers(texts: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

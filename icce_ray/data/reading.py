@@ -3,7 +3,7 @@
 An image's address (`uri` in the index) is one of
 
     FILE                   an image file
-    FILE.tar#MEMBER        with `offset` and `size`: bytes inside an uncompressed tar
+    TAR#MEMBER             with `offset` and `size`: bytes inside an uncompressed tar
     FILE.parquet#ROW       a row of the column `image`; of another column: FILE.parquet#COLUMN/ROW
 
 where FILE is a local path or an s3://, gs:// URI (options such as ?region=... may follow the path).
@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from icce_ray.core.preprocess import BadImage
-from icce_ray.errors import IcceError, NoAnswerError, one_line
-from icce_ray.rundir.storage import Storage, is_remote
+from icce_ray.errors import DataError, IcceError, NoAnswerError, one_line, printable
+from icce_ray.rundir.addresses import is_remote
+from icce_ray.rundir.storage import Storage
 
 IMAGE_COLUMN = "image"
 THREADS = 4  # concurrent reads of local files
@@ -37,12 +38,34 @@ RANGE = 1 << 25  # bytes read from a tar at once, at most (a larger member is re
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters is raised or quarantined
 
 _ROW = re.compile(r"(?P<file>.*)#(?:(?P<column>[^#]+)/)?(?P<row>\d+)", re.DOTALL)
-_TAR = re.compile(r"(?P<file>.*?\.tar(?:\?[^#]*)?)#", re.DOTALL)
+_TAR = re.compile(r".*?\.tar(?:\?[^#]*)?(?=#)", re.DOTALL | re.IGNORECASE)
 
 
 def row_uri(file: str, column: str = IMAGE_COLUMN) -> str:
     """The address of a Parquet row, up to the row's number."""
     return f"{file}#" if column == IMAGE_COLUMN else f"{file}#{column}/"
+
+
+def is_row(uri: str) -> bool:
+    """Whether an address without an offset is that of a Parquet row."""
+    return _ROW.fullmatch(uri) is not None
+
+
+def member_uri(tar: str, name: str) -> str:
+    """The address of a tar's member. Raises DataError where it could not be taken apart again."""
+    uri = f"{tar}#{name}"
+    if "#" in uri[: len(tar)] + name and tar_of(uri) != tar:
+        raise DataError(
+            f"{printable(tar)}: the # in this name, or in that of its member {printable(name)}, is "
+            "taken for the border between the two. Rename the folder, the tar or the member"
+        )
+    return uri
+
+
+def tar_of(uri: str) -> str:
+    """The tar of a member's address: up to the # after .tar; else, of any name, to the last #."""
+    ending = _TAR.match(uri)
+    return ending.group() if ending else uri.rpartition("#")[0]
 
 
 def read_bytes(uri: str, offset: int | None = None, size: int | None = None) -> bytes:
@@ -100,8 +123,8 @@ def _jobs(
     tars: dict[str, list[tuple[int, int, int]]] = {}
     tables: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for position, (uri, offset, size) in enumerate(zip(uris, offsets, sizes, strict=True)):
-        if offset is not None and (member := _TAR.match(uri)):
-            tars.setdefault(member["file"], []).append((int(offset), int(size or 0), position))
+        if offset is not None:
+            tars.setdefault(tar_of(uri), []).append((int(offset), int(size or 0), position))
         elif row := _ROW.fullmatch(uri):
             key = (row["file"], row["column"] or IMAGE_COLUMN)
             tables.setdefault(key, []).append((int(row["row"]), position))

@@ -6,7 +6,6 @@ Shapes: N rows, B batch, K clusters, S image side.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from icce_ray.core.classifier import finetune as finetune_
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import training as training_
 from icce_ray.core.classifier.training import pseudo_labels
+from icce_ray.data import reading
 from icce_ray.distributed import compat, stream
 from icce_ray.distributed import train as training
 from icce_ray.distributed.checkpoints import TRAIN
@@ -42,8 +42,6 @@ from icce_ray.rundir.directory import RunDirectory
 
 BLOCK_ROWS = 256  # images per decoding task
 SHUFFLE_BATCHES = 8  # batches in a worker's shuffle buffer; the rows are permuted once before
-
-_PARQUET_ROW = re.compile(r"#([^#]+/)?\d+$")
 
 
 # --- in the driver -------------------------------------------------------------------------------
@@ -103,7 +101,7 @@ def feeding_order(table: pa.Table, seed: int) -> np.ndarray:
     group for each), and only the stretches are shuffled: such files are random inside by custom.
     """
     rng = np.random.default_rng(seed)
-    packed = table["offset"][0].is_valid or _PARQUET_ROW.search(table["uri"][0].as_py())
+    packed = table["offset"][0].is_valid or reading.is_row(table["uri"][0].as_py())
     if not packed:
         return rng.permutation(len(table))
     starts = rng.permutation(np.arange(0, len(table), BLOCK_ROWS))

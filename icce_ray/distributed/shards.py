@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.distributed.stream import Columns
-from icce_ray.errors import ArtifactError, DataError, StageError
+from icce_ray.errors import ArtifactError, DataError, StageError, printable
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import QUARANTINE_SCHEMA
 
@@ -40,7 +40,9 @@ class Quarantine:
 
     @property
     def too_many(self) -> bool:
-        return len(self.ids) > self.max_fraction * self.total
+        """Whether the run must stop. One bad image may be, unless max_fraction is 0."""
+        allowed = max(1.0, self.max_fraction * self.total) if self.max_fraction else 0.0
+        return len(self.ids) > allowed
 
     def table(self, uris: pa.ChunkedArray) -> pa.Table:
         """QUARANTINE_SCHEMA, by id; `uris` are those of all images, by id."""
@@ -52,7 +54,7 @@ class Quarantine:
     def error(self, uris: pa.ChunkedArray) -> DataError:
         """Why the run stops."""
         first = self.table(uris).slice(0, 3).to_pylist()
-        shown = "; ".join(f"{row['uri']}: {row['reason']}" for row in first)
+        shown = "; ".join(f"{printable(row['uri'])}: {row['reason']}" for row in first)
         return DataError(
             f"{len(self.ids):,} of {self.total:,} images ({len(self.ids) / self.total:.1%}) cannot "
             f"be used, more than embed.max_bad_fraction={self.max_fraction:g} allows: {shown}. "

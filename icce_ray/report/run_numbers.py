@@ -91,7 +91,7 @@ def _mixed(facts: RunFacts, most: int = 3) -> list[tuple[str, str]]:
 
 
 def _troubles(facts: RunFacts) -> list[tuple[str, str]]:
-    """Images that were left out, and events while the run worked."""
+    """Images and files that were left out, and events while the run worked."""
     listed = []
     lost = quarantine(facts)["count"]
     if lost:
@@ -101,6 +101,9 @@ def _troubles(facts: RunFacts) -> list[tuple[str, str]]:
             else (f"{lost:,} images could not be read and are")
         )
         listed.append(("warn", f"{text} left out."))
+    others = sum(one["count"] for one in left_out(facts))
+    if others:
+        listed.append(("info", f"The listing left out {others:,} files or folders: see below."))
     events = sum(len(manifest.events) for manifest in facts.manifests.values())
     if events:
         text = "1 event" if events == 1 else f"{events:,} events"
@@ -211,6 +214,12 @@ def quarantine(facts: RunFacts) -> dict[str, Any]:
         "reasons": [(entry["values"], entry["counts"]) for entry in counted[:10]],
         "examples": [(tail(row["uri"]), row["reason"]) for row in examples],
     }
+
+
+def left_out(facts: RunFacts) -> list[dict[str, Any]]:
+    """What the listing did not take: reason, count, example; nothing from earlier versions."""
+    index = facts.manifests.get("index")
+    return list(index.results.get("left_out", ())) if index else []
 
 
 def versions(facts: RunFacts) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from icce_ray.report import run_charts, run_numbers
 from icce_ray.report.facts import RunFacts, read_facts
 from icce_ray.report.galleries import Galleries
 from icce_ray.report.pages import template
-from icce_ray.rundir import storage
+from icce_ray.rundir import addresses
 from icce_ray.rundir.directory import RunDirectory
 
 OPEN = 40  # clusters up to which the page shows each one as an open card
@@ -75,7 +75,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
     price = facts.config.report.cost_per_hour
     return {
         "title": f"{facts.config.num_classes:,} clusters in {len(facts.clusters):,} images",
-        "run": storage.split_options(facts.uri)[0].rstrip("/").rsplit("/", 1)[-1],
+        "run": addresses.split_options(facts.uri)[0].rstrip("/").rsplit("/", 1)[-1],
         "uri": facts.uri,
         "source": facts.config.data.path or facts.config.data.embeddings,
         "backbones": run_numbers.backbones(facts.config),
@@ -95,6 +95,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "cost": None if price is None else sum(row["cost"] for row in rows),
         "events": [(row["name"], text) for row in rows for text in row["events"]],
         "quarantine": run_numbers.quarantine(facts),
+        "left_out": run_numbers.left_out(facts),
         "versions": run_numbers.versions(facts),
         "settings": configs.to_yaml(facts.config),
     }

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from icce_ray.errors import IcceError
+from icce_ray.errors import IcceError, printable_lines
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.lock import this_process
 from icce_ray.rundir.storage import hastily, listening
@@ -102,6 +102,7 @@ class Reporter:
 
     def say(self, text: str, log: bool = True) -> None:
         """A line for the user and the log."""
+        text = printable_lines(text)
         if not self.quiet:
             self.console.print(text, markup=False)
         if log:
@@ -117,7 +118,7 @@ class Reporter:
         if self.silent:
             return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        line = f"{stamp} {self.stage or '-':<10} {text}\n"
+        line = f"{stamp} {self.stage or '-':<10} {printable_lines(text)}\n"
         if self.run.is_local:
             path = self.run.path("log")
             os.makedirs(self.run.root, exist_ok=True)  # noqa: PTH103

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from icce_ray.errors import ArtifactError, ConfigError
+from icce_ray.rundir.addresses import split_options
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.rundir.storage import split_options
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,8 +1,6 @@
-"""Bytes on any file system: addresses, patience while a storage fails, clear errors.
+"""Bytes on any file system: patience while a storage fails, clear errors.
 
-An address is a local path or a URI: s3://, gs://, abfs://. Options may follow a URI's path, as in
-s3://bucket/runs/1?endpoint_override=localhost:9000&scheme=http; they stay at its end when names are
-joined to it. For S3 the environment works as well: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...
+For S3 the environment works as well as a URI's options: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...
 """
 
 from __future__ import annotations
@@ -24,7 +22,15 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from icce_ray.errors import ArtifactError, NoAnswerError, StageError, StorageError, one_line
+from icce_ray.errors import (
+    ArtifactError,
+    IcceError,
+    NoAnswerError,
+    StageError,
+    StorageError,
+    one_line,
+)
+from icce_ray.rundir.addresses import absolute, is_remote, join_uri, split_options
 
 # Each can be set in the environment, as ICCE_RAY_STORAGE_PATIENCE and so on; all in seconds.
 PATIENCE = 300.0  # how long a failing request is repeated, in all
@@ -43,42 +49,12 @@ _thread = threading.local()
 _listeners: list[Listener] = []
 
 
-# --- addresses -----------------------------------------------------------------------------------
+# --- file systems --------------------------------------------------------------------------------
 
 
 def _seconds(name: str) -> float:
     """One of the first four constants, unless the environment gives another value."""
     return float(os.environ.get(f"ICCE_RAY_STORAGE_{name}") or globals()[name])
-
-
-_OPTIONS = re.compile(
-    r"\?(?:access_key|allow_\w+|background_writes|blob_storage_\w+|check_\w+|client_\w+"
-    r"|credential_kind|dfs_storage_\w+|default_bucket_location|enable_tls|endpoint_override"
-    r"|force_virtual_addressing|project_id|region|retry_limit_seconds|scheme|smart_defaults"
-    r"|tenant_id|tls_\w+)=[^#]*$"
-)
-
-
-def is_remote(uri: str) -> bool:
-    """Whether an address is on an object store, not on a disk of this machine."""
-    return "://" in uri and not uri.startswith("file://")
-
-
-def split_options(uri: str) -> tuple[str, str]:
-    """A URI without its options, and these, with the question mark."""
-    options = _OPTIONS.search(uri) if "://" in uri else None
-    return (uri[: options.start()], options.group()) if options else (uri, "")
-
-
-def join_uri(folder: str, *names: str) -> str:
-    """The URI of a file below a folder; options at the folder's end stay at the end."""
-    base, options = split_options(folder)
-    return "/".join([base.rstrip("/"), *names]) + options
-
-
-def absolute(uri: str) -> str:
-    """A path that means the same on every worker; URIs stay as they are."""
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -91,8 +67,8 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), absolute(uri)
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ArtifactError(f"cannot open {uri}: {_short(error)}{_hint(uri)}") from None
+    except (pa.ArrowException, OSError, ValueError, ImportError) as error:
+        raise ArtifactError(f"{uri} cannot be opened: {_short(error)}{_hint(uri)}") from None
     return _tuned(filesystem, uri), path
 
 
@@ -211,8 +187,13 @@ def _short(error: BaseException) -> str:
     return text[:300].rstrip(". ")
 
 
+# Schemes that pyarrow knows, and what other programs call them.
+_SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs"}
+_ALIASES = {"s3a": "s3", "s3n": "s3", "az": "abfs", "wasb": "abfs", "wasbs": "abfs"}
+
+
 def _hint(uri: str) -> str:
-    """Where each kind of storage takes its credentials from."""
+    """Where each kind of storage takes its credentials from, or how its addresses begin."""
     hints = {
         "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role",
         "gs": "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the "
@@ -221,8 +202,12 @@ def _hint(uri: str) -> str:
         "AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET, or a managed identity",
     }
     scheme = uri.partition("://")[0]
-    hint = hints.get({"gcs": "gs", "abfss": "abfs"}.get(scheme, scheme))
-    return f". Credentials come from: {hint}" if hint else ""
+    if scheme in _SCHEMES:
+        return f". Credentials come from: {hints[_SCHEMES[scheme]]}"
+    meant = {**_SCHEMES, **_ALIASES}.get(scheme.lower())
+    if meant is None:
+        return ". Addresses begin with s3://, gs:// or abfs://, or are local paths"
+    return f". Write {meant}:// instead of {scheme}://"
 
 
 def explain(error: Exception, uri: str) -> Exception:
@@ -274,8 +259,17 @@ def _patiently(work: Callable[[], T], uri: str) -> T:
             if not passing:  # an answer as well
                 _report_answer(waited)
             raise explain(error, uri) from None
+        except Exception as error:
+            if not _is_foreign(uri) or isinstance(error, IcceError):
+                raise
+            raise StorageError(f"{uri}: the storage failed ({_short(error)})") from None
         _report_answer(waited)
         return result
+
+
+def _is_foreign(uri: str) -> bool:
+    """Whether a client that is no part of pyarrow, such as hf://'s, may raise what it likes."""
+    return is_remote(uri) and uri.partition("://")[0] not in _SCHEMES
 
 
 def _wait(pause: float, error: Exception) -> float:

@@ -59,7 +59,10 @@ def run(context: Context) -> Outcome:
     data = config.data
     if data.dataset and datasets.materialize(data.dataset, str(data.path)):
         context.reporter.say(f"wrote {data.dataset} to {data.path}")
-    listed = embeddings.list_rows(data) if data.embeddings else listing.list_images(data)
+    if data.embeddings:
+        listed = embeddings.list_rows(data)
+    else:
+        listed = listing.list_images(data, say=context.reporter.say)
     table, rows = listed.table, listed.table.num_rows
     _check_classes(config, rows)
     for part, start in enumerate(range(0, rows, ROWS_PER_FILE)):
@@ -67,4 +70,7 @@ def run(context: Context) -> Outcome:
     labeled = rows - table["label"].null_count
     kind = f"{rows:,} of {listed.found:,} images ({listed.kind})"
     context.reporter.say(f"{kind}, {labeled:,} with a label" if labeled else kind)
-    return Outcome(rows, {"kind": listed.kind, "found": listed.found, "labeled": labeled})
+    if listed.left:
+        context.reporter.say(f"left out: {listed.left}")
+    results = {"kind": listed.kind, "found": listed.found, "labeled": labeled}
+    return Outcome(rows, {**results, "left_out": listed.left.results()})

@@ -21,7 +21,7 @@ import pyarrow as pa
 import yaml
 
 from icce_ray import config as configs
-from icce_ray.config.schema import BackboneConfig, Config
+from icce_ray.config.schema import LABEL_MODES, BackboneConfig, Config
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.data import labels, listing
 from icce_ray.distributed.cluster import Cluster, NodeWatch
@@ -36,13 +36,14 @@ from icce_ray.distributed.inference import (
 )
 from icce_ray.distributed.shards import Shards
 from icce_ray.distributed.stream import Columns, Job
-from icce_ray.errors import ArtifactError, ConfigError
-from icce_ray.rundir import storage
+from icce_ray.errors import ArtifactError, ConfigError, printable
+from icce_ray.rundir import addresses, storage
 from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter, duration
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
 
 GROUPS = ("embed", "ray", "data")  # settings that a call may change
+SOURCES = ("data.path", "data.embeddings", "data.dataset")  # ... but not which images it is for
 SHOW = 3  # reasons of bad images that are shown
 
 
@@ -79,19 +80,25 @@ def predict(
     trained = run.manifest(CLASSIFIER)
     if trained is None:
         raise ArtifactError(f"{run.uri} has no finished classifier; run it first: icce-ray run")
+    if not images:
+        raise ConfigError("images is empty: name a folder, Parquet files or tars")
     listing.check_exists("images", images)
     description = run.read_json(CLASSIFIER, DESCRIPTION)
     config = _config(run, images, overrides)
     backbones = _backbones(description)
-    table = listing.list_images(config.data, setting="images").table
-    if config.data.labels not in ("auto", "none"):
+    reporter = Reporter(RunDirectory(target.address(folder)), quiet)
+    say = partial(reporter.say, log=False)  # `out` may be another's
+    found = listing.list_images(config.data, setting="images", say=say)
+    table = found.table
+    if config.data.labels not in LABEL_MODES:
         labels.labels_of(config.data.labels, table)  # a file that does not fit is refused now
     mark = _mark(images, table, trained, config)
     finished = _claim(target, folder, mark)
     if finished is not None:
+        say(f"done already: {finished.rows:,} images are in {target.address(folder)}")
         return finished
     own = cluster or Cluster(config.ray)
-    work = _Work(run, config, description, backbones, table, target, folder, own, quiet)
+    work = _Work(run, config, description, backbones, found, target, folder, own, reporter)
     try:
         return work.run(mark)
     finally:
@@ -110,6 +117,8 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
                 f"{override}: predict takes {', '.join(f'{g}.*' for g in GROUPS)} settings only; "
                 "all else is as the run was made"
             )
+        if override.partition("=")[0].strip() in SOURCES:
+            raise ConfigError(f"{override}: predict takes its images as its second argument")
     tree = yaml.safe_load(run.read_bytes("config.yaml"))
     before = tree.get("data") or {}
     kept = {key: before[key] for key in ("image_column", "label_column") if key in before}
@@ -134,7 +143,10 @@ def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
 
 def _target(out: str) -> tuple[str, RunDirectory]:
     """The last folder of `out`, and what holds it."""
-    uri, options = storage.split_options(storage.absolute(out))
+    try:
+        uri, options = addresses.split_options(addresses.absolute(out))
+    except ArtifactError as error:
+        raise ConfigError(f"out={error}") from None
     parent, _, folder = uri.rstrip("/").rpartition("/")
     if not folder or not parent or parent.endswith(":/"):
         raise ConfigError(f"out={out} must name a folder below the bucket or the root")
@@ -147,7 +159,7 @@ def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> di
     for batch in table.select(["uri"]).to_batches(max_chunksize=65_536):
         digest.update("\n".join(batch.column(0).to_pylist()).encode() + b"\n")
     settings = {
-        "images": storage.absolute(images),
+        "images": addresses.absolute(images),
         "count": table.num_rows,
         "sha256": digest.hexdigest(),
         "precision": config.embed.precision,
@@ -189,17 +201,23 @@ class _Work:
     config: Config
     description: Mapping[str, Any]
     backbones: tuple[BackboneConfig, ...]
-    table: pa.Table
+    found: listing.Listing
     target: RunDirectory
     folder: str
     cluster: Cluster
-    quiet: bool
+    reporter: Reporter
+
+    @property
+    def table(self) -> pa.Table:
+        """INDEX_SCHEMA, of the new images."""
+        return self.found.table
 
     def run(self, mark: dict[str, Any]) -> Manifest:
         started = time.monotonic()
         resumed = self.target.begin(self.folder, mark)
-        self.reporter = Reporter(RunDirectory(self.target.address(self.folder)), self.quiet)
         self.reporter.stage = "predict"
+        if self.found.left:
+            self.reporter.say(f"left out: {self.found.left}")
         self.shards = self._open(resumed)
         self.bad = 0
         with self.reporter.listening(), NodeWatch(self.reporter):
@@ -252,7 +270,7 @@ class _Work:
         bad = batch["reason"].astype(bool)
         for row in np.flatnonzero(bad)[: max(0, SHOW - self.bad)]:
             uri = self.table["uri"][int(batch["image_id"][row])].as_py()
-            self.reporter.say(f"! {uri}: {batch['reason'][row]}")
+            self.reporter.say(f"! {printable(uri)}: {batch['reason'][row]}")
         self.bad += int(bad.sum())
         kept = ("image_id", "cluster", "confidence", "reason")
         return {name: batch[name] for name in kept}, np.ones(len(bad), bool)
@@ -271,6 +289,7 @@ class _Work:
             seconds=round(seconds, 3),
             results={
                 "bad": bad,
+                "left_out": self.found.left.results(),
                 "images_per_second": round(rate, 1),
                 "run": self.source.uri,
                 **scores,

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from icce_ray.distributed.shards import Arrays, Shards
+from icce_ray.distributed.shards import Arrays, Quarantine, Shards
 from icce_ray.errors import StageError
 from icce_ray.rundir.directory import RunDirectory
 
@@ -31,6 +31,33 @@ def test_shards_accept_any_order_and_repetitions(tmp_path: Path) -> None:
     written = run.read_table("s")
     assert written["image_id"].to_pylist() == np.flatnonzero(~bad).tolist()
     assert len(run.list("s")) == 7
+
+
+@pytest.mark.parametrize(
+    ("total", "fraction", "bad", "stops"),
+    [
+        (3, 0.01, 1, False),
+        (3, 0.01, 2, True),
+        (99, 0.01, 1, False),
+        (3, 0.0, 1, True),
+        (200, 0.01, 2, False),
+        (200, 0.01, 3, True),
+        (300, 0.0, 0, False),
+    ],
+)
+def test_one_bad_image_does_not_stop_a_small_run(
+    total: int, fraction: float, bad: int, stops: bool
+) -> None:
+    quarantine = Quarantine(total, fraction, "here")
+    quarantine.add(np.arange(bad), np.array(["damaged"] * bad))
+    assert quarantine.too_many is stops
+
+
+def test_names_in_the_reason_why_a_run_stops_are_printable() -> None:
+    quarantine = Quarantine(1, 0.0, "here")
+    quarantine.add(np.array([0]), np.array(["damaged"]))
+    reason = str(quarantine.error(pa.chunked_array([["a\x1b[1m\nb.png"]])))
+    assert r"a\x1b[1m\nb.png: damaged" in reason
 
 
 def test_arrays_hold_the_last_word_on_each_image() -> None:

@@ -57,6 +57,16 @@ def test_page_says_what_the_scores_say(make_run, page_of):
     assert f"cost {spent:.2f}" in page.text  # 3600 an hour is 1 a second
 
 
+def test_page_says_what_the_listing_left_out(make_run, page_of):
+    made = make_run(60, 3)
+    assert "Left out of the listing" not in page_of(made)[0].text
+    left = {"reason": "files ending in .txt", "count": 1200, "example": "<b>.txt"}
+    made.finish("index", 60, {"left_out": [left, {**left, "reason": "links", "count": 3}]})
+    page, _ = page_of(made)
+    assert "The listing left out 1,203 files or folders" in page.text
+    assert ["files ending in .txt", "1,200", "<b>.txt"] in page.rows
+
+
 def test_galleries_show_the_surest_and_the_least_sure(make_run, page_of):
     made = make_run(100, 2, errors=0.3, overrides=["report.images_per_cluster=4"])
     page, _ = page_of(made)

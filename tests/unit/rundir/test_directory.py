@@ -198,7 +198,7 @@ def test_addresses(tmp_path, monkeypatch):
     assert RunDirectory("~/r").root == str(tmp_path / "r")
     assert RunDirectory(f"file://{tmp_path}/r").is_local
     assert RunDirectory("runs/x/").path("a", "b.json") == str(tmp_path / "runs" / "x" / "a/b.json")
-    with pytest.raises(ArtifactError, match="cannot open nothing://x"):
+    with pytest.raises(ArtifactError, match="nothing://x/ cannot be opened"):
         RunDirectory("nothing://x").exists("a")
 
 

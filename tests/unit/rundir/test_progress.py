@@ -90,6 +90,13 @@ def test_file_names_that_are_no_text_can_be_logged(run):
     assert b"caf\\udce9.png" in run.read_bytes("log")
 
 
+def test_what_a_terminal_would_act_on_is_escaped(run, capsys):
+    Reporter(run).say("one\ntwo \x1b[31mred\r\x07.png")
+    shown = "one\ntwo \\x1b[31mred\\r\\x07.png\n"
+    assert capsys.readouterr().err == shown
+    assert run.read_bytes("log").decode().endswith(shown)
+
+
 def test_a_log_that_cannot_be_written_stops_nothing(run):
     os.makedirs(run.path("log"))  # noqa: PTH103
     reporter = Reporter(run, quiet=True)

@@ -15,7 +15,7 @@ import pytest
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config, DataConfig
-from icce_ray.data import listing
+from icce_ray.data import embeddings, listing, tars
 from icce_ray.data.labels import load_labels
 from icce_ray.data.reading import read_many
 from icce_ray.distributed.cluster import Cluster
@@ -73,6 +73,19 @@ def test_class_folders(tmp_path: Path) -> None:
 def test_folders_that_are_no_classes(tmp_path: Path, extra: str | None) -> None:
     touch(tmp_path, "one/1.png", "one/2.png", *([f"two/{extra}", extra] if extra else []))
     assert {row["label"] for row in rows(tmp_path)} == {None}
+
+
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("Train",), ("training", "dev")])
+def test_class_folders_below_splits(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    touch(tmp_path, *(f"{split}/{c}/1.png" for split in splits for c in ("cat", "dog")))
+    assert [row["label"] for row in rows(tmp_path)] == ["cat", "dog"] * len(splits)
+    touch(tmp_path, f"{splits[0]}/flat.png")
+    assert {row["label"] for row in rows(tmp_path)} == {None}
+
+
+def test_a_class_may_be_named_as_a_split(tmp_path: Path) -> None:
+    touch(tmp_path, "train/a/1.png", "train/b/1.png", "car/1.png")
+    assert [row["label"] for row in rows(tmp_path)] == ["car", "train", "train"]
 
 
 def test_single_file_and_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +165,34 @@ def test_parquet_columns(tmp_path: Path) -> None:
         rows(tmp_path / "y.parquet")
 
 
+def test_columns_of_labels_that_are_none(tmp_path: Path) -> None:
+    png, count = b"\x89PNG\r\n\x1a\n", 100
+    columns: dict[str, list[Any]] = {
+        "mask": [png] * count,
+        "struct": [{"bytes": png, "path": "a"}] * count,
+        "late": [b"cat"] * (count - 1) + [png],
+        "tensor": [[1, 2]] * count,
+    }
+    for name, values in columns.items():
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"image": [b"x"] * count, "label": values}), path)
+        listed = listing.list_images(DataConfig(path=str(path)))
+        assert listed.found == listed.table["label"].null_count == count
+        assert f"1 columns 'label' that hold no plain labels ({path})" in str(listed.left)
+
+
+def test_columns_of_labels_with_gaps(tmp_path: Path) -> None:
+    nan = float("nan")
+    for values, wanted in (
+        ([1.0, nan, 0.0, None], ["1", None, "0", None]),
+        ([b"cat", None, b"dog", b""], ["cat", None, "dog", ""]),
+        (["nan", "naan", None, "nan"], ["nan", "naan", None, "nan"]),
+    ):
+        path = tmp_path / "x.parquet"
+        pq.write_table(pa.table({"image": [b"x"] * 4, "label": values}), path)
+        assert [row["label"] for row in rows(path)] == wanted
+
+
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         folder = tarfile.TarInfo("folder")
@@ -181,8 +222,8 @@ def test_streamed_tars_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tmp_path / "1.tar", [(f"{i}.{s}", b"x" * i) for i in range(9) for s in ("jpg", "cls")]
     )
     sought = rows(tmp_path)
-    monkeypatch.setattr(listing.pafs, "LocalFileSystem", type(None))
-    assert listing._tar_file(str(tmp_path / "1.tar")).to_pylist() == [
+    monkeypatch.setattr(tars.pafs, "LocalFileSystem", type(None))
+    assert listing._tar_file(str(tmp_path / "1.tar"))[0].to_pylist() == [
         {k: v for k, v in row.items() if k != "image_id"} for row in sought
     ]
 
@@ -219,6 +260,18 @@ def test_stage_writes_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load_labels(config.model_copy(update={"data": none}), run) is None
 
 
+def test_the_stage_says_once_what_was_left_out(tmp_path: Path) -> None:
+    touch(tmp_path / "images", "a.png", "b.png", "c.txt", ".d")
+    run = run_stage(make(tmp_path, path=str(tmp_path / "images")))
+    done = run.manifest("index")
+    assert done is not None and done.results["left_out"] == [
+        {"reason": "hidden files and folders", "count": 1, "example": ".d"},
+        {"reason": "files ending in .txt", "count": 1, "example": "c.txt"},
+    ]
+    line = "left out: 1 hidden files and folders (.d); 1 files ending in .txt (c.txt)"
+    assert Path(run.path("log")).read_text().count(line) == 1
+
+
 def test_more_classes_than_images(tmp_path: Path) -> None:
     touch(tmp_path / "images", "a.png", "b.png")
     with pytest.raises(ConfigError, match="num_classes=3"):
@@ -253,6 +306,17 @@ def test_parquet_embeddings_bring_addresses_and_labels(tmp_path: Path) -> None:
     ]
 
 
+def test_labels_of_embeddings_may_be_nan(tmp_path: Path) -> None:
+    table = {"embedding": [[1.0, 2.0]] * 4, "label": [0.0, 1.0, float("nan"), 1.0]}
+    pq.write_table(pa.table(table), tmp_path / "e.parquet")
+    config = make(tmp_path, embeddings=str(tmp_path / "e.parquet"))
+    run = run_stage(config)
+    done, found = run.manifest("index"), load_labels(config, run)
+    assert done is not None and done.results["labeled"] == 3
+    assert found is not None
+    assert found[0].tolist() == [0, 1, -1, 1] and found[1] == ["0", "1"]
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
@@ -280,6 +344,45 @@ def test_ragged_and_missing_parquet_embeddings(tmp_path: Path) -> None:
         pq.write_table(pa.table({column: values}), path)
         with pytest.raises(DataError, match=message):
             index.preflight(make(tmp_path, embeddings=str(path)))
+
+
+def blocks(path: Path) -> list[np.ndarray]:
+    return list(embeddings.open_vectors(str(path)).blocks(2))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1.0, 2.0]] * 3 + [[1.0]] + [[1.0, 2.0]], r"row 3 \(from 0\) has 1 instead of 2"),
+        ([[1.0, 2.0]] * 2 + [[1.0, 2.0, 3.0]] * 2, r"row 2 \(from 0\) has 3 instead of 2"),
+        ([[1.0, 2.0]] * 4 + [None], r"row 4 \(from 0\) is null"),
+        ([None, [1.0, 2.0]], r"row 0 \(from 0\) is null"),
+        ([[1.0, 2.0], []], r"row 1 \(from 0\) has 0 instead of 2"),
+    ],
+)
+def test_the_odd_row_is_named(tmp_path: Path, rows: list[Any], message: str) -> None:
+    for kind in (pa.list_(pa.float32()), pa.large_list(pa.float64())):
+        table = pa.table({"embedding": pa.array(rows, kind)})
+        pq.write_table(table, tmp_path / "e.parquet", row_group_size=2)
+        with pytest.raises(DataError, match=message):
+            blocks(tmp_path / "e.parquet")
+
+
+def test_a_missing_row_of_a_fixed_size_is_named(tmp_path: Path) -> None:
+    column = pa.array([[1.0, 2.0], [3.0, 4.0], None], pa.list_(pa.float32(), 2))
+    pq.write_table(pa.table({"embedding": column}), tmp_path / "e.parquet")
+    with pytest.raises(DataError, match=r"row 2 \(from 0\) is null"):
+        blocks(tmp_path / "e.parquet")
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_too_large_for_float32_are_infinite(tmp_path: Path) -> None:
+    values = [[1.0, 1e300], [-1e300, 2.0]]
+    pq.write_table(pa.table({"embedding": values}), tmp_path / "e.parquet")
+    np.save(tmp_path / "e.npy", np.array(values))
+    for name in ("e.npy", "e.parquet"):
+        (found,) = blocks(tmp_path / name)
+        assert found.tolist() == [[1.0, np.inf], [-np.inf, 2.0]]
 
 
 # --- before a run --------------------------------------------------------------------------------
