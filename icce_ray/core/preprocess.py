@@ -12,12 +12,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from icce_ray.core.metadata import ORIENTATION, without_metadata
 from icce_ray.errors import DataError, one_line
 
 # What PIL may try: only raster images, and nothing that starts another program (EPS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 MAX_ASPECT = 8  # thinner images lose their ends before scaling, see Preprocess
-ORIENTATION = 0x0112  # EXIF tag
 
 
 class BadImage(DataError):
@@ -34,7 +34,8 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     """An encoded image as RGB, 8 bits per channel, upright.
 
     Transparent parts are laid on white. 16-bit images are scaled, not clipped. Of an animation, the
-    first frame is taken. EXIF orientation is applied.
+    first frame is taken. EXIF orientation is applied. Other metadata, however large or damaged, do
+    not matter.
 
     Raises:
         BadImage: empty, of an unknown format, damaged, truncated, or of more than `max_pixels`
@@ -44,6 +45,16 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImage("empty file")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # the user asked for more than PIL would allow
+    try:
+        return _decode(data, max_pixels)
+    except BadImage:
+        lean = without_metadata(data)
+        if lean is None:
+            raise
+    return _decode(lean, max_pixels)
+
+
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             width, height = image.size
