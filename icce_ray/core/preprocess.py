@@ -5,19 +5,31 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from icce_ray.core import samples, tiff
+from icce_ray.core.metadata import ORIENTATION, without_metadata
+from icce_ray.core.samples import AS_IS, Levels
 from icce_ray.errors import DataError, one_line
 
 # What PIL may try: only raster images, and nothing that starts another program (EPS).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MAX_ASPECT = 8  # thinner images lose their ends before scaling, see Preprocess
-ORIENTATION = 0x0112  # EXIF tag
 
 
 class BadImage(DataError):
@@ -30,16 +42,44 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
+def decode(data: bytes, max_pixels: int, levels: Levels = AS_IS) -> Image.Image:
     """An encoded image as RGB, 8 bits per channel, upright.
 
-    Transparent parts are laid on white. 16-bit images are scaled, not clipped. Of an animation, the
-    first frame is taken. EXIF orientation is applied.
+    Transparent parts are laid on white. Of more than 8 bits per sample, the range `levels` is kept.
+    Of an animation, the first frame is taken. EXIF orientation is applied. Other metadata, however
+    large or damaged, do not matter.
 
     Raises:
         BadImage: empty, of an unknown format, damaged, truncated, or of more than `max_pixels`
             (read from the header, before anything is decoded).
     """
+    try:
+        return _decode(data, max_pixels, levels)
+    except BadImage:
+        lean = without_metadata(data)
+        if lean is None:
+            raise
+    return _decode(lean, max_pixels, levels)
+
+
+def levels_of(images: Iterable[bytes], max_pixels: int) -> Levels:
+    """The levels for all images of a run, from some of them, encoded. Bad ones do not count."""
+    return samples.levels_of(_deep_values(images, max_pixels))
+
+
+def _deep_values(images: Iterable[bytes], max_pixels: int) -> Iterator[np.ndarray]:
+    for data in images:
+        with contextlib.suppress(BadImage), _opened(data, max_pixels) as image:
+            if samples.is_deep_color(image):
+                yield _color_values(image, data, max_pixels)[..., :3]
+            elif samples.is_deep(image):
+                image.load()
+                yield tiff.values(image)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The image of `data`, not loaded. What PIL raises for it meanwhile comes as BadImage."""
     if not data:
         raise BadImage("empty file")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
@@ -49,35 +89,52 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage(f"{width} x {height} pixels: more than embed.max_pixels allows")
-            image.load()
-            return _to_rgb(_upright(image))
-    except BadImage:
-        raise
+            tiff.prepare(image)
+            yield image
+    except DataError as error:
+        raise BadImage(str(error)) from None
     except Image.DecompressionBombError:
         raise BadImage("more pixels than embed.max_pixels allows") from None
-    except Image.UnidentifiedImageError:
-        raise BadImage("not an image, or of an unknown format") from None
     except MemoryError:
         raise BadImage("too large for the memory") from None
     except Exception as error:  # PIL's readers raise almost anything on damaged input
-        truncated = "truncated" in str(error).lower()
-        reason = "truncated" if truncated else f"damaged: {one_line(error, 200)}"
-        raise BadImage(reason) from None
+        raise BadImage(_reason(data, error)) from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _reason(data: bytes, error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, Image.UnidentifiedImageError) or "raw mode" in text:
+        known = tiff.describe(data)
+        return (
+            f"{known}, which is not supported" if known else "not an image, or of an unknown format"
+        )
+    return "truncated" if "truncated" in text.lower() else f"damaged: {one_line(error, 200)}"
+
+
+def _decode(data: bytes, max_pixels: int, levels: Levels) -> Image.Image:
+    with _opened(data, max_pixels) as image:
+        if levels.integers not in (None, samples.INTEGERS) and samples.is_deep_color(image):
+            picture = _deep_color(image, data, max_pixels, levels)
+        else:
+            image.load()
+            picture = _to_rgb(image, levels)
+        return _upright(picture, image)
+
+
+def _upright(picture: Image.Image, source: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # a damaged EXIF block must not cost the image
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            return ImageOps.exif_transpose(image)
-    return image
+        turn = TURNS.get(source.getexif().get(ORIENTATION, 1))
+        return picture if turn is None else picture.transpose(turn)
+    return picture
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+def _to_rgb(image: Image.Image, levels: Levels) -> Image.Image:
+    grey = samples.grey(image, levels)
+    if grey is not None:
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         return _on_white(image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # the latter always copies
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -88,23 +145,18 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _to_eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """16-bit, 32-bit and float pixels [height, width] as uint8.
+def _deep_color(image: Image.Image, data: bytes, max_pixels: int, levels: Levels) -> Image.Image:
+    values = _color_values(image, data, max_pixels)
+    scaled = samples.eight_bits(values, levels)
+    if values.shape[2] == 3:
+        return Image.fromarray(scaled)
+    scaled[..., 3] = values[..., 3] >> 8
+    return _on_white(Image.fromarray(scaled))
 
-    Integers up to 65535 are 16-bit data, floats up to 1 or up to 255 have that range; anything else
-    is stretched between its own extremes.
-    """
-    x = values.astype(np.float64)
-    if not np.isfinite(x).all():
-        raise BadImage("pixels that are not finite")
-    low, high = x.min(), x.max()
-    if mode.startswith("I") and low >= 0 and high <= 65535:
-        x = x / 257
-    elif mode == "F" and low >= 0 and high <= 1:
-        x = x * 255
-    elif not (mode == "F" and low >= 0 and high <= 255):
-        x = (x - low) * (255 / max(high - low, 1e-12))
-    return np.rint(x).astype(np.uint8)
+
+def _color_values(image: Image.Image, data: bytes, max_pixels: int) -> np.ndarray:
+    with _opened(data, max_pixels) as again:
+        return samples.color_values(image, again)
 
 
 @dataclass(frozen=True)

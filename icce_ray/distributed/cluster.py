@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from icce_ray.config.schema import RayConfig
-from icce_ray.distributed import compat
+from icce_ray.distributed import compat, reach
 from icce_ray.errors import StageError
 
 SHARED_MEMORY = Path("/dev/shm")  # where Ray's object store is
 LEAST_SHARED_MEMORY = 1e9  # bytes; a container has 64 MB of its own
 LOOK_EVERY = 2.0  # seconds between looks at the cluster's nodes
 IDLE_CORES = 0.1  # share of the cores that tasks as large as a node may leave unused
+VARIABLE = "RAY_ADDRESS"  # where Ray's jobs, and many a shell, have a cluster's address
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the process of a job
 STOP_WITHIN = 5.0  # seconds that Ray gets to answer while a run ends
 
 
@@ -87,6 +89,11 @@ def shared_memory_hint() -> str | None:
     )
 
 
+def _in_job() -> bool:
+    """Whether `ray job submit` started this process. Ray documents no other sign."""
+    return JOB in os.environ
+
+
 class Cluster:
     """Starts or joins Ray at first use, so that a run with nothing to do starts nothing.
 
@@ -108,9 +115,20 @@ class Cluster:
     def address(self) -> str:
         """`local` unless the settings, or the job this process runs in, name a cluster.
 
-        A cluster that merely happens to run on this machine is never joined.
+        A cluster that merely happens to run on this machine is never joined, nor one whose address
+        an earlier session left in the environment.
         """
-        return self.settings.address or os.environ.get("RAY_ADDRESS") or "local"
+        return self.settings.address or (_in_job() and os.environ.get(VARIABLE)) or "local"
+
+    @property
+    def ignored(self) -> str | None:
+        """What to say where the environment names a cluster that is not joined."""
+        named = os.environ.get(VARIABLE, "local")
+        if not self.is_local or named in ("", "local"):
+            return None
+        return (
+            f"{VARIABLE}={named} is ignored, since this is no Ray job; ray.address={named} joins it"
+        )
 
     @property
     def is_local(self) -> bool:
@@ -125,6 +143,7 @@ class Cluster:
         return ray
 
     def _connect(self, ray: Any) -> None:
+        self._check_address()
         compat.before_connecting()
         extra: dict[str, Any] = {}
         if self.is_local:
@@ -150,6 +169,16 @@ class Cluster:
         for name in ("ray", "ray.train", "ray.tune"):
             self._levels[name] = logging.getLogger(name).level
             logging.getLogger(name).setLevel(logging.ERROR)
+
+    def _check_address(self) -> None:
+        """Raises StageError where nobody answers: Ray would try for more than ten minutes."""
+        reason = None if self.is_local else reach.why_not(self.address)
+        if reason is not None:
+            origin = "ray.address" if self.settings.address else VARIABLE
+            raise StageError(
+                f"cannot join Ray at {self.address} ({origin}): {reason}. Start that cluster, "
+                "correct the address, or leave it out to work on a local Ray"
+            )
 
     def stop(self) -> None:
         """Disconnect; a local Ray that this object started ends with it.

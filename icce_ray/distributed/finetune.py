@@ -22,11 +22,12 @@ from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import training as training_
 from icce_ray.core.classifier.training import pseudo_labels
 from icce_ray.data import reading
+from icce_ray.core.samples import with_levels
 from icce_ray.distributed import compat, stream
 from icce_ray.distributed import train as training
 from icce_ray.distributed.checkpoints import TRAIN
 from icce_ray.distributed.context import Context
-from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, preparations
+from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, levels_of_run, preparations
 from icce_ray.distributed.probe import (
     PROBE,
     as_module,
@@ -121,11 +122,12 @@ def _dataset(context: Context, table: pa.Table, cpus: float) -> Any:
     dataset.context.target_max_block_size = stream.BLOCK_BYTES
     dataset.context.enable_progress_bars = False
     preprocess, _ = preparations(config.backbone)
+    options = {"preprocess": preprocess, "max_pixels": config.embed.max_pixels}
     return dataset.map_batches(
         stream.decode_rows,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"preprocess": preprocess, "max_pixels": config.embed.max_pixels},
+        fn_kwargs={**options, "levels": levels_of_run(context.run)},
         num_cpus=cpus,
     )
 
@@ -187,7 +189,9 @@ def _loop(worker: Worker, task: Mapping[str, Any]) -> None:
     if worker.rank == 0:
         # By the worker, since only it has the model; the driver may have no room for it.
         configs = [BackboneConfig.model_validate(one) for one in task["backbone"]]
-        origin = describe_backbones(configs, [model.backbone.describe()])  # type: ignore[operator]
+        described = model.backbone.describe()  # type: ignore[operator]
+        described = with_levels(described, levels_of_run(worker.run))
+        origin = describe_backbones(configs, [described])
         write_classifier(worker.run, model, origin, history)
     worker.barrier({"epoch": len(history)})
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core.preprocess import Preprocess
+from icce_ray.core.samples import AS_IS, Levels, levels_in, with_levels
 from icce_ray.distributed import stream
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.stream import Columns, Job
@@ -44,20 +45,31 @@ def preparations(backbones: Sequence[BackboneConfig]) -> tuple[tuple[Preprocess,
     return distinct, [distinct.index(one) for one in each]
 
 
+def levels_of_run(run: RunDirectory) -> Levels:
+    """What the images of a run were embedded with."""
+    done = run.manifest("embeddings")
+    return levels_in(done.results.get("backbones") or () if done else ())
+
+
 class Embedder:
     """Unit-norm features of one or several backbones (see core.backbone.join).
 
     Args:
         slots: which of the distinct preparations each backbone takes; see `preparations`.
         precision: embed.precision; once loaded, what the device computes in.
+        levels: what the images were decoded with, for the descriptions.
     """
 
     product = "feature vectors"
 
     def __init__(
-        self, configs: Sequence[BackboneConfig], slots: Sequence[int], precision: str
+        self,
+        configs: Sequence[BackboneConfig],
+        slots: Sequence[int],
+        precision: str,
+        levels: Levels = AS_IS,
     ) -> None:
-        self.configs, self.slots = configs, slots
+        self.configs, self.slots, self.levels = configs, slots, levels
         self.precision: Any = precision
         self.backbones: list[Any] = []
 
@@ -67,7 +79,10 @@ class Embedder:
 
         loaded = [core.load(config) for config in self.configs]
         self.precision = core.arithmetic(self.precision, device)
-        described = [{**one.describe(), "precision": self.precision} for one in loaded]
+        described = [
+            {**with_levels(one.describe(), self.levels), "precision": self.precision}
+            for one in loaded
+        ]
         self.backbones = [one.to(device) for one in loaded]
         return described
 

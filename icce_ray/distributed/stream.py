@@ -34,6 +34,7 @@ from icce_ray import errors
 from icce_ray.config.schema import EmbedConfig
 from icce_ray.core import preprocess as preprocess_
 from icce_ray.core.preprocess import BadImage, Preprocess
+from icce_ray.core.samples import AS_IS, Levels
 from icce_ray.data import reading as images
 from icce_ray.distributed import compat
 from icce_ray.distributed.cluster import LOOK_EVERY, STOP_WITHIN, Cluster, Request, Wait
@@ -42,6 +43,7 @@ from icce_ray.rundir.progress import Reporter
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 
 ADDRESS = ("image_id", "uri", "offset", "size")  # columns of the index that the pipeline reads
@@ -76,10 +78,11 @@ class Job:
     model: Model
     preprocess: tuple[Preprocess, ...]  # distinct ones
     settings: EmbedConfig
+    levels: Levels = AS_IS
 
 
 def decode_rows(
-    table: pa.Table, preprocess: Sequence[Preprocess], max_pixels: int
+    table: pa.Table, preprocess: Sequence[Preprocess], max_pixels: int, levels: Levels = AS_IS
 ) -> Iterator[Columns]:
     """Read and decode the images of a table of ADDRESS columns, a chunk at a time.
 
@@ -95,7 +98,9 @@ def decode_rows(
         reasons = [""] * part.num_rows
         for row, data in enumerate(images.read_many(*addresses)):
             try:
-                _prepare(data, row, preprocess, pixels, max_pixels)
+                if isinstance(data, BadImage):
+                    raise data
+                _prepare(preprocess_.decode(data, max_pixels, levels), row, preprocess, pixels)
             except BadImage as error:
                 reasons[row] = str(error)
         columns = {f"pixels{number}": array for number, array in enumerate(pixels)}
@@ -104,15 +109,8 @@ def decode_rows(
 
 
 def _prepare(
-    data: bytes | BadImage,
-    row: int,
-    preprocess: Sequence[Preprocess],
-    pixels: Sequence[np.ndarray],
-    max_pixels: int,
+    image: Image.Image, row: int, preprocess: Sequence[Preprocess], pixels: Sequence[np.ndarray]
 ) -> None:
-    if isinstance(data, BadImage):
-        raise data
-    image = preprocess_.decode(data, max_pixels)
     try:
         for array, prepare in zip(pixels, preprocess, strict=True):
             array[row] = prepare(image)
@@ -346,7 +344,11 @@ def _dataset(ray: Any, table: pa.Table, job: Job, pool: Pool) -> Any:
         decode_rows,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"preprocess": job.preprocess, "max_pixels": job.settings.max_pixels},
+        fn_kwargs={
+            "preprocess": job.preprocess,
+            "max_pixels": job.settings.max_pixels,
+            "levels": job.levels,
+        },
         num_cpus=pool.decode_cpus,
     )
     return decoded.map_batches(

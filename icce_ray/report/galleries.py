@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from icce_ray.config.schema import Config
 from icce_ray.core import preprocess
+from icce_ray.core.samples import AS_IS, Levels, levels_in
 from icce_ray.data import reading
 from icce_ray.report.facts import RunFacts
 from icce_ray.report.pages import tail
@@ -73,6 +74,8 @@ class Galleries:
             self.facts.config.seed,
         )
         self.picks = {cluster: picks[cluster] for cluster in self.listed}
+        embedded = self.facts.manifests.get("embeddings")
+        self.levels = levels_in(embedded.results.get("backbones") or () if embedded else ())
 
     @property
     def count(self) -> int:
@@ -144,7 +147,7 @@ class Galleries:
         for start in range(0, len(rows), READ):
             part = rows[start : start + READ]
             places = self._places(self.facts.image_ids[part])
-            sources = thumbnails(self.facts.config, places, self.side)
+            sources = thumbnails(self.facts.config, places, self.side, self.levels)
             for row, place, source in zip(part, places, sources, strict=True):
                 made[int(row)] = self._image(int(row), place, source)
         return made
@@ -174,7 +177,9 @@ def _weight(image: dict[str, Any]) -> int:
     return PER_IMAGE + len(image["src"] or "") + 2 * len(image["name"]) + 2 * len(image["label"])
 
 
-def thumbnails(config: Config, places: Sequence[dict[str, Any]], side: int) -> list[str | None]:
+def thumbnails(
+    config: Config, places: Sequence[dict[str, Any]], side: int, levels: Levels = AS_IS
+) -> list[str | None]:
     """Square thumbnails as data URIs; None where there is no image, or it cannot be read.
 
     A moved or deleted image must not prevent the report: the page shows its name instead.
@@ -184,16 +189,16 @@ def thumbnails(config: Config, places: Sequence[dict[str, Any]], side: int) -> l
     data = reading.read_many(
         *([place[key] for place in places] for key in ("uri", "offset", "size"))
     )
-    shrink = partial(_thumbnail, side=side, max_pixels=config.embed.max_pixels)
+    shrink = partial(_thumbnail, side=side, max_pixels=config.embed.max_pixels, levels=levels)
     with ThreadPoolExecutor() as pool:
         return list(pool.map(shrink, data))
 
 
-def _thumbnail(data: Any, side: int, max_pixels: int) -> str | None:
+def _thumbnail(data: Any, side: int, max_pixels: int, levels: Levels) -> str | None:
     if not isinstance(data, bytes):
         return None
     try:
-        return data_uri(preprocess.decode(data, max_pixels), side)
+        return data_uri(preprocess.decode(data, max_pixels, levels), side)
     except preprocess.BadImage:
         return None
 

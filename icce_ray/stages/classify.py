@@ -22,7 +22,13 @@ import pyarrow as pa
 
 from icce_ray.distributed.checkpoints import TRAIN
 from icce_ray.distributed.finetune import finetune
-from icce_ray.distributed.inference import Embedder, Inference, Predictor, preparations
+from icce_ray.distributed.inference import (
+    Embedder,
+    Inference,
+    Predictor,
+    levels_of_run,
+    preparations,
+)
 from icce_ray.distributed.probe import (
     HISTORY,
     as_module,
@@ -98,7 +104,8 @@ def _ask(context: Context, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     config = context.config
     preprocess, slots = preparations(config.backbone)
     embedder = Embedder(config.backbone, slots, config.embed.precision)  # only for its precision
-    job = Job(Predictor(context.run, embedder, finetuned=True), preprocess, config.embed)
+    model = Predictor(context.run, embedder, finetuned=True)
+    job = Job(model, preprocess, config.embed, levels_of_run(context.run))
     answers = Arrays(len(table))
     place = table.schema.get_field_index("image_id")
     numbered = table.set_column(place, "image_id", pa.array(np.arange(len(table))))  # from 0

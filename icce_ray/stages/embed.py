@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
+from icce_ray.core.preprocess import levels_of
+from icce_ray.core.samples import AS_IS, Levels, levels_in
 from icce_ray.core.unit_rows import UnitRows
 from icce_ray.data import embeddings as vectors
-from icce_ray.data import listing
+from icce_ray.data import listing, reading
 from icce_ray.distributed.inference import Embedder, Inference, Loaded, preparations
 from icce_ray.distributed.shards import Quarantine, Shards
 from icce_ray.distributed.stream import ADDRESS, Columns, Job
@@ -30,6 +32,7 @@ FOLDER = "embeddings"
 QUARANTINE = "quarantine.parquet"
 BACKBONES = "backbones.json"  # what the shards were made with
 GIVEN = "embeddings that were given"
+PEEK, SAMPLE = 8, 64  # images looked at for more than 8 bits, and for their range where there are
 
 
 def preflight(config: Config) -> None:
@@ -82,13 +85,27 @@ class _Embedding:
         self.bad = Quarantine(total, config.embed.max_bad_fraction, place)
         known = run.exists(FOLDER, BACKBONES)
         self.loaded = Loaded(run.read_json(FOLDER, BACKBONES) if known else ())
+        self.levels = levels_in(self.loaded.backbones) if known else self._levels()
         self.rate = 0.0  # images per second, once started
+
+    def _levels(self) -> Levels:
+        """The grey levels of images of more than 8 bits, from a few images spread over all."""
+        levels, total = AS_IS, self.index.num_rows
+        for count in (PEEK, SAMPLE):
+            places = self.index.take(pa.array(listing.evenly(total, count))).to_pydict()
+            data = reading.read_many(places["uri"], places["offset"], places["size"])
+            read = (one for one in data if isinstance(one, bytes))
+            levels = levels_of(read, self.context.config.embed.max_pixels)
+            if levels == AS_IS:
+                return levels
+        self.context.reporter.say(levels.describe())
+        return levels
 
     def run(self) -> int:
         """Returns the rows written in all."""
         context, config = self.context, self.context.config
         preprocess, slots = preparations(config.backbone)
-        model = Embedder(config.backbone, slots, config.embed.precision)
+        model = Embedder(config.backbone, slots, config.embed.precision, self.levels)
         inference = Inference(
             context.cluster,
             context.reporter,
@@ -98,7 +115,7 @@ class _Embedding:
             loaded=self.loaded,
             on_load=self._note_backbones,
         )
-        self.rate = inference.run(Job(model, preprocess, config.embed), "embedding")
+        self.rate = inference.run(Job(model, preprocess, config.embed, self.levels), "embedding")
         self._write_quarantine()
         return self.shards.rows
 

@@ -23,6 +23,7 @@ import yaml
 from icce_ray import config as configs
 from icce_ray.config.schema import LABEL_MODES, BackboneConfig, Config
 from icce_ray.core.evaluation import truth as metrics
+from icce_ray.core.samples import levels_in
 from icce_ray.data import labels, listing
 from icce_ray.distributed.cluster import Cluster, NodeWatch
 from icce_ray.distributed.inference import (
@@ -257,13 +258,14 @@ class _Work:
     def _classify(self) -> float:
         """Returns images per second."""
         preprocess, slots = preparations(self.backbones)
-        embedder = Embedder(self.backbones, slots, self.config.embed.precision)
+        levels = levels_in(self.description["backbone"])
+        embedder = Embedder(self.backbones, slots, self.config.embed.precision, levels)
         model = Predictor(self.source, embedder, self._finetuned)
         loaded = Loaded(() if self._finetuned else self._expected())
         inference = Inference(
             self.cluster, self.reporter, self.table, self.shards, self._accept, loaded=loaded
         )
-        return inference.run(Job(model, preprocess, self.config.embed), "classifying")
+        return inference.run(Job(model, preprocess, self.config.embed, levels), "classifying")
 
     def _accept(self, batch: Columns) -> tuple[Columns, np.ndarray]:
         """Every image gets a row; a bad one has a reason in it."""

@@ -17,6 +17,7 @@ from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.core import backbone as backbones
 from icce_ray.core.classifier import model as classifiers
+from icce_ray.distributed import inference
 from icce_ray.distributed import stream as streaming
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
@@ -86,7 +87,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         worker = streaming.Actor(job.model, threads=1, gpu=False)
         blocks = [table.slice(start, 8) for start in range(0, table.num_rows, 8)]
         for block in reversed(blocks):
-            for chunk in streaming.decode_rows(block, job.preprocess, job.settings.max_pixels):
+            most = job.settings.max_pixels
+            for chunk in streaming.decode_rows(block, job.preprocess, most, job.levels):
                 batch = worker(chunk)
                 streaming.raise_error(batch)
                 yield batch
@@ -161,6 +163,30 @@ def test_restart_does_only_what_is_missing(tmp_path: Path, in_process: list[int]
     paths = [folder / f"{i:04d}.png" for i in range(40)]
     np.testing.assert_allclose(matrix, reference(config, paths), atol=2e-3)
     assert not context.run.read_table("embeddings", "quarantine.parquet").num_rows
+
+
+def test_dim_images_of_sixteen_bits(tmp_path: Path, in_process: list[int]) -> None:
+    """One range for all, which a restart and new images get too."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for number in range(40):
+        values = rng.integers(100, 611, (20, 20), np.uint16)
+        Image.fromarray(values).save(folder / f"{number:04d}.tif")
+        shown = np.rint((values - 100) * (255 / 510)).astype(np.uint8)
+        Image.fromarray(shown).save(plain / f"{number:04d}.png")
+    config = make(tmp_path)
+    context, _ = start(config)
+    Path(context.run.path("embeddings", "part-00001.parquet")).unlink()
+    for path in sorted(folder.iterdir())[::39]:  # a restart keeps what the shards were made with
+        Image.fromarray(np.full((20, 20), 60_000, np.uint16)).save(path)
+    context, outcome = start(config, resumed=True)
+    matrix = finish(context, outcome)
+    expected = reference(config, sorted(plain.iterdir()))
+    assert (matrix * expected).sum(1).min() > 0.999
+    levels = inference.levels_of_run(context.run)
+    assert levels.integers == pytest.approx((100, 610), abs=2) and levels.floats is None
 
 
 def test_too_many_bad_images(tmp_path: Path, in_process: list[int]) -> None:

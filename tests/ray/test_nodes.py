@@ -283,9 +283,9 @@ class Story:
     def start(self, name: str, *overrides: str) -> subprocess.Popen[bytes]:
         """A driver on the cluster; what it prints goes to a file of its name."""
         arguments = ["run", str(self.folder / "config.yaml"), f"data.path={self.folder}/images"]
+        arguments.append(f"ray.address={self.nodes.head['address']}")
         environment = {
             **os.environ,
-            "RAY_ADDRESS": self.nodes.head["address"],
             "RAY_AUTH_MODE": "disabled",
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
             "OMP_NUM_THREADS": "1",

@@ -9,6 +9,9 @@ description). Neither Ray nor this package is needed to use them.
     mlp        hidden.weight [W, D], hidden.bias [W], GELU, weight [K, W], bias [K]
     finetune   backbone.* (the timm model's own names), head.weight [K, D], head.bias [K]
 
+Where the training images had more than 8 bits per sample, `levels` in the transform names the
+values that became black and white.
+
 A fine-tuned file with plain torch and timm, for pooling=auto (`images` prepared as
 `description["transform"]` says):
 

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from icce_ray.core import preprocess
+from icce_ray.core.metadata import ORIENTATION
 from icce_ray.core.preprocess import BadImage, decode
 from icce_ray.data import reading as images
 from icce_ray.data.reading import read_bytes, read_many
@@ -124,7 +125,7 @@ def test_animation_gives_its_first_frame() -> None:
 
 def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[preprocess.ORIENTATION] = 6  # turned by 90 degrees
+    exif[ORIENTATION] = 6  # turned by 90 degrees
     turned = decode(encoded(photo(), "PNG", exif=exif), LIMIT)
     assert turned.size == (30, 40)
     assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(photo()), -1))

@@ -52,6 +52,44 @@ class Heard:
         self.waiting.append(more.get("waiting", ""))
 
 
+# --- which cluster -------------------------------------------------------------------------------
+
+
+def test_only_a_job_joins_what_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAY_ADDRESS may be left over from another session."""
+    monkeypatch.delenv(clusters.JOB, raising=False)
+    monkeypatch.delenv(clusters.VARIABLE, raising=False)
+    assert Cluster().address == "local" and Cluster().ignored is None
+    monkeypatch.setenv(clusters.VARIABLE, "127.0.0.1:6399")
+    assert Cluster().is_local
+    assert "ray.address=127.0.0.1:6399 joins it" in str(Cluster().ignored)
+    named = Cluster(RayConfig(address="ray://head:10001"))
+    assert named.address == "ray://head:10001" and named.ignored is None
+    monkeypatch.setenv(clusters.JOB, "{}")
+    assert Cluster().address == "127.0.0.1:6399" and Cluster().ignored is None
+    assert named.address == "ray://head:10001"
+    monkeypatch.setenv(clusters.VARIABLE, "")
+    assert Cluster().is_local
+
+
+@pytest.mark.parametrize("by", ["setting", "job"])
+def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    """Nothing of Ray is asked."""
+    monkeypatch.setattr(clusters.reach, "why_not", lambda address: f"nobody answers {address}")
+    if by == "job":
+        monkeypatch.setenv(clusters.JOB, "{}")
+        monkeypatch.setenv(clusters.VARIABLE, "a:1")
+        cluster, origin = Cluster(), "RAY_ADDRESS"
+    else:
+        cluster, origin = Cluster(RayConfig(address="a:1")), "ray.address"
+    ray = types.SimpleNamespace(is_initialized=lambda: False)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(
+        StageError, match=rf"cannot join Ray at a:1 \({origin}\): nobody answers a:1"
+    ):
+        cluster.start()
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     """clock.now, in seconds; sleeping moves it on."""
