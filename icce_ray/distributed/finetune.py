@@ -21,8 +21,8 @@ from icce_ray.core.classifier import finetune as finetune_
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import training as training_
 from icce_ray.core.classifier.training import pseudo_labels
-from icce_ray.data import reading
 from icce_ray.core.samples import with_levels
+from icce_ray.data import reading
 from icce_ray.distributed import compat, stream
 from icce_ray.distributed import train as training
 from icce_ray.distributed.checkpoints import TRAIN
