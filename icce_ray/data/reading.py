@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from icce_ray.core.preprocess import BadImage
 from icce_ray.errors import DataError, IcceError, NoAnswerError, one_line, printable
 from icce_ray.rundir.addresses import is_remote
+from icce_ray.rundir.schemas import runs_code
 from icce_ray.rundir.storage import Storage
 
 IMAGE_COLUMN = "image"
@@ -197,7 +198,10 @@ def _group(file: str, column: str, group: int) -> pa.ChunkedArray:
 
     def read(stream: pa.NativeFile) -> pa.ChunkedArray:
         parquet = pq.ParquetFile(stream)
-        nested = pa.types.is_struct(parquet.schema_arrow.field(column).type)
+        kind = parquet.schema_arrow.field(column).type
+        if runs_code(kind):
+            raise ValueError("Python objects are not read")
+        nested = pa.types.is_struct(kind)
         leaf = f"{column}.bytes" if nested else column
         values = parquet.read_row_group(group, columns=[leaf]).column(column)
         return pc.struct_field(values, "bytes") if nested else values

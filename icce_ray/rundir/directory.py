@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.cache import NodeCache, free_bytes
-from icce_ray.rundir.schemas import to_matrix
+from icce_ray.rundir.schemas import runs_code, to_matrix
 from icce_ray.rundir.storage import Storage
 
 FORMAT_VERSION = 2  # 2: search and selection of neighbors are two stages
@@ -215,11 +215,14 @@ class RunDirectory:
             return pq.read_table(path, columns=chosen, filesystem=files)
 
         try:
-            return self.storage.attempt(read, *self._inside(parts))
+            table = self.storage.attempt(read, *self._inside(parts))
         except FileNotFoundError:
             raise ArtifactError(f"{self.path(*parts)} is missing") from None
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(f"{self.path(*parts)} cannot be read: {error}") from None
+        if any(runs_code(field.type) for field in table.schema):
+            raise ArtifactError(f"{self.path(*parts)} holds Python objects, which are not read")
+        return table
 
     # writing: whole or not at all
 

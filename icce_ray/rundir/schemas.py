@@ -66,6 +66,18 @@ def tensor_column(array: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.ExtensionArray.from_storage(kind, storage)
 
 
+def runs_code(kind: pa.DataType) -> bool:
+    """Whether reading values of a type runs Python: an extension type that a library registered.
+
+    One of Ray Data's unpickles them, whoever wrote the file.
+    """
+    if isinstance(kind, pa.ExtensionType):
+        return True
+    if pa.types.is_dictionary(kind):
+        return runs_code(kind.value_type)
+    return any(runs_code(kind.field(i).type) for i in range(kind.num_fields))
+
+
 def to_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """A tensor, fixed-size-list, list or plain column as a numpy array of 1 or 2 dimensions."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
@@ -73,6 +85,8 @@ def to_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
+    if runs_code(array.type):
+        raise ArtifactError("this column holds Python objects, which are not read")
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         widths = np.diff(array.offsets.to_numpy())
         if len(widths) and (widths != widths[0]).any():

@@ -6,8 +6,9 @@ Shapes: N images, D features, M neighbors, H heads, K clusters.
 from __future__ import annotations
 
 import json
+import pickle
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,58 @@ def make_run(tmp_path: Path) -> Any:
 def make_context() -> Any:
     """make_context(SyntheticRun) -> Context without Ray."""
     return context_of
+
+
+class PickledScalar(pa.ExtensionScalar):
+    """A value that is unpickled where it is looked at."""
+
+    def as_py(self, **_: Any) -> Any:
+        return pickle.loads(self.value.as_py())
+
+
+class PickledArray(pa.ExtensionArray):
+    """The same of many values."""
+
+    def to_numpy(self, **_: Any) -> Any:
+        return np.array(self.to_pylist(), object)
+
+
+class PickledType(pa.ExtensionType):
+    """As Ray Data's `ray.data.arrow_pickled_object`, which importing ray.data registers."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.large_binary(), "test.pickled")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: Any, serialized: bytes) -> PickledType:
+        return cls()
+
+    def __arrow_ext_class__(self) -> type:
+        return PickledArray
+
+    def __arrow_ext_scalar_class__(self) -> type:
+        return PickledScalar
+
+
+@pytest.fixture
+def pickled(tmp_path: Path) -> Iterator[Any]:
+    """pickled(N) -> a column of N values. Unpickling one fails the test."""
+    trap = tmp_path / "unpickled"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (trap,)
+
+    def column(count: int) -> pa.Array:
+        storage = pa.array([pickle.dumps(Evil())] * count, pa.large_binary())
+        return pa.ExtensionArray.from_storage(PickledType(), storage)
+
+    pa.register_extension_type(PickledType())
+    try:
+        yield column
+    finally:
+        pa.unregister_extension_type("test.pickled")
+    assert not trap.exists(), "a pickle was loaded"

@@ -253,6 +253,16 @@ def test_parquet_rows(tmp_path: Path, nested: bool) -> None:
     assert "cannot be read" in str(read_many([f"{path}#0"])[0])  # no column `image`
 
 
+def test_images_are_never_unpickled(tmp_path: Path, pickled: Any) -> None:
+    path = str(tmp_path / "x.parquet")
+    inner = pa.StructArray.from_arrays([pickled(2)], ["bytes"])
+    outer = pa.StructArray.from_arrays([inner], ["bytes"])
+    pq.write_table(pa.table({"image": pickled(2), "one": inner, "two": outer}), path)
+    for column in ("image", "one", "two"):
+        for data in read_many([f"{path}#{column}/{row}" for row in range(2)]):
+            assert isinstance(data, BadImage) and "Python objects" in str(data)
+
+
 def test_addresses() -> None:
     assert images.row_uri("a.parquet") == "a.parquet#"
     assert images.row_uri("a.parquet", "img") == "a.parquet#img/"

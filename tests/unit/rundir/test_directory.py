@@ -238,6 +238,19 @@ def test_tables_that_cannot_be_read(anywhere):
         anywhere.read_table("x", "a.parquet", columns=["none"])
 
 
+def test_tables_are_never_unpickled(run, pickled):
+    column = pickled(2)
+    lists = pa.ListArray.from_arrays([0, 1, 2], column)
+    words = pa.DictionaryArray.from_arrays([0, 1], pa.array(["a", "b"]))
+    for values in (column, lists, pa.StructArray.from_arrays([column], ["a"])):
+        run.write_table(pa.table({"image_id": values, "word": words}), "index", "index.parquet")
+        with pytest.raises(ArtifactError, match="holds Python objects"):
+            run.read_table("index")
+        assert run.read_table("index", columns=["word"]).num_rows == 2
+    with pytest.raises(ArtifactError, match="holds Python objects"):
+        schemas.to_matrix(lists)
+
+
 def test_the_path_adds_no_columns(tmp_path):
     run = RunDirectory(str(tmp_path / "lr=0.1" / "k=3"))  # looks like a partitioned data set
     run.write_table(pa.table({"a": [1]}), "x", "t.parquet")

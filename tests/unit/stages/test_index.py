@@ -385,6 +385,14 @@ def test_numbers_too_large_for_float32_are_infinite(tmp_path: Path) -> None:
         assert found.tolist() == [[1.0, np.inf], [-np.inf, 2.0]]
 
 
+def test_embeddings_are_never_unpickled(tmp_path: Path, pickled: Any) -> None:
+    path = tmp_path / "e.parquet"
+    lists = pa.ListArray.from_arrays([0, 1, 2], pickled(2))
+    pq.write_table(pa.table({"embedding": lists}), path)
+    with pytest.raises(DataError, match="lists of numbers"):
+        index.preflight(make(tmp_path, embeddings=str(path)))
+
+
 # --- before a run --------------------------------------------------------------------------------
 
 
