@@ -145,11 +145,22 @@ def test_output_tree_is_that_of_the_stages(readme: str) -> None:
     assert re.findall(r"^  (\w+)/", tree, re.MULTILINE) == [stage.folder for stage in STAGES]
 
 
-def test_links_lead_somewhere(readme: str, repository: Path) -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", readme)
-    assert targets
-    for target in targets:
-        assert target.startswith("https://") or (repository / target).exists(), target
+def test_links_lead_somewhere(repository: Path) -> None:
+    for page in (*repository.glob("*.md"), *(repository / "jobs").rglob("*.md")):
+        targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+        assert targets, page
+        for target in targets:
+            path, _, section = target.partition("#")
+            where = page.parent / path if path else page
+            assert target.startswith("https://") or where.exists(), f"{page}: {target}"
+            if section and not target.startswith("https://"):
+                assert section in sections(where), f"{page}: {target}"
+
+
+def sections(page: Path) -> set[str]:
+    """Names by which links reach the headings of a page."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
 
 
 def test_nothing_is_left_to_fill_in(readme: str, repository: Path) -> None:
