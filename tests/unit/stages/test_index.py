@@ -69,6 +69,16 @@ def test_class_folders(tmp_path: Path) -> None:
     assert [row["label"] for row in rows(tmp_path)] == ["cat", "cat", "dog"]
 
 
+def test_links_are_followed_but_not_in_a_circle(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.png", "outside/b.png", "outside/c.png")
+    (tmp_path / "in" / "folder").symlink_to(tmp_path / "outside")
+    (tmp_path / "in" / "file.png").symlink_to(tmp_path / "outside" / "b.png")
+    (tmp_path / "in" / "circle").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "broken.png").symlink_to(tmp_path / "none")
+    names = [row["uri"].removeprefix(f"{tmp_path}/in/") for row in rows(tmp_path / "in")]
+    assert names == ["a.png", "file.png", "folder/b.png", "folder/c.png"]
+
+
 @pytest.mark.parametrize("extra", ["top.png", None])
 def test_folders_that_are_no_classes(tmp_path: Path, extra: str | None) -> None:
     touch(tmp_path, "one/1.png", "one/2.png", *([f"two/{extra}", extra] if extra else []))
@@ -239,6 +249,37 @@ def test_tar_errors(tmp_path: Path) -> None:
     path.write_bytes(b"nonsense" * 200)
     with pytest.raises(DataError, match="cannot be read as a tar"):
         rows(path)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_hostile_tars_write_nothing_and_name_nothing_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    path = tmp_path / "in" / "x.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("../../up.png", str(tmp_path / "absolute.png")):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"mine"))
+        for name, kind in (("soft.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for name in ("up.cls", "huge.png"):  # they claim ten terabytes
+            info = tarfile.TarInfo(name)
+            info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(10**13)}
+            tar.addfile(info)
+    if streamed:
+        monkeypatch.setattr(tars.pafs, "LocalFileSystem", type(None))
+    found = tars.scan(str(path))
+    names = ["../../up.png", str(tmp_path / "absolute.png")]
+    assert [uri.partition("#")[2].lstrip("/") for uri in found.uris] == [
+        name.lstrip("/") for name in names
+    ]
+    assert found.labels == [None, None]
+    assert read_many(found.uris, found.offsets, found.sizes) == [b"mine", b"mine"]
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["x.tar"]
 
 
 # --- the stage -----------------------------------------------------------------------------------
