@@ -57,6 +57,9 @@ def _seconds(name: str) -> float:
     return float(os.environ.get(f"ICCE_RAY_STORAGE_{name}") or globals()[name])
 
 
+_SECRET = re.compile(r"://[^/@?#]*:[^/@?#]*@|[?&]client_secret=")
+
+
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow file system and the path in it of a local path or a URI.
 
@@ -65,6 +68,11 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), absolute(uri)
+    if _SECRET.search(uri):
+        raise ArtifactError(
+            "an address must not hold a password or secret, which the log and the report would "
+            f"show: take it out{_hint(uri)}"
+        )
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:

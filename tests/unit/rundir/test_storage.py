@@ -70,6 +70,17 @@ def test_an_address_that_cannot_be_understood(uri: str) -> None:
         storage.open_filesystem(uri)
 
 
+def test_an_address_with_a_secret_is_refused_and_not_shown() -> None:
+    for uri in (
+        "s3://key:hunter2@bucket/x",
+        "abfs://c@a.dfs.core.windows.net/x?client_id=a&client_secret=hunter2",
+    ):
+        with pytest.raises(ArtifactError, match="must not hold a password") as caught:
+            storage.Storage(uri).exists()
+        assert "hunter2" not in str(caught.value)
+    assert storage.locate("s3://bucket/a:b@c?region=us-east-1")[1] == "bucket/a:b@c"
+
+
 def test_where_predictions_go() -> None:
     folder, target = _target("s3://bucket/a/out/?region=us-east-1")
     assert folder == "out" and target.uri == "s3://bucket/a?region=us-east-1"
