@@ -214,6 +214,7 @@ def test_dates_in_files_are_names(tmp_path):
         ("- 1\n- 2", "must hold settings"),
         ("1: 2", "1: Keys should be strings"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("data: {path: !!python/name:os.getcwd }", "not valid YAML"),
         ("num_classes: 5\nheads:\n", "heads: this is a group"),
     ],
 )

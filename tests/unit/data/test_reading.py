@@ -181,6 +181,21 @@ def test_random_damage_never_escapes() -> None:
             assert str(error)
 
 
+def test_a_file_that_is_no_image_is_not_quoted(tmp_path: Path) -> None:
+    """A link may name any file: its reason in the quarantine must not show what is in there."""
+    for data in (
+        b"password=hunter2",
+        b"\xff\xd8\xff\xe0 hunter2",
+        b"BM hunter2" * 9,
+    ):
+        (tmp_path / "secret").write_bytes(data)
+        (tmp_path / "x.png").unlink(missing_ok=True)
+        (tmp_path / "x.png").symlink_to(tmp_path / "secret")
+        with pytest.raises(BadImage) as caught:
+            decode(read_bytes(str(tmp_path / "x.png")), LIMIT)
+        assert "hunter2" not in str(caught.value)
+
+
 def test_decoding_warns_of_nothing() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # as importing the module does

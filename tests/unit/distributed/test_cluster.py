@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import subprocess
 import sys
 import threading
 import types
@@ -265,3 +268,40 @@ def test_little_shared_memory_is_reported_with_its_remedy(monkeypatch: pytest.Mo
     assert hint is not None and "64 MB" in hint and "--shm-size" in hint
     free.free = 4e9
     assert clusters.shared_memory_hint() is None
+
+
+def test_a_local_ray_asks_for_a_token_and_keeps_to_this_machine() -> None:
+    """Ray's own defaults, which nothing here may undo. Ray is stopped before it starts."""
+    code = """
+import inspect, os, sys
+import ray
+from ray._private import worker
+from icce_ray.distributed.cluster import Cluster
+
+start, ask, given = ray.init, worker.enable_token_auth_by_default, {}
+def init(**options):
+    given.update(options)
+    start(**options)
+def asked():
+    ask()
+    host = inspect.signature(start).parameters["dashboard_host"].default
+    print(os.environ["RAY_AUTH_MODE"], host, sorted(given))
+    sys.exit()
+ray.init, worker.enable_token_auth_by_default = init, asked
+Cluster(dashboard=True).start()
+"""
+    names = ("RAY_AUTH_MODE", "RAY_ADDRESS")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={key: value for key, value in os.environ.items() if key not in names},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    mode, host, given = done.stdout.strip().split(" ", 2)
+    assert (mode, host) == ("token", "127.0.0.1")
+    assert not {"dashboard_host", "_node_ip_address", "_system_config"} & set(
+        ast.literal_eval(given)
+    )

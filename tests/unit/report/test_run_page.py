@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from icce_ray.errors import ArtifactError
 from icce_ray.report import facts, galleries, run_page
+from icce_ray.rundir.schemas import QUARANTINE_SCHEMA
 from icce_ray.stages import evaluate, report
 
 
@@ -87,6 +89,19 @@ def test_hostile_names_stay_text(make_run, page_of):
     assert "alert(1)" in text  # shown, as text
     assert "{{ 7*7 }}" in page.text
     assert all(load.startswith(("data:image/", "#")) for load in page.loads)
+
+
+def test_hostile_words_of_a_run_stay_text(make_run, page_of):
+    hostile = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}\"'"
+    made = make_run(20, 2, bad=2, overrides=[f"backbone.name={hostile}"])
+    columns = [[0, 1], [f"/a/{hostile}", "/b"], [hostile, hostile]]
+    table = pa.table(columns, schema=QUARANTINE_SCHEMA)
+    made.run.write_table(table, "embeddings", "quarantine-00000.parquet")
+    made.finish("embeddings", 18, events=(hostile,))
+    page, text = page_of(made)
+    assert page.tags.count("script") == 1 and not page.handlers
+    assert text.count("alert(1)") >= 4  # settings, event, reason and name, as text
+    assert "{{ 7*7 }}" in page.text
 
 
 def noise(count: int) -> list[Image.Image]:
