@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import reprlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -224,18 +225,26 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden" and key in REMOVED:
         return f"{key}: this setting was removed. {REMOVED[key]}"
-    if kind == "literal_error" and f"{key}={value}" in REMOVED:
+    if kind == "literal_error" and isinstance(value, str) and f"{key}={value}" in REMOVED:
         return f"{key}={value}: this choice was removed. {REMOVED[f'{key}={value}']}"
     if kind == "extra_forbidden":
         return f"{key}: unknown setting.{suggest(location)}"
     if kind == "missing":
         return f"{key}: missing; add {key}=..."
     if kind == "model_type":
-        return f"{key}: this is a group of settings (key: value), not {value!r}"
+        return f"{key}: this is a group of settings (key: value), not {shown(value)}"
     message = problem["msg"].removeprefix("Value error, ")
     prefix = f"{key}: " if key else ""
-    shown = "" if kind == "value_error" else f" (got {value!r})"
-    return f"{prefix}{message}{shown}"
+    got = "" if kind == "value_error" else f" (got {shown(value)})"
+    return f"{prefix}{message}{got}"
+
+
+def shown(value: Any) -> str:
+    """A value of a file as text, its depth and length bounded: YAML's aliases make huge ones."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, 300, 300
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 20
+    return short.repr(value)
 
 
 def suggest(location: Sequence[Any]) -> str:

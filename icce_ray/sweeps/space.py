@@ -162,7 +162,7 @@ def _explain(problem: Any) -> str:
         return f"{key}: unknown.{loading.near(key, list(Space.model_fields))}"
     if problem["type"] == "missing":
         return f"{key}: missing"
-    return f"{key}: {problem['msg']} (got {problem.get('input')!r})"
+    return f"{key}: {problem['msg']} (got {loading.shown(problem.get('input'))})"
 
 
 def _parse_entry(key: str, value: Any, lists_only: bool) -> tuple[Any, list[str]]:
@@ -189,7 +189,7 @@ def _parse_range(key: str, field: Any, value: Any, lists_only: bool) -> tuple[An
     if len(names) != 1 or names[0] not in KINDS:
         return value, [
             f"{key}: give a list of choices, or one of {{int: [low, high]}}, "
-            f"{{uniform: [low, high]}}, {{log: [low, high]}} (got {value!r})"
+            f"{{uniform: [low, high]}}, {{log: [low, high]}} (got {loading.shown(value)})"
         ]
     if lists_only:
         return value, [f"{key}: needs a list of choices; ranges are for search: random"]
@@ -197,7 +197,9 @@ def _parse_range(key: str, field: Any, value: Any, lists_only: bool) -> tuple[An
     try:
         low, high = KINDS[kind].validate_python(value[kind])
     except ValidationError as error:
-        return value, [f"{key}: {kind}: {error.errors()[0]['msg']} (got {value[kind]!r})"]
+        return value, [
+            f"{key}: {kind}: {error.errors()[0]['msg']} (got {loading.shown(value[kind])})"
+        ]
     if low >= high:
         return value, [f"{key}: the range {low} to {high} is empty; low must be below high"]
     if kind == "log" and low <= 0:
@@ -211,7 +213,7 @@ def _fit(key: str, field: Any, value: Any) -> tuple[Any, list[str]]:
     try:
         return one.model_validate({"value": value}).model_dump(mode="json")["value"], []
     except ValidationError as error:
-        return value, [f"{key}: {error.errors()[0]['msg']} (got {value!r})"]
+        return value, [f"{key}: {error.errors()[0]['msg']} (got {loading.shown(value)})"]
 
 
 def draw(space: Space, base: Mapping[str, Any], seed: int) -> Draws:

@@ -226,6 +226,13 @@ def test_broken_files(tmp_path, text, hint):
         assert str(path) in problems(source=path)
 
 
+def test_aliases_of_aliases_take_no_time(tmp_path):
+    lines = ["num_classes: 5", "a0: &a0 [x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 20)]
+    (tmp_path / "c.yaml").write_text("\n".join([*lines, "heads: *a19", "seed: *a19"]))
+    assert len(problems(source=tmp_path / "c.yaml")) < 100_000
+
+
 def test_a_file_that_is_not_text(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_bytes(b"\xff\xfe\x00\x80")
