@@ -190,7 +190,7 @@ def status(
 ) -> None:
     """Show which stages of a run are done, and how far the current one is."""
     from icce_ray.rundir import storage
-    from icce_ray.rundir.directory import RunDirectory
+    from icce_ray.rundir.directory import RunDirectory, stored
     from icce_ray.rundir.progress import duration
     from icce_ray.stages.table import STAGES
 
@@ -209,18 +209,22 @@ def status(
         else:
             print(f"{stage.name:<10} {'half done' if look.partial else 'to do'}")
     if known:
-        print(_status_line(directory.read_json("status.json")))
+        with stored(directory.path("status.json")):
+            print(_status_line(directory.read_json("status.json")))
     for line in sweeps:
         print(line)
 
 
 def _sweep_lines(directory: Any) -> list[str]:
     """One line for each sweep of a run."""
+    from icce_ray.rundir.directory import stored
+
     lines = []
     for name in directory.folders("sweeps"):
         if directory.exists("sweeps", name, "status.json"):
             state = directory.read_json("sweeps", name, "status.json")
-            lines.append(f"sweep {name}: {_status_line(state)}")
+            with stored(directory.path("sweeps", name, "status.json")):
+                lines.append(f"sweep {name}: {_status_line(state)}")
     return lines
 
 

@@ -6,6 +6,7 @@ Shapes: B images, S side of the input, D features, T tokens, C channels.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import hashlib
 import logging
@@ -23,6 +24,7 @@ from icce_ray.core import weights
 from icce_ray.core.preprocess import Preprocess, preprocess_from
 from icce_ray.errors import ConfigError, DataError, one_line
 
+SMALL = 3e8  # parameters of a model that is quickly tried with an image size
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -117,10 +119,13 @@ class Backbone(nn.Module):
         try:
             with torch.inference_mode():
                 return self(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[-1]
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # models raise almost anything for a size that does not suit
+            own = _own_size(self.model)
             raise ConfigError(
                 f"backbone {self.config.name} does not take {size} x {size} pixels: "
-                f"{one_line(error)}. Set backbone.image_size to a size it takes."
+                f"{one_line(error)}. Set backbone.image_size to a size it takes, such as {own}."
             ) from None
 
     def describe(self) -> dict[str, Any]:
@@ -144,6 +149,11 @@ class Backbone(nn.Module):
         }
 
 
+def _own_size(model: Any) -> int:
+    """Side of the images a model was trained with, pixels."""
+    return int(model.pretrained_cfg["input_size"][-1])
+
+
 def state_hash(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over the bytes of a state dict's tensors, in name order."""
     digest = hashlib.sha256()
@@ -163,14 +173,23 @@ def _pooling(model: Any, config: BackboneConfig) -> Callable[[Tensor], Tensor]:
     def auto(x: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(x), pre_logits=True)
 
+    def features(x: Tensor) -> Tensor:
+        found = model.forward_features(x)
+        if isinstance(found, Tensor) and found.dim() in (3, 4):
+            return found
+        raise ConfigError(
+            f"backbone.pooling={config.pooling} needs one map or sequence of features, which "
+            f"{config.name} does not have; use pooling=auto"
+        )
+
     def cls(x: Tensor) -> Tensor:
-        return _class_token(model, model.forward_features(x))
+        return _class_token(model, features(x))
 
     def mean(x: Tensor) -> Tensor:
-        return _mean(model, model.forward_features(x))
+        return _mean(model, features(x))
 
     def both(x: Tensor) -> Tensor:
-        tokens = model.forward_features(x)
+        tokens = features(x)
         return torch.cat(
             [normalize(_class_token(model, tokens)), normalize(_mean(model, tokens))], -1
         )
@@ -215,13 +234,50 @@ def _timm() -> Any:
 
 
 def check(config: BackboneConfig) -> None:
-    """What can be seen without building the model: its name, and that weights can be had.
+    """What can be seen without weights and images: before anything expensive is done.
 
     Raises:
-        ConfigError: an unknown model (naming near ones), a missing weights file.
+        ConfigError: an unknown model (naming near ones), a missing weights file, an image size or
+            a pooling that the model does not support.
     """
     cfg = _pretrained_cfg(config.name)
     weights.check(config, cfg.has_weights)
+    preprocess(config)
+    if not _suits(config):
+        load(config.model_copy(update={"pretrained": False, "weights": None}))  # which says why
+
+
+@lru_cache(maxsize=16)
+def _suits(config: BackboneConfig) -> bool:
+    """Whether images pass through the model. False may be wrong, since it has no weights here.
+
+    Shapes alone need neither memory nor arithmetic. For another size than its own, a model may look
+    positions up in tables, whose ends shapes do not show: so a small one is tried with zeros.
+    """
+    try:
+        model, size = _shapes(config), preprocess(config).size
+        _pass(model, config, torch.empty(1, 3, size, size, device="meta"))
+        small = sum(one.numel() for one in model.parameters()) <= SMALL
+        if size != _own_size(model) and small:
+            real = copy.deepcopy(model).to_empty(device="cpu")
+            for tensor in (*real.parameters(), *real.buffers()):
+                tensor.data.zero_()
+            _pass(real, config, torch.zeros(1, 3, size, size))
+    except Exception:
+        return False
+    return True
+
+
+def _pass(model: nn.Module, config: BackboneConfig, images: Tensor) -> None:
+    with torch.inference_mode():
+        _pooling(model, config)(images)
+
+
+@lru_cache(maxsize=16)
+def _shapes(config: BackboneConfig) -> Any:
+    """The model without memory for its weights. Raises almost anything: some cannot be built so."""
+    with torch.device("meta"):
+        return _build(config, pretrained=False).eval()
 
 
 def preprocess(config: BackboneConfig) -> Preprocess:
@@ -345,11 +401,9 @@ def _hub_errors() -> Iterator[None]:
 @lru_cache(maxsize=16)
 def width(config: BackboneConfig) -> int | None:
     """D as far as timm says it without building the model; None where it does not."""
-    timm = _timm()
     try:
-        with torch.device("meta"):
-            model = timm.create_model(config.name, pretrained=False, num_classes=0)
-    except Exception:  # some models cannot be built without memory; the estimate does without
+        model = _shapes(config)
+    except Exception:  # the estimate does without
         return None
     pooled = getattr(model, "head_hidden_size", None) or model.num_features
     plain = int(model.num_features)

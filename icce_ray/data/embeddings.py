@@ -6,6 +6,7 @@ Shapes: N rows, D features.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -69,7 +70,8 @@ class _Batches:
 
     def following(self) -> pa.RecordBatch | None:
         """The next batch; None at the end."""
-        return self.file.attempt(self._following)
+        with _readable(self.file.uri):
+            return self.file.attempt(self._following)
 
     def _following(self, filesystem: pafs.FileSystem, path: str) -> pa.RecordBatch | None:
         try:
@@ -118,9 +120,16 @@ def _head(file: str) -> tuple[int, int]:
             raise DataError(f"{printable(file)}: embeddings come as .npy or Parquet")
         return _parquet_head(pq.ParquetFile(stream), file)
 
-    try:
+    with _readable(file):
         return Storage(file).load(read)
-    except (OSError, pa.ArrowException) as error:
+
+
+@contextlib.contextmanager
+def _readable(file: str) -> Iterator[None]:
+    """Raises DataError for what pyarrow raises of a damaged file."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, UnicodeError) as error:
         raise DataError(f"{printable(file)} cannot be read: {one_line(error)}") from None
 
 
@@ -130,7 +139,9 @@ def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except ValueError as error:
+    except OSError:  # of the storage, which may come back
+        raise
+    except Exception as error:  # numpy raises almost anything for a damaged header
         raise DataError(f"{printable(file)} is not a .npy file: {one_line(error)}") from None
     if len(shape) != 2 or dtype.kind not in "fiu":
         raise DataError(
@@ -174,7 +185,9 @@ def _parquet_head(parquet: pq.ParquetFile, file: str) -> tuple[int, int]:
     rows = parquet.metadata.num_rows
     if not rows:
         return 0, 0
-    first = next(parquet.iter_batches(1, columns=[COLUMN]))
+    first = next(parquet.iter_batches(1, columns=[COLUMN]), None)
+    if first is None:
+        raise DataError(f"{file} is damaged: it holds fewer rows than it says")
     return rows, _matrix(first.column(0), file, None).shape[1]
 
 
@@ -236,4 +249,5 @@ def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:
 
 
 def _text(file: str, name: str) -> pa.ChunkedArray | None:
-    return Storage(file).load(lambda stream: text_column(pq.ParquetFile(stream), name))
+    with _readable(file):
+        return Storage(file).load(lambda stream: text_column(pq.ParquetFile(stream), name))

@@ -90,12 +90,13 @@ class NodeCache:
             StageError: a full disk.
         """
         target = self.file(f"{name}-{key}.npy")
-        if not target.exists():
-            with self.lock(target):
-                if not target.exists():
-                    for old in target.parent.glob(f"{name}-*.npy"):
-                        old.unlink(missing_ok=True)
-                    self.write_matrix(target, rows, parts())
+        if (found := _mapped(target, rows)) is not None:
+            return found
+        with self.lock(target):
+            if _mapped(target, rows) is None:
+                for old in target.parent.glob(f"{name}-*.npy"):
+                    old.unlink(missing_ok=True)
+                self.write_matrix(target, rows, parts())
         return np.load(target, mmap_mode="r", allow_pickle=False)
 
     def write_matrix(self, target: Path, rows: int, parts: Iterable[np.ndarray]) -> None:
@@ -148,6 +149,14 @@ class NodeCache:
         return StageError(
             f"this node's cache cannot be written: {error}. Name another folder by ICCE_RAY_CACHE."
         )
+
+
+def _mapped(path: Path, rows: int) -> np.ndarray | None:
+    """The array of a node file; None where it is not there, or damaged: it is made anew."""
+    with contextlib.suppress(Exception):  # numpy raises almost anything for a damaged header
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        return found if isinstance(found, np.ndarray) and found.shape[:1] == (rows,) else None
+    return None
 
 
 def _write_npy_header(stream: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -28,8 +28,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import yaml
 
-from icce_ray.errors import ArtifactError
+from icce_ray.errors import ArtifactError, one_line
 from icce_ray.rundir.cache import NodeCache, free_bytes
 from icce_ray.rundir.schemas import runs_code, to_matrix
 from icce_ray.rundir.storage import Storage
@@ -85,6 +86,21 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
         elif before != after:
             keys.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return keys
+
+
+@contextlib.contextmanager
+def stored(what: str) -> Iterator[None]:
+    """Around the use of stored files that a user may have edited, or a disk has damaged.
+
+    Raises ArtifactError: where they do not hold what they should.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ArtifactError(
+            f"{what} is damaged, or was made by another version of icce_ray "
+            f"({type(error).__name__}: {one_line(error, 150)})"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -193,6 +209,16 @@ class RunDirectory:
                 "have it made anew."
             ) from None
 
+    def read_settings(self) -> Mapping[str, Any]:
+        """The tree of config.yaml. Raises ArtifactError: missing or damaged."""
+        if not self.exists("config.yaml"):
+            raise ArtifactError(f"{self.uri} is not a run directory: it has no config.yaml")
+        with contextlib.suppress(yaml.YAMLError):
+            tree = yaml.safe_load(self.read_bytes("config.yaml"))
+            if isinstance(tree, dict):
+                return tree
+        raise ArtifactError(f"{self.path('config.yaml')} is damaged: it holds no settings")
+
     def read_table(self, *parts: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A Parquet file, or all shards of a folder, in name order (quarantine left out).
 
@@ -268,12 +294,11 @@ class RunDirectory:
 
     def _manifest(self, folder: str) -> Manifest:
         content = self.read_json(folder, MANIFEST)
-        try:
-            manifest = Manifest(**content)
-        except TypeError:
+        if not isinstance(content, dict) or not _fits(content):
             raise ArtifactError(
                 f"{self.path(folder, MANIFEST)} is not a manifest this version can read"
-            ) from None
+            )
+        manifest = Manifest(**content)
         if manifest.format != FORMAT_VERSION:
             raise ArtifactError(
                 f"{self.path(folder)} was made by another version of icce_ray (format "
@@ -382,6 +407,21 @@ class Snapshot:
     def forget(self, run: RunDirectory, folder: str) -> None:
         """Look at a folder again when it is asked for."""
         self._known.pop(run.path(folder), None)
+
+
+def _fits(content: Mapping[str, Any]) -> bool:
+    """Whether a manifest has the fields it needs, and each is of its kind."""
+    kinds: dict[type, str] = {
+        str: "stage fingerprint id finished",
+        dict: "settings inputs results resources versions",
+        int: "rows format",
+    }
+    wanted = {name: kind for kind, names in kinds.items() for name in names.split()}
+    wanted |= {"seconds": (int, float), "events": list}  # type: ignore[dict-item]
+    needed = {"stage", "fingerprint", "settings", "inputs", "rows", "seconds"}
+    return needed <= set(content) <= set(wanted) and all(
+        isinstance(value, wanted[name]) for name, value in content.items()
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -36,7 +36,7 @@ PEEK, SAMPLE = 8, 64  # images looked at for more than 8 bits, and for their ran
 
 
 def preflight(config: Config) -> None:
-    """Check the backbones' names and weights, without building them. Raises ConfigError."""
+    """Check names, sizes and pooling, and that weights are there. Raises ConfigError."""
     if config.data.embeddings:
         return
     from icce_ray.core import backbone as core

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
 from icce_ray import config as configs
 from icce_ray.config.schema import LABEL_MODES, BackboneConfig, Config
@@ -39,7 +38,7 @@ from icce_ray.distributed.shards import Shards
 from icce_ray.distributed.stream import Columns, Job
 from icce_ray.errors import ArtifactError, ConfigError, printable
 from icce_ray.rundir import addresses, storage
-from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
+from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint, stored
 from icce_ray.rundir.progress import Reporter, duration
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
 
@@ -86,7 +85,9 @@ def predict(
     listing.check_exists("images", images)
     description = run.read_json(CLASSIFIER, DESCRIPTION)
     config = _config(run, images, overrides)
-    backbones = _backbones(description)
+    with stored(run.path(CLASSIFIER, DESCRIPTION)):
+        backbones = _backbones(description)
+        levels_in(description["backbone"])
     reporter = Reporter(RunDirectory(target.address(folder)), quiet)
     say = partial(reporter.say, log=False)  # `out` may be another's
     found = listing.list_images(config.data, setting="images", say=say)
@@ -120,8 +121,9 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
             )
         if override.partition("=")[0].strip() in SOURCES:
             raise ConfigError(f"{override}: predict takes its images as its second argument")
-    tree = yaml.safe_load(run.read_bytes("config.yaml"))
-    before = tree.get("data") or {}
+    tree = dict(run.read_settings())
+    before = tree.get("data")
+    before = before if isinstance(before, dict) else {}
     kept = {key: before[key] for key in ("image_column", "label_column") if key in before}
     tree["data"] = {**kept, "path": images}
     tree["evaluate"] = {}

@@ -7,15 +7,13 @@ report.max_megabytes.
 
 from __future__ import annotations
 
-import yaml
-
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.errors import ArtifactError
 from icce_ray.report.pages import FOLDER, PAGE
 from icce_ray.report.run_page import render
 from icce_ray.rundir import storage
-from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.directory import RunDirectory, stored
 from icce_ray.stages import evaluate
 from icce_ray.stages.base import Context, Outcome
 
@@ -36,10 +34,14 @@ def build(run_uri: str) -> str:
     """
     storage.check(run_uri)
     files = RunDirectory(run_uri)
-    if not files.exists("config.yaml"):
-        raise ArtifactError(f"{run_uri} is not a run directory: it has no config.yaml")
-    config = configs.validate(yaml.safe_load(files.read_bytes("config.yaml")))
-    _write(config, files)
+    config = configs.validate(dict(files.read_settings()))
+    from jinja2 import UndefinedError
+
+    with stored(f"an artifact of {run_uri}"):
+        try:
+            _write(config, files)
+        except UndefinedError as error:  # the page needs a value that an artifact lacks
+            raise KeyError(str(error)) from error
     return files.address(FOLDER, PAGE)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -99,6 +99,68 @@ def test_image_size() -> None:
         assert core.preprocess(found.config) == found.transform
     with pytest.raises(ConfigError, match="image_size"):
         core.load(config("test_vit", image_size=7))
+
+
+class Strange(torch.nn.Module):
+    """Lists of features, as of coat and crossvit, and an error that says nothing, as of mvitv2."""
+
+    pretrained_cfg: ClassVar = {"input_size": (3, 96, 96)}
+    num_features, cls_token = 5, None
+
+    def forward_features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if x.shape[-1] % 32:
+            raise IndexError("index 5 is out of bounds for dimension 0 with size 5")
+        return [x.mean((2, 3)), x.mean((2, 3))]
+
+    def forward_head(self, x: list[torch.Tensor], pre_logits: bool) -> torch.Tensor:
+        return torch.cat(x, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pooling": "mean"}, "pooling=mean needs one map.*use pooling=auto"),
+        ({"image_size": 112}, "does not take 112 x 112 pixels: index 5 .* such as 96"),
+        ({"image_size": 33, "pooling": "mean"}, "does not take 33 x 33 pixels"),
+        ({"pooling": "cls"}, "needs a class token"),
+    ],
+)
+def test_what_does_not_suit_is_found_before_work(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *args, **more: Strange())
+    core._suits.cache_clear()
+    core._shapes.cache_clear()
+    try:
+        core.check(config("test_resnet", image_size=96))
+        unsuitable = config("test_resnet", **{"image_size": 96, **settings})
+        for found in (core.check, core.load):
+            with pytest.raises(ConfigError, match=message):
+                found(unsuitable)
+    finally:
+        core._suits.cache_clear()
+        core._shapes.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("coat_tiny", {"pooling": "mean"}, "use pooling=auto"),
+        ("mvitv2_tiny", {"image_size": 112}, "such as 224"),
+        ("lambda_resnet26rpt_256", {"image_size": 112}, "such as 256"),
+    ],
+)
+def test_models_of_timm_that_do_not_suit(name: str, settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        core.check(config(name, **settings))
+
+
+def test_a_check_needs_no_weights_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(core, "load", fail)
+    core.check(config("vit_giant_patch14_dinov2", image_size=112))
 
 
 def test_bfloat16_is_close_and_has_no_gradient() -> None:
