@@ -187,7 +187,7 @@ def _parquet_head(parquet: pq.ParquetFile, file: str) -> tuple[int, int]:
         return 0, 0
     first = next(parquet.iter_batches(1, columns=[COLUMN]), None)
     if first is None:
-        raise DataError(f"{file} is damaged: it holds fewer rows than it says")
+        raise DataError(f"{printable(file)} is damaged: it holds fewer rows than it says")
     return rows, _matrix(first.column(0), file, None).shape[1]
 
 

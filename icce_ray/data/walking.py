@@ -149,6 +149,11 @@ def _is_text(name: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
+def _unwanted(name: str) -> str:
+    """Why a name that is foreign or hidden is left out."""
+    return omissions.FOREIGN if name in FOREIGN else omissions.HIDDEN
+
+
 # --- a disk of this machine ----------------------------------------------------------------------
 
 
@@ -174,7 +179,7 @@ class _LocalWalk:
                 with os.scandir(os.path.join(self.root, folder)) as entries:  # noqa: PTH118
                     for entry in entries:
                         if entry.name[0] == ".":
-                            self._hidden(folder, entry.name)
+                            self.left.add(_unwanted(entry.name), folder + entry.name)
                         elif _is_file(entry):
                             names.append(folder + entry.name)
                             if len(names) == BLOCK:
@@ -202,10 +207,6 @@ class _LocalWalk:
                 return name
             self.left.add(omissions.AGAIN, name)
         return None
-
-    def _hidden(self, folder: str, name: str) -> None:
-        reason = omissions.FOREIGN if name in FOREIGN else omissions.HIDDEN
-        self.left.add(reason, folder + name)
 
     def _other(self, folder: str, entry: os.DirEntry[str]) -> None:
         """A folder, or something that cannot be listed."""
@@ -267,8 +268,7 @@ class _RemoteWalk:
                 # pyarrow takes x//a.png to lie in x again, which would never end
                 self.left.add(omissions.EMPTY_NAME, f"{folder}/")
             elif name in FOREIGN or name.startswith("."):
-                reason = omissions.FOREIGN if name in FOREIGN else omissions.HIDDEN
-                self.left.add(reason, folder + name)
+                self.left.add(_unwanted(name), folder + name)
             elif info.type == pafs.FileType.Directory:
                 self.folders.append(f"{folder}{name}/")
             elif info.type == pafs.FileType.File:

@@ -19,7 +19,7 @@ import platform
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -409,18 +409,23 @@ class Snapshot:
         self._known.pop(run.path(folder), None)
 
 
+# What JSON gives for the kinds of a manifest's fields.
+_STORED: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "Sequence": list,
+    "Mapping": dict,
+}
+
+
 def _fits(content: Mapping[str, Any]) -> bool:
     """Whether a manifest has the fields it needs, and each is of its kind."""
-    kinds: dict[type, str] = {
-        str: "stage fingerprint id finished",
-        dict: "settings inputs results resources versions",
-        int: "rows format",
-    }
-    wanted = {name: kind for kind, names in kinds.items() for name in names.split()}
-    wanted |= {"seconds": (int, float), "events": list}  # type: ignore[dict-item]
-    needed = {"stage", "fingerprint", "settings", "inputs", "rows", "seconds"}
-    return needed <= set(content) <= set(wanted) and all(
-        isinstance(value, wanted[name]) for name, value in content.items()
+    known = {one.name: one for one in fields(Manifest)}
+    needed = {name for name, one in known.items() if one.default is one.default_factory is MISSING}
+    return needed <= set(content) <= set(known) and all(
+        isinstance(value, _STORED[str(known[name].type).partition("[")[0]])
+        for name, value in content.items()
     )
 
 
