@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import probe
 from icce_ray.distributed import finetune
 from icce_ray.distributed.cluster import Cluster
+from icce_ray.distributed.worker import Worker
 from icce_ray.errors import ConfigError, DataError, StageError
 from icce_ray.rundir import schemas
 from icce_ray.rundir.directory import Manifest, RunDirectory
@@ -178,11 +179,16 @@ def test_labels_follow_the_images_and_unreadable_ones_weigh_nothing(tmp_path: Pa
     assert out["image"].dtype == torch.uint8 and out["label"].dtype == torch.int64
 
 
-def test_finetune_in_process(tmp_path: Path) -> None:
-    """At first with an image that was embedded, but can no longer be read."""
+def test_finetune_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after its first epoch; then with an image that was embedded, but can no longer be
+    read; then as it should be."""
     context = wide(make_run(tmp_path, 62, [*FINETUNE, "classifier.num_workers=0"]))
     lost = tmp_path / "images" / "0007.png"
     content = lost.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "save", interrupted(Worker.save))
+        with pytest.raises(KeyboardInterrupt):
+            classifier.run(context)
     lost.unlink()
     with pytest.raises(StageError, match=r"1 images.*0007\.png.*classifier is kept"):
         classifier.run(context)
@@ -203,6 +209,16 @@ def test_finetune_in_process(tmp_path: Path) -> None:
         value, index = model(pixels).softmax(1).max(1)
     assert (index.numpy() == run.matrix("classifier", "cluster")).mean() > 0.95
     np.testing.assert_allclose(value, run.matrix("classifier", "confidence"), atol=0.01)
+
+
+def interrupted(save: Callable[..., None]) -> Callable[..., None]:
+    """Ctrl-C as soon as a checkpoint is written."""
+
+    def save_and_stop(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    return save_and_stop
 
 
 def _open(path: Path) -> Image.Image:
