@@ -10,6 +10,7 @@ import copy
 import difflib
 import hashlib
 import logging
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core import weights
@@ -80,6 +82,7 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    dtype = torch.float32  # of the weights
 
     def __init__(
         self, model: nn.Module, config: BackboneConfig, data_config: Mapping[str, Any], source: str
@@ -105,12 +108,27 @@ class Backbone(nn.Module):
         Scales to [0, 1] and standardizes as timm's ToTensor and Normalize do.
         """
         x = (images.float() / 255 - self.mean) / self.std
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last, dtype=self.dtype)
         return self._pool(x).float()
+
+    def on(self, device: torch.device, precision: Precision) -> Backbone:
+        """This backbone on a device, ready to `embed` in the given arithmetic.
+
+        On a GPU all between two layers is then bfloat16 as well, where autocast would go back to
+        float32 and read twice as much memory. Batch normalization keeps its float32 statistics.
+        """
+        self.to(device)
+        if precision == "bfloat16" and device.type == "cuda":
+            self.dtype = torch.bfloat16
+            self.model.to(self.dtype)
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.float()
+        return self
 
     def embed(self, images: Tensor, precision: Precision = "float32") -> Tensor:
         """`forward` without gradients, in the given arithmetic."""
-        half = precision == "bfloat16"
+        half = precision == "bfloat16" and self.dtype == torch.float32
         with torch.inference_mode(), torch.autocast(images.device.type, torch.bfloat16, half):
             return self(images)
 
@@ -304,12 +322,30 @@ def load(config: BackboneConfig) -> Backbone:
             torch.manual_seed(0)  # the same weights in every process
             model, source = _build(config, pretrained=False), "random weights"
     elif config.weights:
-        model = _build(config, pretrained=False)
+        with NoRandomWeights():
+            model = _build(config, pretrained=False)
         source = weights.load(model, config)
     else:
-        model, source = _download(config), f"timm hub {cfg.hf_hub_id or cfg.url}"
+        with NoRandomWeights():
+            model = _download(config)
+        source = f"timm hub {cfg.hf_hub_id or cfg.url}"
     model = model.eval().to(memory_format=torch.channels_last)
     return Backbone(model, config, _data_config(config, cfg), source)
+
+
+class NoRandomWeights(TorchDispatchMode):
+    """Meanwhile models get NaN where they would draw weights that are loaded from a file later.
+
+    To draw them takes longer than all else of loading a large model. A weight that a file does not
+    hold shows by features that are not finite.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+            return args[0].fill_(math.nan)
+        return func(*args, **(kwargs or {}))
 
 
 def _pretrained_cfg(name: str) -> Any:

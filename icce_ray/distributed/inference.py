@@ -83,7 +83,7 @@ class Embedder:
             {**with_levels(one.describe(), self.levels), "precision": self.precision}
             for one in loaded
         ]
-        self.backbones = [one.to(device) for one in loaded]
+        self.backbones = [one.on(device, self.precision) for one in loaded]
         return described
 
     def embed(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -360,7 +360,12 @@ def _dataset(ray: Any, table: pa.Table, job: Job, pool: Pool) -> Any:
         },
         batch_size=job.settings.batch_size,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.most),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            max_size=pool.most,
+            # A GPU computes one batch while the next one is copied to it.
+            max_concurrent_calls_per_actor=2 if pool.gpus else None,
+        ),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
     )

@@ -101,6 +101,44 @@ def test_heads_train_on_the_device(
     assert table.max(1).sum() > 0.9 * len(labels)
 
 
+@pytest.mark.parametrize("hidden", [(), (32,)])
+def test_a_resumed_training_is_the_undisturbed_one(
+    device: torch.device, blobs: tuple[np.ndarray, np.ndarray], hidden: tuple[int, ...]
+) -> None:
+    matrix, _ = blobs
+    ids, _ = neighbors.search(matrix, 0, len(matrix), 10, device)
+    features = project(matrix, fit_projection(matrix, 32, 0), device)
+    counts = torch.full((len(ids),), 10, dtype=torch.int32, device=device)
+    data = Data(features, torch.from_numpy(ids).to(device), counts, device)
+    settings = HeadsConfig(count=3, hidden=hidden)
+    plain, first, second = (HeadTrainer(data, settings, 8, 0, 20) for _ in range(3))
+    for trainer, steps in ((plain, 20), (first, 10)):
+        trainer.start()
+        for _ in range(steps):
+            trainer.step()
+    second.restore([first.state()])
+    for _ in range(10):
+        second.step()
+    for name, tensor in plain.state().items():
+        torch.testing.assert_close(second.state()[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_a_recorded_step_of_the_probe_computes_the_same(
+    device: torch.device, blobs: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, labels = blobs
+    weights = np.linspace(0.5, 1.5, len(labels)).astype(np.float32)
+    settings = ClassifierConfig(epochs=4, batch_size=30)  # the last batch of an epoch is shorter
+    given = (matrix, labels.astype(np.int64), weights, settings, 8, 0)
+    recorded, history = probe.train_probe(*given, device=device)
+    monkeypatch.setattr(probe, "RECORD_FROM", 10**9)
+    plain, expected = probe.train_probe(*given, device=device)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(recorded.state_dict()[name], tensor, atol=1e-4, rtol=1e-3)
+    for one, other in zip(history, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+
+
 def test_probe_trains_on_the_device(
     device: torch.device, blobs: tuple[np.ndarray, np.ndarray]
 ) -> None:

@@ -65,9 +65,14 @@ def parameter_groups(parts: Iterable[tuple[nn.Module, float]]) -> list[dict[str,
 
 
 def set_lr(optimizer: torch.optim.Optimizer | AdamW, step: int, total: int) -> None:
-    """The learning rate of a step, from 0: a linear rise, then a cosine to 0."""
+    """The learning rate of a step, from 0: a linear rise, then a cosine to 0. Where it is a tensor,
+    it is changed in place."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * warmup_cosine(step, total, WARMUP)
+        lr = group["peak"] * warmup_cosine(step, total, WARMUP)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 class Meter:

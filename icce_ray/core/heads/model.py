@@ -70,13 +70,13 @@ class BatchedLinear(nn.Module):
     def _columns(self, x: Tensor) -> Tensor:
         """Weights and biases for inputs [B, I'], in their type: [H, O, I'] (short: in memory)."""
         count, inputs, outputs = self.weight.shape
-        further = self.weight.new_zeros(count, x.shape[1] - inputs, outputs)
+        weight = self.weight.to(x.dtype)
+        further = weight.new_zeros(count, x.shape[1] - inputs, outputs)
         if self.bias is not None:
             further[:, :1] = self.bias
         if self.short:
-            joined = torch.cat([self.weight.transpose(1, 2), further.transpose(1, 2)], 2)
-            return joined.to(x.dtype)
-        return torch.cat([self.weight, further], 1).to(x.dtype).transpose(1, 2)
+            return torch.cat([weight.transpose(1, 2), further.transpose(1, 2)], 2)
+        return torch.cat([weight, further], 1).transpose(1, 2)
 
     @torch.no_grad()
     def set_gradients(self, x: Tensor, gradient: Tensor, row_weights: Tensor) -> None:
@@ -99,7 +99,7 @@ def with_ones(x: Tensor) -> Tensor:
     """Inputs [B, I] and a column of ones, for the bias. In half precision with further columns of
     zeros, since GPUs multiply matrices faster whose widths are multiples of 8."""
     rows, inputs = x.shape
-    further = 8 - inputs % 8 if x.dtype == torch.float16 else 1
+    further = 1 if x.dtype == torch.float32 else 8 - inputs % 8
     out = x.new_zeros(rows, inputs + further)
     out[:, :inputs] = x
     out[:, inputs] = 1

@@ -112,7 +112,11 @@ class HeadTrainer:
         kernels = closed_form.fused(data.device, num_clusters) if self.half else None
         self.objective = kernels or closed_form.loss_and_gradient
         # Logits in half precision are for the kernels, which compute in float32 inside.
-        self.dtype = torch.float16 if kernels and self.linear else torch.float32
+        self.dtype = torch.float32
+        if self.half and not self.linear:
+            self.dtype = torch.bfloat16
+        elif kernels:
+            self.dtype = torch.float16
         decayed = [p for p in self.student.parameters() if p.shape[1] > 1]
         plain = [p for p in self.student.parameters() if p.shape[1] == 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
@@ -274,6 +278,7 @@ class HeadTrainer:
         """Cluster of all rows, or of `rows`, by each own head's teacher, int16/int32 [N, H]."""
         kind = torch.int16 if self.clusters <= torch.iinfo(torch.int16).max else torch.int32
         chosen = torch.arange(len(self.data)) if rows is None else torch.from_numpy(rows)
+        chosen = chosen.to(self.data.features.device)  # else each part would wait for its numbers
         out = torch.empty(len(chosen), len(self.numbers), dtype=kind, device=self.data.device)
         self.teacher.eval()
         for start in range(0, len(out), ASSIGN_ROWS):
@@ -335,14 +340,14 @@ class HeadTrainer:
         for name, parameter in self.student.named_parameters():
             keys = ("exp_avg", "exp_avg_sq")
             slots = {
-                k: mine[f"optimizer.{k}.{name}"] for k in keys if f"optimizer.{k}.{name}" in mine
+                # In the parameter's own layout, which a fused optimizer asks for.
+                k: torch.empty_like(parameter).copy_(mine[f"optimizer.{k}.{name}"])
+                for k in keys
+                if f"optimizer.{k}.{name}" in mine
             }
             if slots:
-                on_device = {k: v.to(self.data.device) for k, v in slots.items()}
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step_number)),
-                    **on_device,
-                }
+                step = torch.tensor(float(self.step_number), device=self.data.device)
+                self.optimizer.state[parameter] = {"step": step, **slots}
 
 
 def merge_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
