@@ -10,6 +10,7 @@
     python jobs/benchmark.py speed       each part beside a baseline and the machine's ceiling
     python jobs/benchmark.py alone       the parts of the method on one device, without Ray
     python jobs/benchmark.py startup     the time of commands that compute nothing
+    python jobs/benchmark.py soak        random faults for an hour, beside an undisturbed run
 
 Each prints a table and writes it as Markdown and JSON. `scale` and `workers` work on this
 machine; inside a Ray job `scale` would see the memory of the driver only. `alone`, and `pace` on
@@ -23,6 +24,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -246,7 +248,10 @@ def startup(
 def speed(
     parts: Annotated[
         list[str] | None,
-        typer.Argument(help="heads, hidden, start, search, assign, probe, whole; default: all."),
+        typer.Argument(
+            help="heads, hidden, start, search, assign, consensus, probe, whole, many, embed; "
+            "default: all."
+        ),
     ] = None,
     rows: Annotated[
         int | None, typer.Option(help="N; default: ImageNet's on a GPU, else 60,000.")
@@ -255,7 +260,7 @@ def speed(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     out: Out = Path("runs/speed"),
 ) -> None:
-    """Each part of the method beside a baseline and this machine's ceiling, without Ray."""
+    """Each part beside a baseline and this machine's ceiling. Only `embed` needs Ray."""
     from benchmarks import speed as fast
 
     from icce_ray.errors import ConfigError
@@ -271,6 +276,24 @@ def speed(
         return
     notes = "\n".join(f"- {row.part}: {row.note}" for row in measured if row.note)
     publish(out, f"{fast.table(ceiling, measured)}\n\n{notes}", content)
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(help="How long faults happen.")] = 60.0,
+    every: Annotated[float, typer.Option(help="Mean seconds between two faults.")] = 45.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Out = Path("runs/soak"),
+) -> None:
+    """Random faults on local nodes for a given time; results beside those of an undisturbed run."""
+    from benchmarks import soak as faults
+
+    with tempfile.TemporaryDirectory() as folder:
+        tally = faults.Soak(Path(folder), minutes, every, seed, _tell).play()
+    about = {"settings": {"minutes": minutes, "every": every, "seed": seed}, "machine": machine()}
+    publish(out, faults.table(tally), {**about, "tally": asdict(tally)})
+    if tally.failures:
+        raise typer.Exit(1)
 
 
 def _tell(line: str) -> None:

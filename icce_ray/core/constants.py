@@ -12,7 +12,7 @@ EVIDENCE = 1.9  # neighbors of each that count as independent witnesses; see cor
 CONFIDENCE_NEIGHBORS = 20  # of each image that its confidence reads, fewer where classes are small
 
 QUERY_CHUNK = 2048  # rows of exact search that are compared at a time ...
-BASE_CHUNK = 32_768  # ... with that many others: 256 MB of similarities
+BASE_CHUNK = 65_536  # ... with that many others, on a CPU as float32; similarities: 512 MB
 IVF_SAMPLE_PER_LIST = 64  # rows per inverted list that its centroids are trained on
 
 # Exact search takes 2 N^2 D operations.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from icce_ray.config.schema import Config
 from icce_ray.core import method
@@ -27,8 +28,13 @@ FOLDER = "consensus"
 ADVICE = "Start a node with a CPU core, or set ray.num_gpus=0"
 
 
-def _solve(run: RunDirectory, config: Config, gpu: bool) -> Consensus:
+def _solve_task(run: RunDirectory, config: Config, cpus: int, gpu: bool) -> Consensus:
     """Runs in the task, which opens the assignments on its own node."""
+    torch.set_num_threads(cpus)
+    return _solve(run, config, gpu)
+
+
+def _solve(run: RunDirectory, config: Config, gpu: bool) -> Consensus:
     assignments, ids = run.matrix("heads", "assignments"), run.matrix("neighbors", "ids")
     return method.merge(assignments, ids, config, default_device() if gpu else None)
 
@@ -39,9 +45,11 @@ def run(context: Context) -> Outcome:
     if context.in_process:
         merged = _solve(run, config, gpu=False)  # the trials of a sweep share the machine
     else:
-        gpus = context.cluster.gpus_each() if config.consensus.method == "dawid-skene" else 0.0
-        work = (run, config, gpus > 0)
-        merged = run_task(context, _solve, *work, request=Request(1, gpus), advice=ADVICE)
+        cluster = context.cluster
+        gpus = cluster.gpus_each() if config.consensus.method == "dawid-skene" else 0.0
+        cpus = cluster.cpus_each(1, gpus)
+        work, request = (run, config, cpus, gpus > 0), Request(cpus, gpus)
+        merged = run_task(context, _solve_task, *work, request=request, advice=ADVICE)
     columns = [run.matrix("heads", "image_id"), merged.labels, merged.confidence]
     run.write_table(pa.table(columns, CONSENSUS_SCHEMA), FOLDER, "part-00000.parquet")
     confidence = float(merged.confidence.mean())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from icce_ray.distributed.cluster import Cluster
 
 FEATURES = 1024  # D of a plan, while it is not known
+FAISS = 2e8  # bytes that exact search takes beside its rows
 LISTING = 450  # bytes of memory per image while listing, as measured
 VIT_L = 304e6  # weights; a backbone's own number is not known before it is made
 
@@ -86,7 +87,7 @@ def _search_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     features = min(given, config.neighbors.pca or given)
     lists = 6.0 * images * min(config.neighbors.max_neighbors, max(images, 1))
     one = lists * min(1.0, QUERY_ROWS / max(images, 1))  # what one task finds
-    chunk = 4.0 * (constants.QUERY_CHUNK + features) * constants.BASE_CHUNK
+    chunk = 4.0 * features * (constants.BASE_CHUNK + constants.QUERY_CHUNK) + FAISS
     # Nothing is started to find out what there is; a cluster is taken to search exactly.
     cores = os.cpu_count() or 1
     seconds = constants.exact_seconds(images, features, cores, 0) if cluster.is_local else 0.0

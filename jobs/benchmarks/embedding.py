@@ -13,14 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from benchmarks.tables import markdown
 
 WIDTH, HEIGHT = 500, 375  # of the images, as in ImageNet
 DISTINCT = 1000  # images that are made; the others are links to them
@@ -195,16 +193,3 @@ def steady_rate(times: np.ndarray, counts: np.ndarray) -> float:
     begin = int(np.searchsorted(done, WARM_UP * done[-1]))
     begin = min(begin, len(times) - 2)
     return float((done[-1] - done[begin]) / max(1e-9, times[-1] - times[begin]))
-
-
-def table(found: list[Pace]) -> str:
-    """Rates, relative to the first."""
-    head = ["", "first batch, s", "images/s", "ratio", "whole, s"]
-    return markdown(head, list(_lines(found)))
-
-
-def _lines(found: list[Pace]) -> Iterator[list[str]]:
-    for pace in found:
-        ratio = f"{pace.rate / found[0].rate:.2f}"
-        numbers = [f"{pace.first:.1f}", f"{pace.rate:,.0f}", ratio, f"{pace.total:.1f}"]
-        yield [pace.name, *numbers]

@@ -12,7 +12,8 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from benchmarks.tables import markdown
 from icce_ray.config.schema import HeadsConfig, MethodConfig
 from icce_ray.core import method, neighbors
 from icce_ray.core.classifier import probe as probe_
+from icce_ray.core.evaluation.kmeans import kmeans_baseline
 from icce_ray.core.evaluation.truth import accuracy
 from icce_ray.core.heads.model import kmeans_start
 from icce_ray.core.heads.trainer import Data, HeadTrainer
@@ -43,7 +45,7 @@ class Row:
     baseline_seconds: float | None = None
     flop: float | None = None  # operations of its matrix products
     bytes: float | None = None  # that it has to read and write at least
-    gigabytes: float | None = None  # of GPU memory at most, where there is a GPU
+    gigabytes: float | None = None  # of memory that it took at most: the GPU's, where there is one
     note: str = ""
 
 
@@ -55,6 +57,26 @@ class Ceiling:
     copies: float  # bytes per second, read and written
 
 
+class HostMemory:
+    """What this process takes at most, by the kernel's own record (Linux)."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.peak()
+
+    def peak(self) -> float | None:
+        """GB at most since the last call, beyond what there was then."""
+        try:
+            status = Path("/proc/self/status").read_text()
+            Path("/proc/self/clear_refs").write_text("5")  # the record begins anew
+        except OSError:
+            return None
+        now = {key: float(status.split(f"{key}:")[1].split()[0]) for key in ("VmHWM", "VmRSS")}
+        most = (now["VmHWM"] - self.before) * 1024 / 1e9
+        self.before = now["VmRSS"]
+        return most
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and how large."""
@@ -62,6 +84,7 @@ class Place:
     device: torch.device
     rows: int  # N of the parts that work on all rows
     say: Say
+    host: HostMemory = field(default_factory=HostMemory)
 
     @property
     def gpu(self) -> bool:
@@ -83,9 +106,9 @@ class Place:
         return statistics.median(taken)
 
     def peak(self) -> float | None:
-        """GB of GPU memory at most since the last call."""
+        """GB at most since the last call: of the GPU; else of this process, beyond what it had."""
         if not self.gpu:
-            return None
+            return self.host.peak()
         most = torch.cuda.max_memory_allocated(self.device) / 1e9
         torch.cuda.reset_peak_memory_stats(self.device)
         return most
@@ -263,11 +286,54 @@ def probe(place: Place) -> list[Row]:
     return [Row("classifier, linear probe", work, taken, flop=flop, gigabytes=place.peak())]
 
 
+def consensus(place: Place) -> list[Row]:
+    """50 heads of 1,000 clusters, of which a third of the rows are wrong, by the default method,
+    beside MCLA."""
+    clusters, count, rows = 1000, 50, IMAGENET
+    rng = np.random.default_rng(0)
+    truth = center_of(np.arange(rows), clusters)
+    heads = np.empty((rows, count), np.int16)
+    for head in range(count):
+        wrong = rng.random(rows) < 1 / 3
+        given = np.where(wrong, rng.integers(0, clusters, rows), truth)
+        heads[:, head] = rng.permutation(clusters)[given]
+    steps = rng.integers(1, 100, (rows, 20)) * clusters  # neighbors are of the same class
+    ids = ((np.arange(rows)[:, None] + steps) % rows).astype(np.int32)
+    out = []
+    for name in ("dawid-skene", "mcla"):
+        more = {"heads": {"count": count}, "consensus": {"method": name}}
+        settings = MethodConfig.model_validate({"num_classes": clusters, **more})
+        place.peak()
+        began = time.perf_counter()
+        found = method.merge(heads, ids, settings, place.device)
+        out.append((time.perf_counter() - began, place.peak(), accuracy(truth, found.labels)))
+        place.say(f"consensus by {name}: {out[-1][0]:.1f} s")
+    (taken, memory, right), (before, _, _) = out
+    work = f"{rows:,} rows, H {count}, K {clusters:,}"
+    row = Row("consensus", work, taken, "MCLA", before, gigabytes=memory)
+    row.note = f"accuracy {100 * right:.1f} %"
+    return [row]
+
+
 def whole(place: Place) -> list[Row]:
     """From embeddings to the classifier, all defaults, on synthetic embeddings."""
-    clusters, width = (1000, 1024) if place.gpu else (10, 1280)
-    matrix = np.concatenate(list(blocks(place.rows, width, clusters)))
-    codes = center_of(np.arange(place.rows), clusters)
+    return [_whole(place, place.rows, *((1000, 1024) if place.gpu else (10, 1280)))]
+
+
+def many(place: Place) -> list[Row]:
+    """24,800 embeddings of 62 classes to the classifier, beside k-means with 10 restarts."""
+    rows, clusters, width = 24_800, 62, 1280
+    row = _whole(place, rows, clusters, width)
+    matrix = np.concatenate(list(blocks(rows, width, clusters)))
+    row.baseline = "k-means, 10 restarts"
+    row.baseline_seconds = place.time(lambda: kmeans_baseline(matrix, clusters, 0, gpu=place.gpu))
+    place.say(f"k-means: {row.baseline_seconds:.1f} s")
+    return [row]
+
+
+def _whole(place: Place, rows: int, clusters: int, width: int) -> Row:
+    matrix = np.concatenate(list(blocks(rows, width, clusters)))
+    codes = center_of(np.arange(rows), clusters)
     more = {"heads": {"count": 50}} if clusters == 1000 else {}
     settings = MethodConfig.model_validate({"num_classes": clusters, **more})
     marks = [("", time.perf_counter())]
@@ -292,8 +358,24 @@ def whole(place: Place) -> list[Row]:
     parts = itertools.pairwise(marks)
     note = ", ".join(f"{name} {at - before:.1f} s" for (_, before), (name, at) in parts)
     note += f"; accuracy {100 * accuracy(codes, merged.labels):.1f} %"
-    work = f"{place.rows:,} x {width:,}, K {clusters:,}, H {settings.heads.count}"
-    return [Row("embeddings to classifier", work, taken, gigabytes=place.peak(), note=note)]
+    work = f"{rows:,} x {width:,}, K {clusters:,}, H {settings.heads.count}"
+    return Row("embeddings to classifier", work, taken, gigabytes=place.peak(), note=note)
+
+
+def embed(place: Place) -> list[Row]:
+    """Images through a backbone by the command, beside a plain torch loop. Needs Ray."""
+    from benchmarks import embedding
+
+    work = embedding.Work(600, "test_vit", 96, 64)
+    if place.gpu:
+        work = embedding.Work(12_000, "vit_large_patch14_dinov2", 224, 256)
+    loop, command = embedding.measure(work, place.say)
+    about = f"{work.images:,} JPEG files, {work.backbone} at {work.size}"
+    thousand = Row("embedding 1,000 images", about, 1000 / command.rate)
+    first = Row("embedding, command to first batch", about, command.first)
+    thousand.baseline_seconds, first.baseline_seconds = 1000 / loop.rate, loop.first
+    thousand.baseline = first.baseline = loop.name
+    return [thousand, first]
 
 
 PARTS: Mapping[str, Callable[[Place], list[Row]]] = {
@@ -302,8 +384,11 @@ PARTS: Mapping[str, Callable[[Place], list[Row]]] = {
     "start": start,
     "search": search,
     "assign": assign,
+    "consensus": consensus,
     "probe": probe,
     "whole": whole,
+    "many": many,
+    "embed": embed,
 }
 
 

@@ -1,4 +1,8 @@
-"""SIGTERM while heads train, as `timeout`, systemd and Slurm send it: to more than the driver."""
+"""SIGTERM and Ctrl-C, as `timeout`, systemd, Slurm and shells send them: to more than the driver.
+
+`jobs/benchmark.py soak` stops runs in every stage; here it is one with a Ray task at work, and one
+that works in the driver itself.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +30,27 @@ SETTINGS = """
 num_classes: 3
 data: {labels: none}
 neighbors: {max_neighbors: 10, pca: null}
-heads: {count: 4, steps: 1500, batch_size: 256, checkpoint_every: 50}
+heads: {count: 4, steps: 600, batch_size: 256, checkpoint_every: 50}
 evaluate: {kmeans: false}
+"""
+
+# The command line, whose search waits while there is a file.
+DRIVER = """
+import sys, time
+from pathlib import Path
+from icce_ray import cli
+from icce_ray.stages import search
+
+folder, plain = Path(sys.argv[1]), search._search_task
+
+def gated(*arguments):
+    (folder / "searching").touch()
+    while (folder / "gate").exists():
+        time.sleep(0.05)
+    return plain(*arguments)
+
+search._search_task = gated
+cli.main(sys.argv[2:])
 """
 
 
@@ -50,7 +73,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     def run() -> subprocess.Popen[bytes]:
         settings = [f"data.embeddings={tmp_path}/x.npy", f"run_dir={tmp_path}/run"]
         with (tmp_path / f"{len(started)}.txt").open("wb") as printed:
-            command = [sys.executable, "-m", "icce_ray.cli", "run", str(tmp_path / "small.yaml")]
+            command = [sys.executable, "-c", DRIVER, str(tmp_path), "run", f"{tmp_path}/small.yaml"]
             process = subprocess.Popen(
                 [*command, *settings],
                 stdout=printed,
@@ -78,35 +101,37 @@ def everything(driver: int) -> None:
     os.killpg(driver, signal.SIGTERM)
 
 
-def group(driver: int) -> None:
-    """SIGTERM to the driver and again to its group, as `timeout` does."""
-    os.kill(driver, signal.SIGTERM)
-    os.killpg(driver, signal.SIGTERM)
+def ctrl_c(driver: int) -> None:
+    """SIGINT to the driver's group, as a terminal sends it."""
+    os.killpg(driver, signal.SIGINT)
 
 
 def checkpoints(heads: Path) -> set[str]:
     return {path.parent.name for path in heads.glob("train/*/complete.json")}
 
 
-def stopped_by(terminate: Callable[[int], None], folder: Path, driver: Any, printed: Path) -> None:
-    """Send the signal when heads have a new checkpoint, and look at what it left."""
-    heads = folder / "run" / "heads"
-    before = checkpoints(heads)
-    until("a checkpoint", lambda: checkpoints(heads) - before or driver.poll())
+def stopped_by(end: Callable[[int], None], folder: Path, driver: Any, printed: Path) -> None:
+    """Send the signal, and look at what it left."""
     assert driver.poll() is None, printed.read_text()
-    terminate(driver.pid)
+    end(driver.pid)
     assert driver.wait(PATIENCE) in (130, 143)
     said = printed.read_text()
     assert "stopped; run the same command again to resume" in said
     assert "GCS" not in said and "Traceback" not in said, said
     assert json.loads((folder / "run" / "status.json").read_text())["state"] == "stopped"
+
+
+def test_a_stopped_run_ends_in_order_and_resumes(tmp_path: Path, start: Any) -> None:
+    """Stopped twice, in two ways and stages, and then left to its end."""
+    (tmp_path / "gate").touch()
+    driver = start()
+    until("search", lambda: (tmp_path / "searching").exists() or driver.poll() is not None)
+    stopped_by(ctrl_c, tmp_path, driver, tmp_path / "0.txt")
+    (tmp_path / "gate").unlink()
+    driver, heads = start(), tmp_path / "run" / "heads"
+    until("a checkpoint", lambda: checkpoints(heads) or driver.poll() is not None)
+    stopped_by(everything, tmp_path, driver, tmp_path / "1.txt")
     assert not (heads / "manifest.json").exists()
-
-
-def test_a_terminated_run_stops_in_order_and_resumes(tmp_path: Path, start: Any) -> None:
-    """Stopped twice, in two ways, and then left to its end."""
-    stopped_by(group, tmp_path, start(), tmp_path / "0.txt")
-    stopped_by(everything, tmp_path, start(), tmp_path / "1.txt")
     assert start().wait(PATIENCE) == 0, (tmp_path / "2.txt").read_text()
     assert "resumed from the checkpoint at " in (tmp_path / "2.txt").read_text()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"

@@ -19,7 +19,7 @@ from scipy import sparse
 
 from icce_ray.core.ensemble.base import Draft, Ensemble, fill_empty
 from icce_ray.core.ensemble.graph import hbgf, mcla
-from icce_ray.core.ensemble.scoring import one_hot_codes, row_argmax, row_reduce, sparse_scores
+from icce_ray.core.ensemble.scoring import one_hot_codes, row_argmax, row_reduce, scored_parts
 from icce_ray.core.ensemble.voting import voting
 
 ITERATIONS = 30  # EM steps at most
@@ -108,13 +108,15 @@ def _maximize(codes_t: sparse.csr_array, posterior: sparse.csr_array, ensemble: 
 
 def _expect(heads: np.ndarray, model: _Model) -> tuple[sparse.csr_array, float]:
     """E-step: posteriors [N, K], and the mean log-likelihood per image."""
-    parts, total = [], 0.0
-    for _, scores in sparse_scores(heads, model.table):
-        total += _normalize(scores, model.base)
+
+    def expect(_: slice, scores: sparse.csr_array) -> tuple[sparse.csr_array, float]:
+        total = _normalize(scores, model.base)
         scores.data[scores.data < POSTERIOR_FLOOR] = 0
         scores.eliminate_zeros()
-        parts.append(scores)
-    return sparse.csr_array(sparse.vstack(parts)), total / heads.shape[1]
+        return scores, total
+
+    parts, totals = zip(*scored_parts(heads, model.table, expect), strict=True)
+    return sparse.csr_array(sparse.vstack(parts)), sum(totals) / heads.shape[1]
 
 
 def _apply(heads: np.ndarray, model: _Model) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +130,8 @@ def _apply(heads: np.ndarray, model: _Model) -> tuple[np.ndarray, np.ndarray]:
     confidence = np.empty(heads.shape[1])
     unseen = np.exp(model.base - np.logaddexp.reduce(model.base))  # where nothing is known
     averaged = model.prior + (model.base - model.prior) / model.heads
-    for part, scores in sparse_scores(heads, model.table):
+
+    def apply(part: slice, scores: sparse.csr_array) -> None:
         blank = np.diff(scores.indptr) == 0
         single = scores / model.heads
         _normalize(single, averaged)
@@ -138,6 +141,9 @@ def _apply(heads: np.ndarray, model: _Model) -> tuple[np.ndarray, np.ndarray]:
         sure = row_reduce(np.add, single, np.where(chosen, single.data, 0))
         labels[part] = np.where(blank, unseen.argmax(), best)
         confidence[part] = np.where(blank, unseen.max(), sure)
+
+    for _ in scored_parts(heads, model.table, apply):
+        pass
     return labels, confidence
 
 

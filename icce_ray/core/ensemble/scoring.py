@@ -7,12 +7,16 @@ Shapes: N images, H heads, L clusters per head, K clusters of the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
+import torch
 from scipy import sparse
 
-CHUNK = 32_768  # images scored at once
+Result = TypeVar("Result")
+CHUNK = 16_384  # images scored at once, by each thread
 
 
 def one_hot_codes(heads: np.ndarray, clusters: int) -> sparse.csr_array:
@@ -32,22 +36,24 @@ def one_entry_table(target: np.ndarray, values: np.ndarray, clusters: int) -> sp
     return sparse.csr_array(entries, shape=(target.size, clusters))
 
 
-def sparse_scores(
-    heads: np.ndarray, table: sparse.csr_array
-) -> Iterator[tuple[slice, sparse.csr_array]]:
-    """X E for a chunk of images at a time."""
+def scored_parts(
+    heads: np.ndarray, table: sparse.csr_array, work: Callable[[slice, sparse.csr_array], Result]
+) -> Iterator[Result]:
+    """`work(part, X E)` for a chunk of images at a time, in order. As many threads as torch uses do
+    it at once: scipy and numpy let each other compute."""
     clusters = table.shape[0] // len(heads)
-    for start in range(0, heads.shape[1], CHUNK):
+
+    def score(start: int) -> Result:
         part = slice(start, min(start + CHUNK, heads.shape[1]))
-        yield part, one_hot_codes(heads[:, part], clusters) @ table
+        return work(part, one_hot_codes(heads[:, part], clusters) @ table)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        yield from pool.map(score, range(0, heads.shape[1], CHUNK))
 
 
 def best_cluster(heads: np.ndarray, table: sparse.csr_array) -> np.ndarray:
     """Cluster of the highest score for each image, ties by lowest number; int64 [N]."""
-    labels = np.empty(heads.shape[1], np.int64)
-    for part, scores in sparse_scores(heads, table):
-        labels[part] = row_argmax(scores)
-    return labels
+    return np.concatenate(list(scored_parts(heads, table, lambda _, scores: row_argmax(scores))))
 
 
 def row_reduce(
