@@ -403,7 +403,7 @@ def running(
         ArtifactError: another process works in `directory`.
     """
     with (
-        exclusive(directory, partial(_lost, reporter)),
+        exclusive(directory, partial(_lost, reporter), partial(reporter.say, log=False)),
         _terminable(reporter),
         reporter.listening(),
     ):

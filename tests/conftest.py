@@ -160,12 +160,12 @@ def _create_bucket(server: S3) -> None:
 
 @pytest.fixture
 def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
-    """The server, and its keys in the environment, but not its address; nothing is waited for."""
+    """The server, and its keys in the environment, but not its address."""
     for name, value in s3_server.keys.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("ICCE_RAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ICCE_RAY_STORAGE_TIMEOUT", "1")
     monkeypatch.setenv("ICCE_RAY_STORAGE_PAUSE", "0.1")
-    monkeypatch.setenv("ICCE_RAY_STORAGE_PATIENCE", "0")
+    monkeypatch.setenv("ICCE_RAY_STORAGE_PATIENCE", "60")
     return s3_server

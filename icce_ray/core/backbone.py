@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core import weights
@@ -333,17 +333,17 @@ def load(config: BackboneConfig) -> Backbone:
     return Backbone(model, config, _data_config(config, cfg), source)
 
 
-class NoRandomWeights(TorchDispatchMode):
+class NoRandomWeights(TorchFunctionMode):
     """Meanwhile models get NaN where they would draw weights that are loaded from a file later.
 
     To draw them takes longer than all else of loading a large model. A weight that a file does not
     hold shows by features that are not finite.
     """
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
             return args[0].fill_(math.nan)
         return func(*args, **(kwargs or {}))
 

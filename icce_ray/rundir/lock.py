@@ -72,7 +72,9 @@ def _born(pid: int) -> str | None:
 
 @contextlib.contextmanager
 def exclusive(
-    run: RunDirectory, on_lost: Callable[[str], None] = lambda text: None
+    run: RunDirectory,
+    on_lost: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[None]:
     """Keep other processes out of a run directory.
 
@@ -80,6 +82,7 @@ def exclusive(
         run: the run directory.
         on_lost: called with a sentence, from another thread, where another process took over a
             lease that this one could not renew in time.
+        say: called with a sentence before a wait of half a minute.
 
     Raises:
         ArtifactError: another process works there.
@@ -88,7 +91,7 @@ def exclusive(
         with _locked(run):
             yield
         return
-    lease = Lease(run, on_lost)
+    lease = Lease(run, on_lost, say)
     lease.take()
     try:
         yield
@@ -128,17 +131,20 @@ class Lease:
 
     The object `lease.json` names the owner: host, pid and a random id. A thread renews it every
     RENEW_EVERY seconds. It is respected for LASTS seconds after its last renewal, less where its
-    owner is a process of this host that has ended.
+    owner is a process of this host that has ended. One that has run out is watched for as long as
+    a renewal may take, since clocks differ and jump: who renews it is alive, whatever the time.
 
     Limits: object stores offer no atomic test-and-set through pyarrow. After writing its lease, a
     process waits SETTLE seconds and reads it back; of two that start together, the later write
-    wins and the other is refused. Two may pass where one write takes longer than SETTLE. The clocks
-    of the hosts are taken to agree within LASTS - RENEW_EVERY seconds. A process cut off from the
-    store for longer than LASTS may lose its lease, which it notices at its next renewal.
+    wins and the other is refused. Two may pass where one write takes longer than SETTLE. A process
+    cut off from the store for longer than LASTS may lose its lease, which it notices at its next
+    renewal.
     """
 
-    def __init__(self, run: RunDirectory, on_lost: Callable[[str], None]) -> None:
-        self._run, self._on_lost = run, on_lost
+    def __init__(
+        self, run: RunDirectory, on_lost: Callable[[str], None], say: Callable[[str], None]
+    ) -> None:
+        self._run, self._on_lost, self._say = run, on_lost, say
         self._own = {**this_process(), "id": uuid.uuid4().hex, "since": time.time()}
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -146,7 +152,7 @@ class Lease:
     def take(self) -> None:
         """Write the lease and start to renew it. Raises ArtifactError: another process holds it."""
         other = self._read()
-        if other is not None and _holds(other):
+        if other is not None and not is_gone(other) and (_is_fresh(other) or self._renewed(other)):
             raise self._refusal(other)
         self._write()
         time.sleep(SETTLE)
@@ -154,6 +160,17 @@ class Lease:
         if other is not None and other["id"] != self._own["id"]:
             raise self._refusal(other)
         self._thread.start()
+
+    def _renewed(self, other: Mapping[str, Any]) -> bool:
+        """Whether a lease is renewed while it is watched."""
+        wait = RENEW_EVERY + SETTLE
+        self._say(f"{_name(other)} may still work here: looking for {wait:.0f} s whether it does")
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline:
+            time.sleep(SETTLE)
+            if (self._read() or other) != other:
+                return True
+        return False
 
     def release(self) -> None:
         """Stop renewing, and remove the lease if it is still this process's."""
@@ -190,7 +207,7 @@ class Lease:
         self._run.write_json({**self._own, "renewed": time.time()}, LEASE)
 
     def _refusal(self, other: Mapping[str, Any]) -> ArtifactError:
-        left = max(1.0, other.get("renewed", 0.0) + LASTS - time.time())
+        left = min(LASTS, max(1.0, other.get("renewed", 0.0) + LASTS - time.time()))
         return ArtifactError(
             f"another process is running in {self._run.uri}: {_name(other)}. Wait for it, or "
             f"choose another run_dir=...; if it is gone, this lease ends in {left:.0f} s"
@@ -202,5 +219,6 @@ def _name(owner: Mapping[str, Any]) -> str:
     return f"process {owner.get('pid')} on host {owner.get('host')}, since {since}"
 
 
-def _holds(lease: Mapping[str, Any]) -> bool:
-    return time.time() - lease.get("renewed", 0.0) < LASTS and not is_gone(lease)
+def _is_fresh(lease: Mapping[str, Any]) -> bool:
+    """Whether its last renewal is less than LASTS seconds ago, or ahead, by this host's clock."""
+    return abs(time.time() - lease.get("renewed", 0.0)) < LASTS

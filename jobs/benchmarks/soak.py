@@ -69,7 +69,7 @@ class Soak:
 
     def __init__(self, folder: Path, minutes: float, every: float, seed: int, say: Say) -> None:
         self.folder, self.every, self.say = folder, every, say
-        self.until = time.monotonic() + 60 * minutes
+        self.minutes, self.until = minutes, 0.0
         self.rng = np.random.default_rng(seed)
         self.tally = Tally()
         self.nodes = Nodes(folder)
@@ -85,6 +85,8 @@ class Soak:
             for _ in range(2):
                 self._add_node()
             self._run(self.folder / "undisturbed", disturbed=False)
+            self.say("the undisturbed run is done")
+            self.until = time.monotonic() + 60 * self.minutes
             while time.monotonic() < self.until:
                 run = self.folder / f"run-{self.tally.runs}"
                 self._run(run, disturbed=True)

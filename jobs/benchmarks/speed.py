@@ -12,14 +12,14 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.recorded import RecordedTrainer, plain_search
+from benchmarks.recorded import LoopedTrainer, RecordedTrainer, plain_search
 from benchmarks.scale import IMAGENET, blocks, center_of
 from benchmarks.tables import markdown
 from icce_ray.config.schema import HeadsConfig, MethodConfig
@@ -147,9 +147,15 @@ def heads(place: Place) -> list[Row]:
 
 
 def hidden(place: Place) -> list[Row]:
-    """A training step of TEMI's heads, beside the same step recorded by autograd in float32."""
-    case = (50, 1000, 512) if place.gpu else (4, 10, 512)
-    return [_step(place, "heads, hidden 512 and 256", 1024, *case, TEMI)]
+    """A training step of TEMI's heads, beside the same step recorded by autograd in float32, and
+    beside a loop over the heads."""
+    count, clusters, pairs = case = (50, 1000, 512) if place.gpu else (4, 10, 512)
+    row = _step(place, "heads, hidden 512 and 256", 1024, *case, TEMI)
+    data = random_data(place, 100_000 if place.gpu else 20_000, 1024)
+    settings = HeadsConfig.model_validate({"count": count, "batch_size": pairs, **TEMI})
+    looped, _ = _pace(place, LoopedTrainer(data, settings, clusters), 5)
+    place.say(f"a loop over the heads: {1000 * looped:.2f} ms")
+    return [row, replace(row, baseline="TEMI's loop", baseline_seconds=looped)]
 
 
 def _step(
@@ -184,7 +190,9 @@ def _step(
     return row
 
 
-def _pace(place: Place, trainer: HeadTrainer, most: int) -> tuple[float, float | None]:
+def _pace(
+    place: Place, trainer: HeadTrainer | LoopedTrainer, most: int
+) -> tuple[float, float | None]:
     """Seconds of a step that needs no loss, as nearly all do, and GPU memory."""
     place.time(lambda: trainer.step(want_loss=False), 3)
     place.peak()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,15 @@ def test_a_second_run_skips_all_stages(
     after = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("manifest.json")}
     assert before == after
     assert done.stderr.count("skip, done") == len(pipeline.STAGES)
+
+
+def test_a_copied_run_is_as_finished_as_the_first(finished: Path, here: Here) -> None:
+    shutil.copytree(finished / "run", finished / "copy")
+    (finished / "copy" / "report" / "manifest.json").unlink()
+    done = here("run", "quickstart", "run_dir=copy", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("skip, done") == len(pipeline.STAGES) - 1
+    assert (finished / "copy" / "report" / "manifest.json").exists()
 
 
 def test_a_changed_setting_names_what_it_invalidates(here: Here) -> None:

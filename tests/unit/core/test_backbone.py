@@ -226,6 +226,23 @@ def test_weights_from_files(tmp_path: Path, donor: torch.nn.Module, name: str) -
     assert core.load(config()).describe()["sha256"] != expected_hash(donor)
 
 
+def test_weights_that_come_from_a_file_are_not_drawn_before(
+    tmp_path: Path, donor: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file lacks would be NaN, never random."""
+    build, seen = core._build, []
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        model = build(*arguments, **options)
+        seen.append({name for name, one in model.named_parameters() if one.isnan().any()})
+        return model
+
+    monkeypatch.setattr(core, "_build", noting)
+    found = core.load(stored(tmp_path / "w.safetensors", donor.state_dict()))
+    assert len(seen[0]) > 5
+    assert not any(one.isnan().any() for one in found.model.parameters())
+
+
 def test_weights_inside_checkpoints(tmp_path: Path, donor: torch.nn.Module) -> None:
     state = donor.state_dict()
     wrapped = {f"module.{key}": value for key, value in state.items()}

@@ -39,10 +39,12 @@ def assert_top(matrix, ids, similarity, start=0):
     np.testing.assert_allclose(np.take_along_axis(scores, ids.astype(int), 1), best, atol=1e-5)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
+@pytest.fixture(params=["faiss", "torch"])
+def small_chunks(request, monkeypatch):
     monkeypatch.setattr(core, "QUERY_CHUNK", 7)
     monkeypatch.setattr(core, "BASE_CHUNK", 10)
+    if request.param == "torch":  # as where faiss is not installed
+        monkeypatch.setattr(core, "_faiss_knn", lambda: None)
 
 
 # --- exact ---------------------------------------------------------------------------------------

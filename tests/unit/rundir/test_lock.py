@@ -26,6 +26,7 @@ def local(tmp_path):
 @pytest.fixture
 def remote(s3, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "SETTLE", 0.05)
+    monkeypatch.setattr(lock, "RENEW_EVERY", 0.5)
     return RunDirectory(s3.uri(f"{tmp_path.name}/run"))
 
 
@@ -86,6 +87,27 @@ def test_a_lease_that_nobody_holds_is_taken_over(remote, dead):
     with exclusive(remote):
         assert remote.read_json(LEASE)["id"] != "other"
     assert not remote.exists(LEASE)
+
+
+@pytest.mark.parametrize("jump", [-10_000.0, 10_000.0])
+def test_a_lease_that_is_renewed_is_respected_whatever_the_clock_says(remote, monkeypatch, jump):
+    """As after a clock was set back, or forward."""
+    here, ended = time.time, threading.Event()
+
+    def renew():  # by another host's clock
+        while not ended.wait(0.1):
+            lease_of(remote, host="node-7", pid=11, renewed=here())
+
+    renewing = threading.Thread(target=renew)
+    lease_of(remote, host="node-7", pid=11)
+    monkeypatch.setattr(lock.time, "time", lambda: here() + jump)
+    renewing.start()
+    try:
+        with pytest.raises(ArtifactError, match="process 11 on host node-7"), exclusive(remote):
+            pass
+    finally:
+        ended.set()
+        renewing.join()
 
 
 def test_a_lease_is_renewed_and_its_loss_is_noticed(remote, monkeypatch):

@@ -403,7 +403,10 @@ def test_what_may_pass(error: Exception, passing: bool) -> None:
 
 
 class Door:
-    """A way to the server that can be shut: `refuse` connections, or answer that it is `busy`."""
+    """A way to the server that can be shut: `refuse` connections, answer that it is `busy`, or
+    break off (`cut`) what comes back after CUT bytes."""
+
+    CUT = 4000
 
     BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -428,15 +431,16 @@ class Door:
                     continue
                 server = socket.create_connection(("127.0.0.1", self.target))
                 self._open += [client, server]
-                for ends in ((client, server), (server, client)):
+                for ends in ((client, server, False), (server, client, self.mode == "cut")):
                     threading.Thread(target=self._carry, args=ends, daemon=True).start()
 
-    @staticmethod
-    def _carry(source: socket.socket, sink: socket.socket) -> None:
+    def _carry(self, source: socket.socket, sink: socket.socket, cut: bool) -> None:
+        left = self.CUT if cut else 1 << 62
         with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
+            while (data := source.recv(1 << 16)) and left > 0:
+                sink.sendall(data[:left])
+                left -= len(data)
+            sink.shutdown(socket.SHUT_RDWR if cut else socket.SHUT_WR)
 
     def set(self, mode: str) -> None:
         for one in [*self._open, *([self._listener] if mode == "refuse" else [])]:
@@ -454,6 +458,35 @@ def door(s3, monkeypatch) -> Iterator[Door]:
     door = Door(s3.port)
     yield door
     door.set("refuse")
+
+
+def test_what_breaks_off_is_read_again(s3, door) -> None:
+    """Neither half a file nor an image in quarantine comes of it."""
+    run = RunDirectory(s3.uri("cut/run", door.port))
+    content = np.random.default_rng(0).bytes(100_000)
+    picture = png(1) + content  # PNG readers ignore what follows
+    put(s3.uri("cut/a.png"), picture)
+    run.write_bytes(content, "f", "x")
+    run.write_table(pa.table({"a": np.frombuffer(content, np.uint8)}), "t", "t.parquet")
+    works = {
+        "file": partial(run.read_bytes, "f", "x"),
+        "table": lambda: run.read_table("t")["a"].to_numpy().tobytes(),
+        "image": lambda: next(iter(images.read_many([s3.uri("cut/a.png", door.port)]))),
+    }
+    found: dict[str, object] = {}
+    door.set("cut")
+    threads = [
+        threading.Thread(target=lambda n=name, w=work: found.update({n: w()}))
+        for name, work in works.items()
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    assert not found
+    door.set("open")
+    for thread in threads:
+        thread.join(30)
+    assert found == {"file": content, "table": content, "image": picture}
 
 
 @pytest.mark.parametrize("mode", ["refuse", "busy"])

@@ -375,6 +375,18 @@ def test_a_state_is_a_copy_on_disk_and_back():
     same(again.state(), trainer.state())
 
 
+def test_restored_moments_lie_in_memory_as_their_parameters_do():
+    """Few clusters are laid out the other way round; a fused optimizer refuses any other layout."""
+    trainer, again = make(), make()
+    trainer.step()
+    again.restore([trainer.state()])
+    assert again.optimizer.state
+    for parameter, slot in again.optimizer.state.items():
+        assert slot["step"].device == parameter.device
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert slot[key].stride() == parameter.stride()
+
+
 def test_a_state_before_the_first_step_restores_too():
     trainer, again = make(), make(seed=1)
     trainer.start()
