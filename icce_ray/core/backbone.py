@@ -26,6 +26,8 @@ from icce_ray.core import weights
 from icce_ray.core.preprocess import Preprocess, preprocess_from
 from icce_ray.errors import ConfigError, DataError, one_line
 
+TRIED = 4  # images of noise on which bfloat16 is tried
+LEAST_ERROR = 1e-4  # of a cosine, which does not matter
 SMALL = 3e8  # parameters of a model that is quickly tried with an image size
 Precision = Literal["float32", "bfloat16"]
 
@@ -112,19 +114,37 @@ class Backbone(nn.Module):
         return self._pool(x).float()
 
     def on(self, device: torch.device, precision: Precision) -> Backbone:
-        """This backbone on a device, ready to `embed` in the given arithmetic.
-
-        On a GPU all between two layers is then bfloat16 as well, where autocast would go back to
-        float32 and read twice as much memory. Batch normalization keeps its float32 statistics.
-        """
+        """This backbone on a device, ready to `embed` in the given arithmetic."""
         self.to(device)
         if precision == "bfloat16" and device.type == "cuda":
-            self.dtype = torch.bfloat16
-            self.model.to(self.dtype)
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.float()
+            self.halve()
         return self
+
+    def halve(self) -> bool:
+        """Make all of the model bfloat16, where it stays as exact as under autocast.
+
+        Autocast goes back to float32 between layers, and so reads twice as much memory. But not all
+        models bear bfloat16 in their tables (angles of positions, masks): both ways are tried on
+        noise, beside float32. Returns whether the model is bfloat16 now.
+        """
+        generator = torch.Generator().manual_seed(0)
+        shape = (TRIED, 3, self.input_size, self.input_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        images = images.to(self.mean.device)
+        exact, auto = self.embed(images), self.embed(images, "bfloat16")
+        whole = self.model
+        try:
+            self._take(_halved(whole), torch.bfloat16)
+            found = self.embed(images, "bfloat16")
+        except RuntimeError:  # types that do not go together
+            found = torch.zeros_like(exact)
+        if _error(found, exact) > 2 * _error(auto, exact) + LEAST_ERROR:
+            self._take(whole, torch.float32)
+        return self.dtype == torch.bfloat16
+
+    def _take(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self._pool = _pooling(model, self.config)
 
     def embed(self, images: Tensor, precision: Precision = "float32") -> Tensor:
         """`forward` without gradients, in the given arithmetic."""
@@ -165,6 +185,21 @@ class Backbone(nn.Module):
             "model_args": dict(getattr(self.model, "icce_args", {})),
             "transform": transform,
         }
+
+
+def _halved(model: nn.Module) -> nn.Module:
+    """A copy in bfloat16. Batch normalization keeps its float32 statistics."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    for module in half.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.float()
+    return half
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    """1 - the least cosine between rows of both, [B, D]; infinite where it is not a number."""
+    cosine = float(F.cosine_similarity(found, exact).min())
+    return 1 - cosine if math.isfinite(cosine) else math.inf
 
 
 def _own_size(model: Any) -> int:

@@ -29,9 +29,10 @@ from ray.cluster_utils import Cluster
 slow = SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() / 40})
 starting.time = slow
 
-# A node that is gone fails at once, one that is slow only after the timeout: dead after 3 s or 600.
+# A node that is gone fails at once, one that is slow only after the timeout.
 soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300,
-        "health_check_timeout_ms": 60000, "health_check_failure_threshold": 10}
+        "health_check_timeout_ms": int(100 * float(sys.argv[1])),
+        "health_check_failure_threshold": 10}
 head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
 cluster, nodes = Cluster(), {}
 
@@ -90,14 +91,19 @@ def children(pid: int) -> dict[int, str]:
 
 
 class Nodes:
-    """A Ray cluster of real processes, in a process group of its own."""
+    """A Ray cluster of real processes, in a process group of its own.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for its log.
+        silence: seconds after which a node that does not answer counts as lost.
+    """
+
+    def __init__(self, folder: Path, silence: float = 600.0) -> None:
         # Short, since sockets lie in it; apart from other clusters of this machine.
         self.place = tempfile.mkdtemp(prefix="icce-", dir="/tmp")
         self.log = (folder / "cluster.log").open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
+            [sys.executable, "-c", SERVER, str(silence)],
             env={
                 **os.environ,
                 "RAY_TMPDIR": self.place,

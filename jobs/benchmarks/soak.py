@@ -37,7 +37,9 @@ Say = Callable[[str], None]
 FAULTS = ("worker", "node", "freeze", "driver", "stop")
 WEIGHTS = (0.4, 0.2, 0.1, 0.15, 0.15)
 COUNT, CLUSTERS = 361, 3  # rows that do not divide by two workers
+NO_WORK = ("IDLE", "Agent")  # in the names of processes that do not compute for a run
 STOP_WITHIN = 15.0  # seconds in which a command that is asked to stop has to end
+SILENCE = 60.0  # seconds after which a frozen node counts as lost
 HANG = 1200.0  # seconds without any sign of work after which a run counts as hanging
 CONFIG = f"""
 num_classes: {CLUSTERS}
@@ -72,7 +74,7 @@ class Soak:
         self.minutes, self.until = minutes, 0.0
         self.rng = np.random.default_rng(seed)
         self.tally = Tally()
-        self.nodes = Nodes(folder)
+        self.nodes = Nodes(folder, SILENCE)
         self.live: list[str] = []
         self.started = 0  # nodes so far
         self.driver: subprocess.Popen[bytes] | None = None
@@ -169,7 +171,7 @@ class Soak:
             pid
             for name in self.live
             for pid, text in sorted(children(self.nodes.nodes[name]["raylet"]).items())
-            if text.startswith("ray::") and "IDLE" not in text
+            if text.startswith("ray::") and not any(word in text for word in NO_WORK)
         ]
         if not found:
             return False

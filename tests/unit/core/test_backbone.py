@@ -243,6 +243,42 @@ def test_weights_that_come_from_a_file_are_not_drawn_before(
     assert not any(one.isnan().any() for one in found.model.parameters())
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_a_model_that_bears_bfloat16_is_halved(name: str) -> None:
+    found = core.load(config(name))
+    images = torch.randint(0, 256, (3, 3, found.input_size, found.input_size), dtype=torch.uint8)
+    exact = found.embed(images)
+    assert found.halve()
+    half = found.embed(images, "bfloat16")
+    assert half.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(half, exact).min() > 0.999
+
+
+@pytest.mark.parametrize("fault", ["inexact", "types"])
+def test_a_model_that_does_not_bear_bfloat16_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    found = core.load(config("test_vit"))
+    plain, halved = found.model, core._halved
+
+    def damaged(model: torch.nn.Module) -> torch.nn.Module:
+        half = halved(model)
+        for one in half.parameters():
+            one.data += 0.1 * one.data.std() * torch.randn_like(one)
+        return half
+
+    images = torch.randint(0, 256, (3, 3, found.input_size, found.input_size), dtype=torch.uint8)
+    exact = found.embed(images)
+    monkeypatch.setattr(core, "_halved", damaged if fault == "inexact" else _raise)
+    assert not found.halve()
+    assert found.model is plain and found.dtype == torch.float32
+    torch.testing.assert_close(found.embed(images), exact)
+
+
+def _raise(model: torch.nn.Module) -> torch.nn.Module:
+    raise RuntimeError("expected scalar type Float but found BFloat16")
+
+
 def test_weights_inside_checkpoints(tmp_path: Path, donor: torch.nn.Module) -> None:
     state = donor.state_dict()
     wrapped = {f"module.{key}": value for key, value in state.items()}
