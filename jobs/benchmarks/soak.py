@@ -5,7 +5,8 @@ happens to it, chosen by a seeded generator:
 
     worker   a process of Ray that computes for the run is killed
     node     a node is lost with all its processes, and a new one starts
-    freeze   the processes of a node are stopped, not killed; a new node starts
+    freeze   the processes of a node are stopped, and killed much later; a new node starts. (While
+             they only stand still, Ray may wait for them with places it has reserved elsewhere.)
     driver   the command is killed, and given again
     stop     the command is asked to stop (SIGTERM), and given again
 
@@ -76,6 +77,7 @@ class Soak:
         self.tally = Tally()
         self.nodes = Nodes(folder, SILENCE)
         self.live: list[str] = []
+        self.frozen: dict[str, float] = {}  # nodes, and since when
         self.started = 0  # nodes so far
         self.driver: subprocess.Popen[bytes] | None = None
 
@@ -113,6 +115,7 @@ class Soak:
                     return
                 self._note(f"the command ended with {code}: {self._last_words()}")
                 self._command(run)
+            self._end_frozen()
             if disturbed and time.monotonic() > due and time.monotonic() < self.until:
                 self._fault(run)
                 due = time.monotonic() + self._pause()
@@ -191,8 +194,15 @@ class Soak:
         name = self._pick()
         self.live.remove(name)
         self.nodes.freeze(name)
+        self.frozen[name] = time.monotonic()
         self._add_node()
         return True
+
+    def _end_frozen(self) -> None:
+        for name, since in list(self.frozen.items()):
+            if time.monotonic() - since > 2 * SILENCE:
+                self.nodes.kill(name)
+                del self.frozen[name]
 
     def _driver(self, run: Path) -> bool:
         self._end_driver(signal.SIGKILL)
