@@ -110,6 +110,19 @@ def test_a_lease_that_is_renewed_is_respected_whatever_the_clock_says(remote, mo
         renewing.join()
 
 
+def test_of_two_that_start_together_the_later_write_wins(remote, monkeypatch):
+    write = lock.Lease._write
+
+    def overtaken(self):
+        write(self)
+        lease_of(remote, host="node-7", pid=11)
+
+    monkeypatch.setattr(lock.Lease, "_write", overtaken)
+    with pytest.raises(ArtifactError, match="process 11 on host node-7"), exclusive(remote):
+        pass
+    assert remote.read_json(LEASE)["id"] == "other"
+
+
 def test_a_lease_is_renewed_and_its_loss_is_noticed(remote, monkeypatch):
     monkeypatch.setattr(lock, "RENEW_EVERY", 0.05)
     lost, heard = threading.Event(), []
