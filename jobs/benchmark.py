@@ -291,7 +291,7 @@ def soak(
     with tempfile.TemporaryDirectory() as folder:
         tally = faults.Soak(Path(folder), minutes, every, seed, _tell).play()
     about = {"settings": {"minutes": minutes, "every": every, "seed": seed}, "machine": machine()}
-    publish(out, faults.table(tally), {**about, "tally": asdict(tally)})
+    publish(out, faults.table(tally), {**about, "tally": vars(tally)})
     if tally.failures:
         raise typer.Exit(1)
 
