@@ -35,6 +35,14 @@ def blobs() -> tuple[np.ndarray, np.ndarray]:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16), labels
 
 
+def heads_data(matrix: np.ndarray, device: torch.device) -> Data:
+    """Rows with their 10 nearest neighbors, as heads train on them."""
+    ids, _ = neighbors.search(matrix, 0, len(matrix), 10, device)
+    counts = torch.full((len(ids),), 10, dtype=torch.int32, device=device)
+    features = project(matrix, fit_projection(matrix, 32, 0), device)
+    return Data(features, torch.from_numpy(ids).to(device), counts, device)
+
+
 def test_search_finds_what_the_cpu_finds(
     device: torch.device, blobs: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,10 +95,7 @@ def test_heads_train_on_the_device(
     device: torch.device, blobs: tuple[np.ndarray, np.ndarray], precision: str
 ) -> None:
     matrix, labels = blobs
-    ids, _ = neighbors.search(matrix, 0, len(matrix), 10, device)
-    features = project(matrix, fit_projection(matrix, 32, 0), device)
-    counts = torch.full((len(ids),), 10, dtype=torch.int32, device=device)
-    data = Data(features, torch.from_numpy(ids).to(device), counts, device)
+    data = heads_data(matrix, device)
     trainer = HeadTrainer(data, HeadsConfig(count=4, precision=precision), 8, 0, 200)
     trainer.start()
     for _ in range(200):
@@ -106,10 +111,7 @@ def test_a_resumed_training_is_the_undisturbed_one(
     device: torch.device, blobs: tuple[np.ndarray, np.ndarray], hidden: tuple[int, ...]
 ) -> None:
     matrix, _ = blobs
-    ids, _ = neighbors.search(matrix, 0, len(matrix), 10, device)
-    features = project(matrix, fit_projection(matrix, 32, 0), device)
-    counts = torch.full((len(ids),), 10, dtype=torch.int32, device=device)
-    data = Data(features, torch.from_numpy(ids).to(device), counts, device)
+    data = heads_data(matrix, device)
     settings = HeadsConfig(count=3, hidden=hidden)
     plain, first, second = (HeadTrainer(data, settings, 8, 0, 20) for _ in range(3))
     for trainer, steps in ((plain, 20), (first, 10)):

@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.nodes import Nodes, alive, children
+from benchmarks.soak import CLUSTERS, COUNT, write_images
 from PIL import Image
 
 from icce_ray import config as configs
@@ -38,7 +39,6 @@ from icce_ray.rundir.directory import RunDirectory
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(7200)]
 
 PATIENCE = 1200.0  # seconds
-COUNT, CLUSTERS = 361, 3  # rows that do not divide by two workers
 SETTINGS = f"""
 num_classes: {CLUSTERS}
 data: {{labels: none}}
@@ -190,16 +190,6 @@ class Story:
                 os.killpg(driver.pid, signal.SIGKILL)
             driver.wait()
         self.nodes.close()
-
-
-def write_images(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    colors = np.array([(220, 40, 40), (40, 200, 60), (50, 60, 230)])
-    folder.mkdir()
-    for number in range(COUNT):
-        noise = rng.integers(-40, 40, (32, 32, 3))
-        pixels = (colors[number % CLUSTERS] + noise).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:04d}.png")
 
 
 @pytest.fixture(scope="module")

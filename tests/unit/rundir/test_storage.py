@@ -11,7 +11,7 @@ import socket
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -460,6 +460,24 @@ def door(s3, monkeypatch) -> Iterator[Door]:
     door.set("refuse")
 
 
+def answers(door: Door, mode: str, works: Mapping[str, Callable[[], object]]) -> dict[str, object]:
+    """What works give that begin while the door is shut so, and end once it is open."""
+    found: dict[str, object] = {}
+    door.set(mode)
+    threads = [
+        threading.Thread(target=lambda n=name, w=work: found.update({n: w()}))
+        for name, work in works.items()
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    assert not found
+    door.set("open")
+    for thread in threads:
+        thread.join(30)
+    return found
+
+
 def test_what_breaks_off_is_read_again(s3, door) -> None:
     """Neither half a file nor an image in quarantine comes of it."""
     run = RunDirectory(s3.uri("cut/run", door.port))
@@ -473,20 +491,7 @@ def test_what_breaks_off_is_read_again(s3, door) -> None:
         "table": lambda: run.read_table("t")["a"].to_numpy().tobytes(),
         "image": lambda: next(iter(images.read_many([s3.uri("cut/a.png", door.port)]))),
     }
-    found: dict[str, object] = {}
-    door.set("cut")
-    threads = [
-        threading.Thread(target=lambda n=name, w=work: found.update({n: w()}))
-        for name, work in works.items()
-    ]
-    for thread in threads:
-        thread.start()
-    time.sleep(1.5)
-    assert not found
-    door.set("open")
-    for thread in threads:
-        thread.join(30)
-    assert found == {"file": content, "table": content, "image": picture}
+    assert answers(door, "cut", works) == {"file": content, "table": content, "image": picture}
 
 
 @pytest.mark.parametrize("mode", ["refuse", "busy"])
@@ -507,20 +512,8 @@ def test_every_request_waits_until_the_storage_is_back(s3, door, mode: str) -> N
         "delete": partial(run.delete, "delete"),
         "image": partial(images.read_many, [s3.uri(f"{mode}/a.png", door.port)] * 2),
     }
-    found: dict[str, object] = {}
-    door.set(mode)
     with storage.listening(lambda text, well: heard.append((text, well))):
-        threads = [
-            threading.Thread(target=lambda n=name, w=work: found.update({n: w()}))
-            for name, work in works.items()
-        ]
-        for thread in threads:
-            thread.start()
-        time.sleep(1.5)
-        assert not found
-        door.set("open")
-        for thread in threads:
-            thread.join(30)
+        found = answers(door, mode, works)
     expected = {"write": None, "read": b"read", "list": ["x"], "exists": True}
     assert found == expected | {
         "table": pa.table({"a": [1, 2]}),
