@@ -34,13 +34,15 @@ heads: {count: 4, steps: 600, batch_size: 256, checkpoint_every: 50}
 evaluate: {kmeans: false}
 """
 
-# The command line, whose search waits while there is a file.
+# The command line, whose search waits while there is a file. Where the tests themselves run in the
+# background of a shell, their processes would ignore SIGINT.
 DRIVER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from icce_ray import cli
 from icce_ray.stages import search
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 folder, plain = Path(sys.argv[1]), search._search_task
 
 def gated(*arguments):
