@@ -249,8 +249,8 @@ def speed(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="heads, hidden, start, search, assign, consensus, probe, whole, many, embed; "
-            "default: all."
+            help="heads, hidden, start, search, assign, consensus, probe, whole, many, embed, "
+            "listing; default: all."
         ),
     ] = None,
     rows: Annotated[
