@@ -6,6 +6,9 @@
     python jobs/benchmark.py ablation    what each setting earns, as a sweep
     python jobs/benchmark.py truth       the label-free scores of the true classes themselves
     python jobs/benchmark.py imbalance   classes of unequal size, cut from a finished run's data
+    python jobs/benchmark.py fonts       images of many classes: characters in this machine's fonts
+    python jobs/benchmark.py twin        features that resemble ImageNet's, of any number of classes
+    python jobs/benchmark.py peers       accuracy and time beside k-means and UMAP
     python jobs/benchmark.py pace        accuracy over the time of training, beside TEMI's recipe
     python jobs/benchmark.py speed       each part beside a baseline and the machine's ceiling
     python jobs/benchmark.py alone       the parts of the method on one device, without Ray
@@ -162,6 +165,60 @@ def imbalance(
     found = quality.measure_imbalance(run_dir, folder, ratios, seeds or [0, 1, 2], overrides or [])
     about = {"settings": {"run": run_dir, "overrides": overrides or []}, "machine": machine()}
     publish(out, quality.imbalance_table(found), {**about, "tails": found})
+
+
+@app.command()
+def fonts(
+    folder: Annotated[Path, typer.Argument(help="For the images, one folder per character.")],
+    fewest: Annotated[int, typer.Option(help="Fonts that a character needs.")] = 100,
+    most: Annotated[int, typer.Option(help="Images of a character.")] = 150,
+) -> None:
+    """Real images of many classes: characters drawn in the fonts of this machine."""
+    from benchmarks import fonts as characters
+
+    counts = characters.draw(folder, fewest, most)
+    print(f"{sum(counts.values()):,} images of {len(counts)} characters in {folder}")
+
+
+@app.command()
+def twin(
+    out: Annotated[Path, typer.Argument(help="OUT.npy and OUT-labels.npy are written.")],
+    classes: Annotated[int, typer.Option(help="K")] = 200,
+    per_class: Annotated[int, typer.Option(help="Rows of each class.")] = 100,
+    trials: Annotated[int, typer.Option(help="Search for a recipe; 0: the one known.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Features with the kNN, linear and k-means accuracy of DINOv2's on ImageNet."""
+    from benchmarks import twin as twins
+
+    recipe = twins.Recipe()
+    if trials:
+        recipe, _ = twins.fit(classes, per_class, _tell, recipe, trials, seed)
+    x, y = twins.make(recipe, classes, per_class, seed=seed)
+    np.save(out.with_suffix(".npy"), x)
+    np.save(out.with_name(f"{out.stem}-labels.npy"), y)
+    about = {"figures": twins.figures(x, y, seed), "recipe": asdict(recipe)}
+    print(json.dumps(about, indent=2))
+
+
+@app.command()
+def peers(
+    source: Annotated[str, typer.Argument(help="A run with neighbors, or embeddings (.npy).")],
+    overrides: Overrides = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels (.npy) of embeddings; a run has its own.")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2")] = None,
+    out: Out = Path("runs/peers"),
+) -> None:
+    """The method in memory, beside k-means and, where it is installed, UMAP."""
+    from benchmarks import alone
+    from benchmarks import peers as others
+
+    case = alone.embeddings_of(source, labels)
+    found = others.compare(*case, seeds or [0, 1, 2], overrides or [], _tell)
+    about = {"settings": {"source": source, "overrides": overrides or []}, "machine": machine()}
+    publish(out, others.table(found), {**about, "results": found})
 
 
 Device = Annotated[str, typer.Option(help="cpu, cuda; auto: a GPU if there is one.")]

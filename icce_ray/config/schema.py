@@ -179,9 +179,11 @@ class HeadsConfig(Node):
     many times faster and better on the data measured."""
     pca: Positive | None = 256
     """Number of principal components that heads are trained on. null: the embeddings unchanged."""
-    start: Literal["kmeans", "random"] = "kmeans"
-    """Initialization of linear heads. kmeans: centroids of k-means on a random part of the images
-    and of the components, a different one for each head. random: near zero."""
+    start: Literal["auto", "ward", "kmeans", "random"] = "auto"
+    """Initialization of linear heads. ward: centroids of Ward's clusters of images averaged with
+    their neighbors, on a random part of the images and of the components, a different one for each
+    head. kmeans: centroids of k-means, on such a part. random: near zero. auto: kmeans for up to 15
+    clusters, else ward."""
     batch_norm: bool = True
     """Batch normalization after each hidden layer (linear heads have none)."""
     steps: Positive | None = None

@@ -16,13 +16,16 @@ from icce_ray.core.sampling import sample_rows
 
 STATISTICS_ROWS = 20_000  # rows that center and components are taken from
 PROJECTED_ROWS = 8192  # rows projected at a time
+WHITENED = 0.5  # exponent by which components are divided by their deviation: 1 makes all equal
+LEAST = 1e-4  # of the largest deviation: below it a component is rounding
 
 
 class Projection(nn.Module):
     """Centered embeddings on their leading principal components, unit rows.
 
-    Dropping the trailing components removes noise and most of the cost. Their relative sizes are
-    kept: whitening, or batch normalization of the input, let noise dominate in our trials.
+    Dropping the trailing components removes noise and most of the cost. Those that are left are
+    half whitened: the leading ones are what all images have in common, such as light or style, and
+    what tells many classes apart is in the smaller ones.
     """
 
     center: Tensor
@@ -37,11 +40,14 @@ class Projection(nn.Module):
         """Center and components of a sample of embeddings, float [N, D]."""
         center = sample.double().mean(0)
         centered = sample.double() - center
-        _, vectors = torch.linalg.eigh(centered.T @ centered)
+        values, vectors = torch.linalg.eigh(centered.T @ centered)
         basis = vectors.flip(1)[:, : self.basis.shape[1]]
+        deviation = values.flip(0)[: basis.shape[1]].clamp_min(0).sqrt()
+        largest_deviation = deviation[0].clamp_min(1e-12)
+        scale = (deviation / largest_deviation).clamp_min(LEAST) ** -WHITENED
         largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
         self.center.copy_(center)
-        self.basis.copy_(basis * largest.sign())  # eigenvectors have no sign of their own
+        self.basis.copy_(basis * largest.sign() * scale)  # eigenvectors have no sign of their own
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -54,9 +54,19 @@ def case_of(embeddings: np.ndarray, codes: np.ndarray, clusters: int, device: to
 
 def case_of_files(embeddings: Path, labels: Path, device: torch.device) -> Case:
     """N x D embeddings and N labels in .npy files; neighbors are searched."""
-    x, truth = np.load(embeddings, mmap_mode="r"), np.load(labels)
-    codes = np.unique(truth, return_inverse=True)[1].astype(np.int64)
-    return case_of(unit_rows(x), codes, int(codes.max()) + 1, device)
+    x, codes = embeddings_of(str(embeddings), labels)
+    return case_of(x, codes, int(codes.max()) + 1, device)
+
+
+def embeddings_of(source: str, labels: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Unit rows, float16 [N, D], and classes, int64 [N], of a run, or of two .npy files."""
+    if labels is None:
+        from benchmarks.tables import open_labeled
+
+        run, _, known = open_labeled(source)
+        return run.matrix("embeddings", "embedding"), known.codes
+    x, truth = np.load(source, mmap_mode="r"), np.load(labels)
+    return unit_rows(x), np.unique(truth, return_inverse=True)[1].astype(np.int64)
 
 
 def case_of_run(run_dir: str) -> Case:

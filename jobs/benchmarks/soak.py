@@ -133,7 +133,12 @@ class Soak:
         command = [sys.executable, "-m", "icce_ray.cli", "run", str(self.folder / "config.yaml")]
         settings = [f"run_dir={run}", f"data.path={self.folder}/images"]
         settings.append(f"ray.address={self.nodes.head['address']}")
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            "OMP_NUM_THREADS": "1",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else each node installs the project anew
+        }
         with (self.folder / "said.txt").open("wb") as said:
             self.driver = subprocess.Popen(
                 [*command, *settings],

@@ -29,7 +29,7 @@ from icce_ray.core import method, neighbors
 from icce_ray.core.classifier import probe as probe_
 from icce_ray.core.evaluation.kmeans import kmeans_baseline
 from icce_ray.core.evaluation.truth import accuracy
-from icce_ray.core.heads.model import kmeans_start
+from icce_ray.core.heads.start import kmeans_start
 from icce_ray.core.heads.trainer import Data, HeadTrainer
 
 Say = Callable[[str], None]

@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +20,6 @@ from icce_ray.core.sampling import seed_of
 
 BN_MOMENTUM = 0.1
 BN_EPSILON = 1e-5
-SEEDED = 100  # clusters up to which k-means is seeded with care
 SHORT = 64  # outputs below which the rows are the last axis in memory
 LINEAR_START = 0.1  # of torch's usual deviation
 
@@ -189,74 +187,3 @@ class Heads(nn.Module):
         x = F.normalize(x, dim=-1)
         prototypes = F.normalize(self.last.weight, dim=1)
         return torch.bmm(x, prototypes.to(x.dtype)).float()
-
-
-def kmeans_start(sample: Tensor, clusters: int, seed: int) -> Tensor:
-    """First weights of one linear head: centroids of a quick k-means, float32 [P, K].
-
-    Each head takes another random half of the rows and of the components, so that heads start
-    different; the centroids themselves are taken in all components.
-
-    Args:
-        sample: float32 [N, P], unit rows, on whatever device.
-    """
-    generator = np.random.default_rng(seed)
-    count, width = sample.shape
-    rows = count if count < 4 * clusters else max(count // 2, 2 * clusters)
-    picked = np.sort(generator.choice(count, rows, replace=False))
-    components = np.sort(generator.permutation(width)[: max(1, math.ceil(width / 2))])
-    chosen = sample[torch.from_numpy(picked).to(sample.device)]
-    part = chosen[:, torch.from_numpy(components).to(sample.device)].contiguous()
-    nearest = _nearest(part, lloyd(part, clusters, generator))
-    sums, counts = _cluster_sums(chosen, nearest, clusters)
-    return (sums / counts.clamp_min(1).unsqueeze(1)).T.contiguous()
-
-
-def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """Number of the centroid nearest to each row: |x - c|^2 is least where x.c - |c|^2 / 2 is most.
-    [N, P] and [K, P] -> int64 [N]."""
-    half = centroids.square().sum(1).mul_(-0.5)
-    return torch.addmm(half, x, centroids.T).argmax(1)
-
-
-def _cluster_sums(x: Tensor, nearest: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Sum of the rows of each cluster [K, P], and their number [K]."""
-    counts = torch.bincount(nearest, minlength=clusters)
-    if x.device.type == "cpu":
-        return x.new_zeros(clusters, x.shape[1]).index_add_(0, nearest, x), counts
-    # A product, since a GPU adds by index in an order of its own: a seed would not repeat.
-    codes = F.one_hot(nearest, clusters).to(x.dtype)
-    return codes.T @ x, counts
-
-
-def _seeds(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
-    """Rows to begin from, [K, P]: k-means++ (Arthur & Vassilvitskii 2007); random for large K,
-    where its K passes cost more than k-means itself."""
-    if clusters > SEEDED or len(x) <= clusters:
-        picks = generator.choice(len(x), clusters, replace=len(x) < clusters)
-        return x[torch.from_numpy(picks).to(x.device)].clone()
-    rows = [int(generator.integers(len(x)))]
-    nearest = (x - x[rows[0]]).square().sum(1)
-    for _ in range(clusters - 1):
-        odds = nearest.double().cpu().numpy()
-        total = odds.sum()
-        p = odds / total if total > 0 else None  # all rows are alike: any will do
-        rows.append(int(generator.choice(len(x), p=p)))
-        nearest = torch.minimum(nearest, (x - x[rows[-1]]).square().sum(1))
-    return x[rows].clone()
-
-
-def lloyd(x: Tensor, clusters: int, generator: np.random.Generator, iterations: int = 20) -> Tensor:
-    """Centroids of plain k-means, [K, P]; empty clusters get random rows.
-
-    A start for the heads needs no better k-means, and this one runs wherever torch does.
-    """
-    centroids = _seeds(x, clusters, generator)
-    for _ in range(iterations):
-        sums, counts = _cluster_sums(x, _nearest(x, centroids), clusters)
-        centroids = sums / counts.clamp_min(1).unsqueeze(1)
-        empty = (counts == 0).nonzero().flatten()
-        if len(empty):
-            rows = generator.choice(len(x), len(empty))
-            centroids[empty] = x[torch.from_numpy(rows).to(x.device)]
-    return centroids

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from icce_ray.config.schema import HeadsConfig
 from icce_ray.core.collective import Alone, Collective
-from icce_ray.core.constants import default_batch
+from icce_ray.core.constants import default_batch, default_start
 from icce_ray.core.evaluation.labelfree import neighbor_consistency
 from icce_ray.core.heads import closed_form
 from icce_ray.core.heads.closed_form import Running, Target, Terms
-from icce_ray.core.heads.model import Heads, kmeans_start, with_ones
+from icce_ray.core.heads.model import Heads, with_ones
+from icce_ray.core.heads.start import SMOOTHED, kmeans_start, smoothed, ward_start
+from icce_ray.core.neighbors import reference_k
 from icce_ray.core.optimizer import AdamW
 from icce_ray.core.projection import Projection, project
 from icce_ray.core.sampling import seed_of
@@ -40,7 +42,7 @@ WEIGHT_DECAY = 1e-4  # AdamW's, as TEMI's
 WARMUP = 0.05  # share of the steps over which the learning rate rises
 CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
 ASSIGN_ROWS = 8192  # rows per forward pass when all images are assigned
-START_ROWS = 20_000  # rows that the k-means of a head's start is made on, or 50 per cluster
+START_ROWS = 20_000  # rows that heads' first clusters are made on, or 50 per cluster
 
 
 def own_heads(count: int, rank: int, world: int) -> list[int]:
@@ -132,16 +134,27 @@ class HeadTrainer:
         return heads.to(self.data.device)
 
     def start(self) -> None:
-        """Give linear heads their k-means start. Not needed before `restore`."""
-        if self.settings.start != "kmeans" or self.settings.hidden:
-            return
+        """Give linear heads their first clusters. Not needed before `restore`."""
         clusters = self.clusters
-        generator = np.random.default_rng(seed_of(self.seed, "k-means rows"))
+        kind = self.settings.start
+        if kind == "random" or self.settings.hidden:
+            return
+        by_tree = (default_start(clusters) if kind == "auto" else kind) == "ward"
+        generator = np.random.default_rng(seed_of(self.seed, "start rows"))
         most = min(len(self.data), max(START_ROWS, 50 * clusters))
         rows = np.sort(generator.choice(len(self.data), most, replace=False))
-        sample = self.data.rows(torch.from_numpy(rows))
+        sample, smooth = self.data.rows(torch.from_numpy(rows)), None
+        if by_tree:
+            ids, counts = self.data.ids, self.data.counts
+            near = reference_k(SMOOTHED, len(ids), clusters, ids.shape[1])
+            every = smoothed(self.data.features, ids[:, :near], counts)
+            smooth = every[torch.from_numpy(rows).to(every.device)].to(sample.device).float()
         for position, number in enumerate(self.numbers):
-            weight = kmeans_start(sample, clusters, seed_of(self.seed, "k-means start", number))
+            seed = seed_of(self.seed, "start", number)
+            if smooth is None:
+                weight = kmeans_start(sample, clusters, seed)
+            else:
+                weight = ward_start(sample, smooth, clusters, seed)
             for heads in (self.student, self.teacher):
                 heads.last.weight.data[position] = weight
 

@@ -20,11 +20,12 @@ def unit_rows(rows):
 
 
 @pytest.mark.parametrize("components", [1, 5, 12])
-def test_projection_is_pca_on_unit_rows(components):
+def test_projection_is_half_whitened_pca_on_unit_rows(components):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 12)) * np.geomspace(4, 0.2, 12) + rng.normal(size=12)
     projection = Projection(12, components).fit(torch.from_numpy(x.astype(np.float32)))
-    expected = PCA(components, svd_solver="full").fit(x).transform(x)
+    fitted = PCA(components, svd_solver="full").fit(x)
+    expected = fitted.transform(x) / fitted.explained_variance_ ** (core.WHITENED / 2)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     found = projection(torch.from_numpy(x).float()).numpy()
     signs = np.sign((found * expected).sum(0))

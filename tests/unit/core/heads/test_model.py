@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from icce_ray.core.heads.model import Heads, kmeans_start, lloyd
+from icce_ray.core.heads.model import Heads
 
 COUNT, ROWS, FEATURES, CLUSTERS = 4, 33, 12, 5
 
@@ -130,44 +129,3 @@ def test_a_heads_first_weights_depend_on_its_number_alone(hidden):
     assert not torch.equal(other["last.weight"], some["last.weight"])
     firsts = every["last.weight"].flatten(1)
     assert len(firsts.unique(dim=0)) == 6
-
-
-# --- k-means start -------------------------------------------------------------------------------
-
-
-def test_kmeans_start_repeats_and_differs_by_seed():
-    sample = unit_rows(120)
-    one, again, other = (kmeans_start(sample, CLUSTERS, seed) for seed in (3, 3, 4))
-    assert one.shape == (FEATURES, CLUSTERS) and one.dtype == torch.float32
-    assert torch.equal(one, again) and not torch.equal(one, other)
-
-
-def test_its_columns_are_centers_of_the_blobs():
-    centers = np.linalg.qr(np.random.default_rng(0).normal(size=(FEATURES, 3)))[0].T
-    sample = np.repeat(centers, 40, axis=0) + 0.01 * unit_rows(120).numpy()
-    found = [
-        kmeans_start(torch.from_numpy(sample.astype(np.float32)), 3, seed).numpy()
-        for seed in range(20)
-    ]
-    # Each k-means starts from random rows; some miss a blob, none may leave the data.
-    assert max((centers @ weight).max(1).min() for weight in found) > 0.98
-    assert all(np.linalg.norm(weight, axis=0).max() < 1.05 for weight in found)
-
-
-@pytest.mark.parametrize("rows", [2, CLUSTERS, CLUSTERS + 1, 4 * CLUSTERS, 4 * CLUSTERS + 1])
-def test_kmeans_start_with_hardly_more_rows_than_clusters(rows):
-    assert kmeans_start(unit_rows(rows), CLUSTERS, 0).isfinite().all()
-
-
-def test_kmeans_start_on_copies_of_few_rows():
-    sample = unit_rows(2).repeat_interleave(50, dim=0)
-    assert kmeans_start(sample, CLUSTERS, 0).isfinite().all()
-    assert kmeans_start(torch.ones(30, 1), CLUSTERS, 0).isfinite().all()
-
-
-def test_lloyd_ends_at_means_of_its_own_clusters():
-    x = unit_rows(200)
-    centroids = lloyd(x, 4, np.random.default_rng(0), iterations=100)
-    nearest = torch.cdist(x, centroids).argmin(1)
-    means = torch.stack([x[nearest == c].mean(0) for c in range(4)])
-    torch.testing.assert_close(centroids, means, atol=1e-5, rtol=0)

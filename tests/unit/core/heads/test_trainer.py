@@ -504,9 +504,13 @@ def test_only_the_seed_changes_the_result():
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
-def test_start_gives_student_and_teacher_the_same_centers_of_each_head():
-    trainer = make()
+@pytest.mark.parametrize("kind", ["ward", "kmeans"])
+def test_start_gives_student_and_teacher_the_same_centers_of_each_head(kind):
+    trainer, other = make(start=kind), make()
     trainer.start()
+    other.start()  # few clusters
+    same = torch.equal(trainer.student.last.weight, other.student.last.weight)
+    assert same == (kind == "kmeans")
     weight = trainer.student.last.weight
     assert torch.equal(weight, trainer.teacher.last.weight)
     assert len(weight.detach().flatten(1).unique(dim=0)) == 5

@@ -1,0 +1,165 @@
+"""Where linear heads begin: clusters of the images that need no training.
+
+k-means gets stuck where two classes share a centroid and a third has
+two, the more often the more classes there are; Ward's tree merges upwards and does not. Averaging
+each image with its neighbors first, twice, brings the images of a class together (as in graph
+convolutions without weights, Wu et al. 2019, arXiv 1902.07153).
+
+Shapes: N rows, P components, K clusters, M neighbors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SEEDED = 100  # clusters up to which k-means is seeded with care
+SMOOTHED = 10  # neighbors that an image is averaged with, fewer where classes are small
+ROUNDS = 2  # times that this is done
+SMOOTHED_ROWS = 8192  # rows at a time
+POINTS = 2000  # images that the tree is made of, or ...
+POINTS_PER_CLUSTER = 6
+FEW = 10  # rounds of k-means after the tree
+
+
+@torch.no_grad()
+def smoothed(features: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
+    """Each row averaged with the mean of its neighbors, of length 1: ROUNDS times.
+
+    features: float16 [N, P]; ids: [N, M], the neighbors to average with; counts: [N], how many of
+    them are valid: the row itself takes the places of the others. Returns float16 [N, P], where
+    `features` is.
+    """
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    for _ in range(ROUNDS):
+        out = torch.empty_like(features)
+        for start in range(0, len(features), SMOOTHED_ROWS):
+            part = slice(start, start + SMOOTHED_ROWS)
+            own = torch.arange(len(ids), device=ids.device)[part, None]
+            taken = torch.where(columns < counts[part, None], ids[part].long(), own)
+            near = features[taken.to(features.device)].float().mean(1)
+            out[part] = F.normalize(features[part].float() + near, dim=-1).half()
+        features = out
+    return features
+
+
+def ward_start(sample: Tensor, smooth: Tensor, clusters: int, seed: int) -> Tensor:
+    """First weights of one linear head: centroids of Ward's clusters (1963), float32 [P, K].
+
+    The tree is made of a few smoothed rows; k-means moves its clusters' centroids through all of
+    them. Each head takes another random half of the rows and of the components, so that heads start
+    different; the centroids themselves are those of the rows as they are, in all components.
+
+    Args:
+        sample: float32 [N, P], unit rows, on whatever device.
+        smooth: float32 [N, P], the same rows smoothed.
+    """
+    from sklearn.cluster import AgglomerativeClustering
+
+    count = len(sample)
+    if count < 4 * clusters:
+        return kmeans_start(sample, clusters, seed)
+    generator = np.random.default_rng(seed)
+    chosen, part = _halves(sample, smooth, clusters, generator)
+    most = min(len(part), max(POINTS, POINTS_PER_CLUSTER * clusters))
+    points = part[
+        torch.from_numpy(generator.choice(len(part), most, replace=False)).to(part.device)
+    ]
+    tree = AgglomerativeClustering(clusters, linkage="ward").fit_predict(points.cpu().numpy())
+    begin = _means(points, torch.from_numpy(tree).to(part.device), clusters)
+    nearest = _nearest(part, lloyd(part, clusters, generator, FEW, begin))
+    return _means(chosen, nearest, clusters).T.contiguous()
+
+
+def _halves(
+    sample: Tensor, seen: Tensor, clusters: int, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """A random half of the rows, and what k-means sees of them: of `seen`, half the components."""
+    count, width = sample.shape
+    rows = count if count < 4 * clusters else max(count // 2, 2 * clusters)
+    picked = np.sort(generator.choice(count, rows, replace=False))
+    components = np.sort(generator.permutation(width)[: max(1, math.ceil(width / 2))])
+    index = torch.from_numpy(picked).to(sample.device)
+    part = seen[index][:, torch.from_numpy(components).to(sample.device)]
+    return sample[index], part.contiguous()
+
+
+def kmeans_start(sample: Tensor, clusters: int, seed: int) -> Tensor:
+    """First weights of one linear head: centroids of a quick k-means, float32 [P, K].
+
+    Each head takes another random half of the rows and of the components, so that heads start
+    different; the centroids themselves are taken in all components.
+
+    Args:
+        sample: float32 [N, P], unit rows, on whatever device.
+    """
+    generator = np.random.default_rng(seed)
+    chosen, part = _halves(sample, sample, clusters, generator)
+    return _means(chosen, _nearest(part, lloyd(part, clusters, generator)), clusters).T.contiguous()
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """Number of the centroid nearest to each row: |x - c|^2 is least where x.c - |c|^2 / 2 is most.
+    [N, P] and [K, P] -> int64 [N]."""
+    half = centroids.square().sum(1).mul_(-0.5)
+    return torch.addmm(half, x, centroids.T).argmax(1)
+
+
+def _cluster_sums(x: Tensor, nearest: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Sum of the rows of each cluster [K, P], and their number [K]."""
+    counts = torch.bincount(nearest, minlength=clusters)
+    if x.device.type == "cpu":
+        return x.new_zeros(clusters, x.shape[1]).index_add_(0, nearest, x), counts
+    # A product, since a GPU adds by index in an order of its own: a seed would not repeat.
+    codes = F.one_hot(nearest, clusters).to(x.dtype)
+    return codes.T @ x, counts
+
+
+def _means(x: Tensor, nearest: Tensor, clusters: int) -> Tensor:
+    """Mean of the rows of each cluster, [K, P]; zero for an empty one."""
+    sums, counts = _cluster_sums(x, nearest, clusters)
+    return sums / counts.clamp_min(1).unsqueeze(1)
+
+
+def _seeds(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
+    """Rows to begin from, [K, P]: k-means++ (Arthur & Vassilvitskii 2007); random for large K,
+    where its K passes cost more than k-means itself."""
+    if clusters > SEEDED or len(x) <= clusters:
+        picks = generator.choice(len(x), clusters, replace=len(x) < clusters)
+        return x[torch.from_numpy(picks).to(x.device)].clone()
+    rows = [int(generator.integers(len(x)))]
+    nearest = (x - x[rows[0]]).square().sum(1)
+    for _ in range(clusters - 1):
+        odds = nearest.double().cpu().numpy()
+        total = odds.sum()
+        p = odds / total if total > 0 else None  # all rows are alike: any will do
+        rows.append(int(generator.choice(len(x), p=p)))
+        nearest = torch.minimum(nearest, (x - x[rows[-1]]).square().sum(1))
+    return x[rows].clone()
+
+
+def lloyd(
+    x: Tensor,
+    clusters: int,
+    generator: np.random.Generator,
+    iterations: int = 20,
+    begin: Tensor | None = None,
+) -> Tensor:
+    """Centroids of plain k-means, [K, P]; empty clusters get random rows.
+
+    A start for the heads needs no better k-means, and this one runs wherever torch does.
+    begin: centroids to begin from; default: rows (k-means++).
+    """
+    centroids = _seeds(x, clusters, generator) if begin is None else begin
+    for _ in range(iterations):
+        sums, counts = _cluster_sums(x, _nearest(x, centroids), clusters)
+        centroids = sums / counts.clamp_min(1).unsqueeze(1)
+        empty = (counts == 0).nonzero().flatten()
+        if len(empty):
+            rows = generator.choice(len(x), len(empty))
+            centroids[empty] = x[torch.from_numpy(rows).to(x.device)]
+    return centroids

@@ -1,0 +1,103 @@
+"""The clusters that heads begin with, against plain loops and blobs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from icce_ray.core.heads import start
+from icce_ray.core.heads.start import kmeans_start, lloyd, smoothed, ward_start
+
+FEATURES, CLUSTERS = 12, 5
+
+
+def unit_rows(rows):
+    x = torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(0))
+    return F.normalize(x, dim=-1)
+
+
+def blobs(clusters, each, noise=0.05):
+    """Rows around `clusters` random directions of many components, and their clusters."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(clusters), each)
+    x = rng.normal(size=(clusters, 40))[labels] / 40**0.5 + noise * rng.normal(
+        size=(len(labels), 40)
+    )
+    return F.normalize(torch.from_numpy(x).float(), dim=-1), labels
+
+
+# --- Ward's tree ---------------------------------------------------------------------------------
+
+
+def test_rows_are_averaged_with_their_neighbors(monkeypatch):
+    monkeypatch.setattr(start, "SMOOTHED_ROWS", 7)
+    x = unit_rows(30).half()
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(0, 30, (30, 4))).int()
+    counts = torch.from_numpy(rng.integers(1, 5, 30)).int()
+    ids[torch.arange(4) >= counts[:, None]] = 10**9  # never read
+    lists = [[*one[:n], *[i] * (4 - n)] for i, (one, n) in enumerate(zip(ids, counts, strict=True))]
+    expected = x.float()
+    for _ in range(start.ROUNDS):
+        near = torch.stack([expected[torch.tensor(row)].mean(0) for row in lists])
+        expected = F.normalize(expected + near, dim=-1)
+    torch.testing.assert_close(smoothed(x, ids, counts).float(), expected, atol=3e-3, rtol=0)
+
+
+def test_the_tree_finds_blobs_that_kmeans_misses():
+    x, labels = blobs(30, 40)
+
+    def missed(weight):
+        """Blobs without a centroid of their own."""
+        found = (x @ weight - weight.square().sum(0) / 2).argmax(1).numpy()
+        return 30 - len({np.bincount(found[labels == blob]).argmax() for blob in range(30)})
+
+    by_tree = [missed(ward_start(x, x, 30, seed)) for seed in range(3)]
+    by_kmeans = [missed(kmeans_start(x, 30, seed)) for seed in range(3)]
+    assert max(by_tree) <= 1 < np.mean(by_kmeans)
+
+
+@pytest.mark.parametrize("begin", [kmeans_start, lambda x, k, seed: ward_start(x, x, k, seed)])
+def test_a_start_repeats_and_differs_by_seed(begin):
+    sample = unit_rows(120)
+    one, again, other = (begin(sample, CLUSTERS, seed) for seed in (3, 3, 4))
+    assert one.shape == (FEATURES, CLUSTERS) and one.dtype == torch.float32
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [2, CLUSTERS, CLUSTERS + 1, 4 * CLUSTERS, 4 * CLUSTERS + 1])
+def test_a_start_with_hardly_more_rows_than_clusters(rows):
+    x = unit_rows(rows)
+    assert kmeans_start(x, CLUSTERS, 0).isfinite().all()
+    assert ward_start(x, x, CLUSTERS, 0).isfinite().all()
+
+
+def test_a_start_on_copies_of_few_rows():
+    for sample in (unit_rows(2).repeat_interleave(50, dim=0), torch.ones(30, 1)):
+        assert kmeans_start(sample, CLUSTERS, 0).isfinite().all()
+        assert ward_start(sample, sample, CLUSTERS, 0).isfinite().all()
+
+
+# --- k-means -------------------------------------------------------------------------------------
+
+
+def test_its_columns_are_centers_of_the_blobs():
+    centers = np.linalg.qr(np.random.default_rng(0).normal(size=(FEATURES, 3)))[0].T
+    sample = np.repeat(centers, 40, axis=0) + 0.01 * unit_rows(120).numpy()
+    found = [
+        kmeans_start(torch.from_numpy(sample.astype(np.float32)), 3, seed).numpy()
+        for seed in range(20)
+    ]
+    # Each k-means starts from random rows; some miss a blob, none may leave the data.
+    assert max((centers @ weight).max(1).min() for weight in found) > 0.98
+    assert all(np.linalg.norm(weight, axis=0).max() < 1.05 for weight in found)
+
+
+def test_lloyd_ends_at_means_of_its_own_clusters():
+    x = unit_rows(200)
+    centroids = lloyd(x, 4, np.random.default_rng(0), iterations=100)
+    nearest = torch.cdist(x, centroids).argmin(1)
+    means = torch.stack([x[nearest == c].mean(0) for c in range(4)])
+    torch.testing.assert_close(centroids, means, atol=1e-5, rtol=0)
