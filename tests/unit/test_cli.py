@@ -102,7 +102,7 @@ def test_a_run_of_an_older_version_is_refused_in_one_line(
     code, _, err = call(capsys, *command)
     assert code == ArtifactError.exit_code and err.count("\n") == 1
     assert re.fullmatch(
-        r"error: .*/old/\w+ was made by another version of icce_ray \(format 1; this one reads 2\)"
+        r"error: .*/old/\w+ was made by another version of icce_ray \(format 1; this one reads 3\)"
         r"\. Run again with another run_dir=..., or use the version that made it.\n",
         err,
     )

@@ -364,7 +364,7 @@ def test_a_damaged_manifest_is_an_error_of_ours(run, content):
 
 def test_another_format_is_refused_with_the_remedy(run):
     finish(run, "x", format=artifacts.FORMAT_VERSION + 1)
-    with pytest.raises(ArtifactError, match=r"format 3; this one reads 2.*another run_dir"):
+    with pytest.raises(ArtifactError, match=r"format 4; this one reads 3.*another run_dir"):
         run.manifest("x")
 
 
