@@ -52,8 +52,8 @@ def test_all_parts_are_timed_and_find_the_blobs(
     assert "heads: 55 steps" in names and len(said) == len(parts)
     assert all(part.seconds >= 0 and part.memory == 0 for part in parts)
     assert remarks["s that all 60 steps would take"] == pytest.approx(0.06 * remarks["ms per step"])
-    assert remarks["accuracy of the consensus, %"] > 90
-    assert remarks["accuracy of the classifier, %"] > 90
+    assert remarks["accuracy of the consensus, %"] > 80
+    assert remarks["accuracy of the classifier, %"] > 80
     table = alone.parts_table(parts)
     assert "GPU" not in table and table.count("\n") == len(parts) + 1
 
