@@ -124,7 +124,7 @@ def stopped_by(end: Callable[[int], None], folder: Path, driver: Any, printed: P
 
 
 def test_a_stopped_run_ends_in_order_and_resumes(tmp_path: Path, start: Any) -> None:
-    """Stopped twice, in two ways and stages; the second time after it has resumed."""
+    """Stopped twice, in two ways and stages, and then left to its end."""
     (tmp_path / "gate").touch()
     driver = start()
     until("search", lambda: (tmp_path / "searching").exists() or driver.poll() is not None)
@@ -134,4 +134,6 @@ def test_a_stopped_run_ends_in_order_and_resumes(tmp_path: Path, start: Any) -> 
     until("a checkpoint", lambda: checkpoints(heads) or driver.poll() is not None)
     stopped_by(everything, tmp_path, driver, tmp_path / "1.txt")
     assert not (heads / "manifest.json").exists()
-    assert "embed      skip, done" in (tmp_path / "1.txt").read_text()
+    assert start().wait(PATIENCE) == 0, (tmp_path / "2.txt").read_text()
+    assert "resumed from the checkpoint at " in (tmp_path / "2.txt").read_text()
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
