@@ -215,8 +215,8 @@ def test_bad_heads_are_stopped_and_failed_ones_told(
         (trial["settings"]["heads.start"], trial["settings"]["heads.lr"]): trial
         for trial in found["trials"]
     }
-    assert trials["kmeans", 1e-7]["state"] == "done"
-    stopped, failed = trials["random", 1e-7], trials["kmeans", 1e30]
+    assert trials["auto", 1e-7]["state"] == "done"
+    stopped, failed = trials["random", 1e-7], trials["auto", 1e30]
     assert stopped["state"] == "stopped" and 25 <= stopped["stopped_at"] < 100
     assert failed["state"] == "failed" and "is not finite" in failed["error"]
     assert found["counts"]["made"]["head trainings"] == 3
