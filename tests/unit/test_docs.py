@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -136,6 +137,10 @@ def test_python_examples_name_what_exists(readme: str) -> None:
                         importlib.import_module(f"{node.module}.{alias.name}")
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "icce_ray":
                 assert hasattr(icce_ray, node.attr), f"icce_ray.{node.attr}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("icce_ray."):
+                function = getattr(icce_ray, ast.unparse(node.func).removeprefix("icce_ray."))
+                named = {keyword.arg or "": None for keyword in node.keywords}
+                inspect.signature(function).bind(*node.args, **named)  # else TypeError
 
 
 def test_output_tree_is_that_of_the_stages(readme: str) -> None:
