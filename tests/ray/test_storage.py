@@ -24,6 +24,7 @@ from icce_ray.config import schema
 from icce_ray.core import backbone as backbones
 from icce_ray.core import neighbors as nearest
 from icce_ray.core.projection import fit_projection, project
+from icce_ray.errors import ArtifactError
 from icce_ray.rundir import storage
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import to_matrix
@@ -91,6 +92,7 @@ def test_the_whole_chain_on_s3_through_two_outages(
     s3, digits, tmp_path, monkeypatch, capsys, train_heads
 ) -> None:
     """Real images, a Ray Train worker; the server hangs once while it embeds, once while it trains.
+    A second process on the same run is refused.
 
     All is named by URIs with options; the result is that of undisturbed work in this process.
     """
@@ -111,6 +113,8 @@ def test_the_whole_chain_on_s3_through_two_outages(
     ) as process:
         try:
             wait_for(lambda: bool(remote.list("embeddings", "layout.json")), process)
+            with pytest.raises(ArtifactError, match=f"another process .*: process {process.pid} "):
+                pipeline.run(config.load("quickstart", overrides), quiet=True)
             with s3.stopped():
                 time.sleep(OUTAGE)
             steps = lambda: [f for f in remote.folders("heads/train") if f.startswith("step-")]  # noqa: E731
