@@ -35,7 +35,7 @@ from icce_ray.rundir.cache import NodeCache, free_bytes
 from icce_ray.rundir.schemas import runs_code, to_matrix
 from icce_ray.rundir.storage import Storage
 
-FORMAT_VERSION = 3  # 2: search and selection are two stages; 3: components are half whitened
+FORMAT_VERSION = 3  # 2: search and selection are two stages; 3: components are whitened
 
 MANIFEST = "manifest.json"
 PARTIAL = "partial.json"

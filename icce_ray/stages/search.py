@@ -45,7 +45,7 @@ def searched(run: RunDirectory, pca: int | None) -> np.ndarray:
     from icce_ray.core.projection import projected
 
     matrix = run.matrix("embeddings", "embedding")
-    if pca is None or pca >= matrix.shape[1]:
+    if pca is None:
         return matrix
 
     def build(path: Path) -> None:

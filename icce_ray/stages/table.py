@@ -95,7 +95,7 @@ def _search_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     index = constants.ivf_bytes(images, features) if approximate else 0.0
     # As arrays on the node: the embeddings and their numbers, their components, the index.
     arrays = 2.0 * images * given + 8.0 * images
-    arrays += 2.0 * images * features * ((features < given) + approximate)
+    arrays += 2.0 * images * features * ((config.neighbors.pca is not None) + approximate)
     return Need(memory=max(2 * one, index) + chunk, disk=lists, cache=arrays, where="Ray tasks")
 
 
