@@ -71,7 +71,7 @@ def run(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Run the chain: index, embed, search, select, heads, consensus, classify, evaluate,
+    """Run the chain: index, embed, search, select, heads, consensus, answer, classify, evaluate,
     report.
 
     >>> import icce_ray
@@ -110,6 +110,7 @@ def load(run_dir: str | Path) -> Result:
     >>> import icce_ray
     >>> found = icce_ray.load("runs/quickstart")
     >>> found.labels, found.confidence, found.uris  # int32 [N], float32 [N], [N]
+    >>> found.table.to_pandas()                     # all of labels.parquet
     >>> found.metrics["acc"]                        # where there was ground truth
     >>> labels, confidence = found.predict(new_embeddings)
 

@@ -72,7 +72,8 @@ def run(
     plan: Plan = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run the stages: index, embed, search, select, heads, consensus, classify, evaluate, report.
+    """Run the stages: index, embed, search, select, heads, consensus, answer, classify, evaluate,
+    report.
 
     Finished stages are skipped, and a half-done one resumes: after a crash or Ctrl-C, run the same
     command again.
@@ -95,6 +96,7 @@ def run(
 def _print_end(run_dir: str, seconds: float) -> None:
     from icce_ray.rundir.directory import RunDirectory
     from icce_ray.rundir.progress import duration
+    from icce_ray.rundir.results import LABELS, LABELS_CSV
 
     directory = RunDirectory(run_dir)
     if directory.exists("evaluation", "metrics.json"):
@@ -103,6 +105,8 @@ def _print_end(run_dir: str, seconds: float) -> None:
             print(_accuracy_line(metrics))
     if directory.exists("report", "index.html"):
         print(f"report    {directory.address('report', 'index.html')}")
+    if directory.manifest("answer") is not None:
+        print(f"labels    {directory.address(LABELS_CSV)}, and {LABELS}")
     print(f"time      {duration(seconds)}")
 
 

@@ -35,7 +35,7 @@ from icce_ray.distributed.worker import PROGRESS_EVERY, REMOTE_PROGRESS_EVERY, W
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 
-HISTORY = "history.json"
+HISTORY = "_history.json"
 PROBE = "probe.safetensors"  # in the working folder: what the task returned
 POLL = 0.5  # seconds between looks at the task's progress file
 

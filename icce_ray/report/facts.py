@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from icce_ray.config.schema import Config
 from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.schemas import QUARANTINE
 
 # Folder and plain name of each stage the page speaks of, in the order of the chain.
 PARTS = (
@@ -101,16 +102,15 @@ def _contingency(files: RunDirectory, classes: int, clusters: int) -> np.ndarray
 
 
 def _history(files: RunDirectory) -> dict[str, Any]:
-    if not files.exists("heads", "history.json"):
+    if not files.exists("heads", "_history.json"):
         return {}
-    return dict(files.read_json("heads", "history.json"))
+    return dict(files.read_json("heads", "_history.json"))
 
 
 def _quarantine(files: RunDirectory) -> pa.Table | None:
-    names = [n for n in files.list("embeddings", ".parquet") if n.startswith("quarantine")]
-    if not names:
+    if not files.exists("embeddings", QUARANTINE):
         return None
-    return pa.concat_tables([files.read_table("embeddings", name) for name in names])
+    return files.read_table("embeddings", QUARANTINE)
 
 
 def _index(files: RunDirectory) -> pa.Table | None:

@@ -20,6 +20,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
+QUARANTINE = "_quarantine.parquet"  # beside the embeddings
 QUARANTINE_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())]
 )
@@ -30,6 +31,30 @@ SELECTION_SCHEMA = pa.schema([("image_id", pa.int64()), ("count", pa.int32())])
 
 CONSENSUS_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("cluster", pa.int32()), ("confidence", pa.float32())]
+)
+
+# What is found of each image beside its cluster, in the row order of the embeddings.
+ANSWER_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("second_choice", pa.int32()),  # the next likely cluster, or -1
+        ("outlier", pa.float32()),  # share of the other images that lie nearer to their neighbors
+        ("duplicate_of", pa.int64()),  # image_id of the first image that shows the same, or -1
+    ]
+)
+
+# The answer for users: a row for every image of the index, in its order.
+LABELS_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("cluster", pa.int32()),  # -1 where the image could not be read
+        ("name", pa.string()),  # of the cluster; null while it has none
+        ("confidence", pa.float32()),  # 0..1; from here on null where there is nothing to say
+        ("second_choice", pa.int32()),
+        ("outlier", pa.float32()),
+        ("duplicate_of", pa.string()),  # uri of the first image that shows the same
+        ("reason", pa.string()),  # why the image could not be read
+    ]
 )
 
 PREDICTIONS_SCHEMA = pa.schema(

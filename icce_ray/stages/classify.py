@@ -5,7 +5,7 @@ Fine-tuning starts from such a probe and trains it together with the backbone: R
 images on CPU cores and feeds Ray Train workers. Both write the same artifact:
 
     classifier/classifier.safetensors + classifier.json   see core/classifier.py; loads without Ray
-    classifier/history.json                               per epoch: loss, agreement with consensus
+    classifier/_history.json                              per epoch: loss, agreement with consensus
     classifier/part-00000.parquet                         the classifier's own opinion of each row
 
 Rows are those of embeddings/: an image in quarantine is never fed.

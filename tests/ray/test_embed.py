@@ -162,7 +162,7 @@ def test_restart_does_only_what_is_missing(tmp_path: Path, in_process: list[int]
     assert context.run.matrix("embeddings", "image_id").tolist() == list(range(40))
     paths = [folder / f"{i:04d}.png" for i in range(40)]
     np.testing.assert_allclose(matrix, reference(config, paths), atol=2e-3)
-    assert not context.run.read_table("embeddings", "quarantine.parquet").num_rows
+    assert not context.run.read_table("embeddings", "_quarantine.parquet").num_rows
 
 
 def test_dim_images_of_sixteen_bits(tmp_path: Path, in_process: list[int]) -> None:
@@ -195,10 +195,10 @@ def test_too_many_bad_images(tmp_path: Path, in_process: list[int]) -> None:
     write_images(folder, 20)
     for number in range(0, 20, 4):
         (folder / f"{number:04d}.png").write_bytes(b"nonsense")
-    message = r"3 of 20 images \(15\.0%\).*0016\.png: not an image.*quarantine\.parquet"
+    message = r"3 of 20 images \(15\.0%\).*0016\.png: not an image.*_quarantine\.parquet"
     with pytest.raises(DataError, match=message):
         start(make(tmp_path))
-    bad = RunDirectory(str(tmp_path / "run")).read_table("embeddings", "quarantine.parquet")
+    bad = RunDirectory(str(tmp_path / "run")).read_table("embeddings", "_quarantine.parquet")
     assert bad["image_id"].to_pylist() == [8, 12, 16]  # the last batches come first
     context, outcome = start(make(tmp_path, "embed.max_bad_fraction=0.25"), resumed=True)
     assert (context.resumed, outcome.rows, outcome.results["quarantined"]) == (True, 15, 5)
@@ -261,8 +261,8 @@ def test_prediction_by_a_finetuned_model_and_restart(tmp_path: Path, in_process:
     assert confidence.std() > 1e-3 and confidence.max() < 1
 
     mark = {key: getattr(done, key) for key in ("fingerprint", "settings", "inputs")}
-    run.write_json(mark, "predictions", "partial.json")
-    for name in ("manifest.json", "part-00001.parquet"):
+    run.write_json(mark, "predictions", "_partial.json")
+    for name in ("_manifest.json", "part-00001.parquet"):
         Path(run.path("predictions", name)).unlink()
     predict.predict(run.uri, str(tmp_path / "new"), quiet=True)
     assert in_process[40:] == list(range(16, 32))
@@ -300,7 +300,7 @@ def test_features_quarantine_and_prediction(tmp_path: Path, ray_session: None) -
     expected = reference(config, [folder / f"{i:04d}.png" for i in good])
     np.testing.assert_allclose(matrix, expected, atol=2e-3)
     assert len(context.run.list("embeddings", ".parquet")) == 4  # 3 shards, quarantine
-    bad = context.run.read_table("embeddings", "quarantine.parquet").to_pylist()
+    bad = context.run.read_table("embeddings", "_quarantine.parquet").to_pylist()
     assert (bad[0]["image_id"], bad[0]["reason"]) == (7, "empty file")
     assert bad[1]["uri"].endswith("0020.png") and bad[1]["reason"]
     results = outcome.results
@@ -335,13 +335,13 @@ def check_prediction(tmp_path: Path, context: Context, results: Any, expected: n
     np.testing.assert_allclose(confidence, probability.amax(1), atol=1e-4)
 
     assert predict.predict(*arguments, quiet=True).id == done.id  # nothing is done twice
-    Path(out, "manifest.json").rename(tmp_path / "kept.json")
+    Path(out, "_manifest.json").rename(tmp_path / "kept.json")
     before = Path(out, "part-00001.parquet").stat().st_mtime_ns
     with pytest.raises(ArtifactError, match="other files"):
         predict.predict(*arguments, quiet=True)
     assert before == Path(out, "part-00001.parquet").stat().st_mtime_ns
     with pytest.raises(ArtifactError, match="predictions of other images"):
-        (tmp_path / "kept.json").rename(Path(out, "manifest.json"))
+        (tmp_path / "kept.json").rename(Path(out, "_manifest.json"))
         predict.predict(run.uri, str(tmp_path / "images"), out, overrides=["data.limit=5"])
     with pytest.raises(ConfigError, match="settings only"):
         predict.predict(*arguments, overrides=["heads.count=3"])

@@ -50,7 +50,7 @@ def test_a_repeated_call_says_that_all_is_done(
     assert predict.predict(run.uri, str(tmp_path / "new"), str(out), quiet=quiet).id == done.id
     said = capsys.readouterr().err
     assert said == ("" if quiet else f"done already: 2 images are in {out}\n")
-    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    assert [path.name for path in out.iterdir()] == ["_manifest.json"]
 
 
 @pytest.mark.parametrize("override", ["data.path=x", "data.embeddings=x", "data.dataset=digits"])
