@@ -5,6 +5,7 @@ Each command imports what it needs, so that help and status appear at once.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from icce_ray.distributed import compat
 from icce_ray.errors import ArtifactError, IcceError, printable_lines
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
+NEW = 0.99  # novelty from which the line of one image warns
 RESUME = "Run the same command again to resume"
 
 app = typer.Typer(
@@ -159,7 +161,8 @@ def predict(
     images: Annotated[
         str,
         typer.Argument(
-            metavar="NEW_IMAGES", help="A folder of images, Parquet files, or WebDataset tars."
+            metavar="NEW_IMAGES",
+            help="A folder of images, Parquet files, WebDataset tars, or one image file.",
         ),
     ],
     overrides: Annotated[
@@ -170,15 +173,36 @@ def predict(
             "ray.* settings.",
         ),
     ] = None,
+    min_confidence: Annotated[
+        float,
+        typer.Option("--min-confidence", metavar="X", help="Images less sure get cluster -1."),
+    ] = 0.0,
 ) -> None:
     """Classify new images with the classifier of a run.
 
-    Writes Parquet files with the cluster and the confidence of each image.
+    Writes Parquet files with the cluster, the confidence and the novelty of each image: the share
+    of the run's images that lie nearer to the others. Of one image file, without out=..., prints
+    them at once.
     """
     from icce_ray.stages import predict as stage
 
     out, rest = _take_out(overrides or [])
-    stage.predict(run_dir, images, out, overrides=rest)
+    if out is None and stage.is_image(images):
+        print(_prediction_line(stage.predict_one(run_dir, images, rest, min_confidence)))
+    else:
+        stage.predict(run_dir, images, out, overrides=rest, min_confidence=min_confidence)
+
+
+def _prediction_line(found: Any) -> str:
+    """A line for one stages.predict.Prediction."""
+    text = f"cluster {found.cluster}, confidence {found.confidence:.2f}"
+    if not found.is_sure:
+        text = f"no cluster is sure enough: the likeliest is {text}"
+    if not math.isnan(found.novelty):
+        text += f", novelty {found.novelty:.2f}"
+    if found.novelty >= NEW:
+        text += f": {NEW:.0%} of the run's images or more are nearer to the others, so look at it"
+    return text
 
 
 def _take_out(overrides: list[str]) -> tuple[str | None, list[str]]:

@@ -126,13 +126,20 @@ class Predictions:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Cluster of each image: int32 [B]; -1 where it could not be decoded."""
+        """Cluster of each image: int32 [B]; -1 where it could not be decoded, or was less sure than
+        asked for."""
         return self._table["cluster"].to_numpy()
 
     @cached_property
     def confidence(self) -> np.ndarray:
         """Its probability: float32 [B]."""
         return self._table["confidence"].to_numpy()
+
+    @cached_property
+    def novelty(self) -> np.ndarray:
+        """Share of the run's images that lie nearer to the others: float32 [B], NaN where it could
+        not be decoded, or the classifier is fine-tuned."""
+        return self._table["novelty"].to_numpy()
 
     @cached_property
     def uris(self) -> list[str]:
@@ -144,4 +151,4 @@ class Predictions:
         uri, options = split_options(self.folder)
         parent, _, name = uri.rstrip("/").rpartition("/")
         directory = RunDirectory(parent + options)
-        return directory.read_table(name, columns=("uri", "cluster", "confidence"))
+        return directory.read_table(name, columns=("uri", "cluster", "confidence", "novelty"))

@@ -60,9 +60,10 @@ LABELS_SCHEMA = pa.schema(
 PREDICTIONS_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
-        ("cluster", pa.int32()),  # -1 where the image could not be decoded
+        ("cluster", pa.int32()),  # -1 where it could not be decoded, or was not sure enough
         ("confidence", pa.float32()),
-        ("reason", pa.string()),  # why not, else null
+        ("novelty", pa.float32()),  # share of the run's images that lie nearer to the others
+        ("reason", pa.string()),  # why it could not be decoded, else null
     ]
 )
 

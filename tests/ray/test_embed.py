@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.core import backbone as backbones
+from icce_ray.core import outliers
 from icce_ray.core.classifier import model as classifiers
 from icce_ray.distributed import inference
 from icce_ray.distributed import stream as streaming
@@ -259,6 +261,7 @@ def test_prediction_by_a_finetuned_model_and_restart(tmp_path: Path, in_process:
     confidence = run.read_table("predictions")["confidence"].to_numpy()
     np.testing.assert_allclose(confidence, odds.amax(1), atol=1e-4)
     assert confidence.std() > 1e-3 and confidence.max() < 1
+    assert run.read_table("predictions")["novelty"].null_count == 40  # its features have moved
 
     mark = {key: getattr(done, key) for key in ("fingerprint", "settings", "inputs")}
     run.write_json(mark, "predictions", "_partial.json")
@@ -317,6 +320,8 @@ def check_prediction(tmp_path: Path, context: Context, results: Any, expected: n
     torch.nn.init.normal_(model.out.weight, std=10)
     weights, description = classifiers.save(model, {"backbone": results["backbones"]})
     run, out = trained(context.config, weights, description), str(tmp_path / "out")
+    known = outliers.make_reference(expected.astype(np.float16), 0, torch.device("cpu"))
+    run.write_bytes(save(known.tensors()), "classifier", inference.NOVELTY)
     arguments = (run.uri, str(tmp_path / "images"), out)
     done = predict.predict(*arguments, quiet=True)
 
@@ -333,6 +338,9 @@ def check_prediction(tmp_path: Path, context: Context, results: Any, expected: n
     assert np.array_equal(cluster[cluster >= 0], probability.argmax(1).numpy())
     confidence = table["confidence"].to_numpy()[cluster >= 0]
     np.testing.assert_allclose(confidence, probability.amax(1), atol=1e-4)
+    novelty = table["novelty"].to_numpy()
+    assert np.flatnonzero(np.isnan(novelty)).tolist() == [7, 20]
+    assert np.nanmax(novelty) < 1  # each image is itself among those of the run
 
     assert predict.predict(*arguments, quiet=True).id == done.id  # nothing is done twice
     Path(out, "_manifest.json").rename(tmp_path / "kept.json")
