@@ -68,6 +68,15 @@ PREDICTIONS_SCHEMA = pa.schema(
 )
 
 
+def as_csv(table: pa.Table) -> memoryview:
+    """A table as CSV: a header, quotes where they are needed, nothing for null."""
+    from pyarrow import csv
+
+    stream = pa.BufferOutputStream()
+    csv.write_csv(table, stream, csv.WriteOptions(quoting_style="needed"))
+    return memoryview(stream.getvalue())
+
+
 def embeddings_schema(features: int) -> pa.Schema:
     """image_id, embedding: float16[D] as Arrow's own fixed-shape tensor."""
     tensor = pa.fixed_shape_tensor(pa.float16(), [features])

@@ -5,7 +5,7 @@ Beside the folders, a row for every image of the index, in its order (LABELS_SCH
     labels.parquet, labels.csv
 
 In answer/, in the row order of the embeddings, part-00000.parquet (ANSWER_SCHEMA), for the report.
-Shapes: N images, H heads, K clusters.
+Shapes: N images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import csv
 
 from icce_ray.core import duplicates
 from icce_ray.core.ensemble.second import second_choice
@@ -24,9 +23,8 @@ from icce_ray.distributed.tasks import run_task
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.results import LABELS, LABELS_CSV
-from icce_ray.rundir.schemas import ANSWER_SCHEMA, LABELS_SCHEMA, QUARANTINE
+from icce_ray.rundir.schemas import ANSWER_SCHEMA, LABELS_SCHEMA, QUARANTINE, as_csv
 from icce_ray.stages.base import Context, Outcome
-from icce_ray.stages.evaluate import merged_heads
 
 FOLDER = "answer"
 ADVICE = "Start a node with a CPU core"
@@ -41,7 +39,7 @@ def run(context: Context) -> Outcome:
     files.write_table(found, FOLDER, "part-00000.parquet")
     labels = _labels(files, found)
     files.write_table(labels, LABELS)
-    files.write_bytes(_as_csv(labels), LABELS_CSV)
+    files.write_bytes(as_csv(labels), LABELS_CSV)
     copies = int((found["duplicate_of"].to_numpy() >= 0).sum())
     context.reporter.say(
         f"labels of {labels.num_rows:,} images: {files.address(LABELS)}, and {LABELS_CSV}"
@@ -54,8 +52,8 @@ def _find(files: RunDirectory, num_clusters: int, seed: int) -> tuple[pa.Table, 
     """Runs in the task: ANSWER_SCHEMA, and the distance up to which two are duplicates."""
     image_ids = np.asarray(files.matrix("embeddings", "image_id"))
     ids, similarity = (files.matrix("neighbors", name) for name in ("ids", "similarity"))
-    heads, clusters = files.matrix("heads", "assignments"), files.matrix("consensus", "cluster")
-    if not len(image_ids) == len(ids) == len(heads) == len(clusters):
+    clusters = np.asarray(files.matrix("consensus", "cluster"))
+    if not len(image_ids) == len(ids) == len(clusters):
         raise ArtifactError(
             f"{files.path('consensus')} has {len(clusters)} rows, the embeddings {len(image_ids)}. "
             "They are of different runs: use --overwrite, or another run_dir."
@@ -63,7 +61,7 @@ def _find(files: RunDirectory, num_clusters: int, seed: int) -> tuple[pa.Table, 
     same = duplicates.find(files.matrix("embeddings", "embedding"), ids, seed)
     columns = [
         image_ids,
-        second_choice(merged_heads(files, heads), np.asarray(clusters), num_clusters),
+        second_choice(ids, similarity, clusters, num_clusters),
         outlier_scores(similarity),
         np.where(same.later, image_ids[same.first], -1),
     ]
@@ -105,9 +103,3 @@ def _reasons(files: RunDirectory, count: int) -> pa.Array:
         for bad in files.read_table("embeddings", QUARANTINE).to_pylist():
             reasons[bad["image_id"]] = bad["reason"]
     return pa.array(reasons, pa.string())
-
-
-def _as_csv(table: pa.Table) -> memoryview:
-    stream = pa.BufferOutputStream()
-    csv.write_csv(table, stream, csv.WriteOptions(quoting_style="needed"))
-    return memoryview(stream.getvalue())

@@ -255,7 +255,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "answer",
         "answer",
-        ("index", "embed", "search", "heads", "consensus"),
+        ("index", "embed", "search", "consensus"),
         _answer_settings,
         _answer_needs,
     ),

@@ -46,8 +46,9 @@ def test_every_image_of_the_index_has_a_row(make_run, answered):
         assert row["confidence"] is row["second_choice"] is row["outlier"] is row["duplicate_of"]
     for row in rows[4:]:
         assert row["reason"] is row["name"] is None
-        assert row["second_choice"] in {0, 1, 2} - {row["cluster"]}
+        assert row["second_choice"] in {None, 0, 1, 2} - {row["cluster"]}
         assert 0 <= row["outlier"] <= 1
+    assert any(row["second_choice"] is not None for row in rows)
 
 
 def test_the_csv_holds_the_same(make_run, answered):
