@@ -3,9 +3,12 @@
 The search only proposes pairs. Its similarities are of half-whitened components, which enlarge
 what is small, such as the traces of a compression. So pairs are measured between the embeddings.
 
-Near is what is far below usual: a quarter of the typical distance to the 10th neighbor. Where
-images vary in d directions, an image that is no copy lies as near with a chance of about 10 / 4^d,
-and embeddings of images vary in ten and more. The scale of a backbone's distances cancels out.
+Near is what is far below usual: 0.4 of the typical distance to the 10th neighbor, so that the
+scale of a backbone's distances cancels out. Where images vary in d directions, one that is no copy
+lies as near with a chance of about 10 x 0.4^d, a thousandth for d = 10; images vary in more.
+Measured: none of 1,797 digits does, and of 20,000 images of Fashion-MNIST 20, which look alike in
+pairs. A new scale, a compression at high quality or a slight crop move most images by less; a
+compression at low quality moves most by more.
 
 Shapes: N images, D features, M neighbors, C neighbors compared, E pairs.
 """
@@ -19,7 +22,7 @@ import numpy as np
 
 from icce_ray.core.sampling import sample_rows, seed_of
 
-NEAR = 0.25  # of the typical distance
+NEAR = 0.4  # of the typical distance
 TYPICAL = 10  # the neighbor whose distance, its median over images, is typical
 COMPARED = 5  # neighbors of each image; larger groups join through each other's lists
 ROUNDING = 1e-3  # distance that half precision alone may put between equal rows
