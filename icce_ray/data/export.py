@@ -31,6 +31,7 @@ from icce_ray.data.formats import IMAGES, suffix_of
 from icce_ray.data.places import Names, Place, safe_name
 from icce_ray.data.reading import is_row, read_many, tar_of
 from icce_ray.errors import ConfigError, DataError, printable
+from icce_ray.rundir import storage
 from icce_ray.rundir.addresses import is_remote, split_options
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.results import Result
@@ -98,8 +99,9 @@ def export(
         raise ConfigError(f"no export to {kind!r}; there are {', '.join(KINDS)}")
     if not 0 <= min_confidence <= 1:
         raise ConfigError(f"min_confidence={min_confidence:g} must lie between 0 and 1")
-    run, table = RunDirectory(run_uri), Result(run_uri).table
-    settings = run.read_settings()
+    run = RunDirectory(run_uri)
+    storage.check(run.uri)
+    settings, table = run.read_settings(), Result(run_uri).table
     given = (settings.get("data") or {}).get("embeddings")
     if given and kind != "csv":
         raise ConfigError("this run was made from given embeddings: it has no images, only csv")
