@@ -16,7 +16,8 @@ from icce_ray.errors import ArtifactError, ConfigError, StageError, one_line, pr
 from icce_ray.rundir.addresses import absolute, is_remote
 from icce_ray.rundir.storage import Storage, full_disk
 
-MARK = ".icce-ray-export"  # first line: whose it is; then the files, each listed before it is made
+MARK = "_export.json"  # whose it is; a listing of images leaves out the folder of such a file
+FILES = ".icce-ray-files"  # names of the files, one a line, each listed before it is made
 LONGEST = 120  # bytes of a name without its ending: systems take 255, and more may be added
 BAD = re.compile(r"[^\w .,()+\-=@&]")  # but for letters of any script, digits and a few marks
 
@@ -82,20 +83,19 @@ class Place:
 
     def _owner(self) -> str | None:
         try:
-            with (self.folder / MARK).open(encoding="utf-8") as stream:
-                return str(json.loads(stream.readline())["run"])
+            return str(json.loads((self.folder / MARK).read_text(encoding="utf-8"))["run"])
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
     def clear(self) -> None:
         """Remove the files of the earlier export; others that lie among them stay."""
         try:
-            if self._owner() is not None:
-                for line in (self.folder / MARK).read_text(encoding="utf-8").splitlines()[1:]:
+            if self._owner() is not None and (self.folder / FILES).is_file():
+                for line in (self.folder / FILES).read_text(encoding="utf-8").splitlines():
                     self._remove(self.folder / line)
             self.folder.mkdir(parents=True, exist_ok=True)
-            header = json.dumps({"run": self.run_uri})
-            (self.folder / MARK).write_text(f"{header}\n", encoding="utf-8")
+            (self.folder / MARK).write_text(json.dumps({"run": self.run_uri, "files": FILES}))
+            (self.folder / FILES).write_text("")
         except OSError as error:
             raise self._explain(error, self.folder) from None
 
@@ -110,7 +110,7 @@ class Place:
 
     def announce(self, names: list[str]) -> None:
         """List files that are about to be made, so that the next export can remove them."""
-        with (self.folder / MARK).open("a", encoding="utf-8") as stream:
+        with (self.folder / FILES).open("a", encoding="utf-8") as stream:
             stream.writelines(f"{name}\n" for name in names)
 
     def write(self, name: str, data: bytes | memoryview) -> None:

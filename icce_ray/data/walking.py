@@ -42,6 +42,7 @@ FOREIGN = {
 OURS = {
     "_manifest.json": {"stage", "fingerprint", "settings"},
     "_partial.json": {"fingerprint", "settings", "inputs"},
+    "_export.json": {"run", "files"},
     "manifest.json": {"stage", "fingerprint", "settings"},  # up to version 3 of the format
     "partial.json": {"fingerprint", "settings", "inputs"},
     "status.json": {"state", "stage", "time"},

@@ -20,6 +20,7 @@ from icce_ray import cli
 from icce_ray.config.schema import DataConfig
 from icce_ray.data import export as exports
 from icce_ray.data.listing import list_images
+from icce_ray.data.places import FILES, MARK
 from icce_ray.errors import ArtifactError, ConfigError
 from icce_ray.stages import answer
 
@@ -42,7 +43,7 @@ def files(folder) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix()
         for path in Path(folder).rglob("*")
-        if not path.is_dir() and not path.name.startswith(".")
+        if not path.is_dir() and path.name not in (MARK, FILES)
     )
 
 
@@ -216,6 +217,14 @@ def test_the_same_export_again_replaces_the_first(answered, tmp_path):
     names = files(out)
     assert {name.split("/")[0] for name in names} == {"images", "annotations.json", "mine.txt"}
     assert len(names) == 2 + (made.clusters == 0).sum()
+
+
+def test_an_export_among_the_images_is_no_image_of_the_next_run(answered):
+    made = answered(20, 2)
+    before = list_images(DataConfig(path=made.config.data.path)).table["uri"]
+    exports.export(made.run.uri, "folders", f"{made.config.data.path}/sorted")
+    found = list_images(DataConfig(path=made.config.data.path))
+    assert found.table["uri"].equals(before) and "sorted/" in str(found.left)
 
 
 def test_the_usual_folder_lies_in_the_run(answered, capsys):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icce_ray.data.places import MARK, Names, Place, safe_name
+from icce_ray.data.places import FILES, MARK, Names, Place, safe_name
 from icce_ray.errors import ArtifactError, ConfigError, StageError
 
 
@@ -68,7 +68,7 @@ def test_an_earlier_export_goes_and_other_files_stay(tmp_path: Path) -> None:
     again = Place(str(out), "run")
     again.clear()
     left = sorted(path.relative_to(out).as_posix() for path in out.rglob("*"))
-    assert left == [MARK, "1", "1/mine.txt"]
+    assert left == [FILES, "1", "1/mine.txt", MARK]
     assert (tmp_path / "source.png").read_bytes() == b"x"  # what the link led to
 
 
