@@ -58,6 +58,17 @@ def test_images_that_differ_are_no_duplicates() -> None:
     assert not core.find(x, ids, 0).later.any()
 
 
+@pytest.mark.parametrize("features", [3, 5, 8])
+def test_points_of_few_dimensions_are_no_duplicates(features: int) -> None:
+    """There, many lie within any fixed share of a typical distance."""
+    x = unit_rows(2000, features)
+    ids, _ = neighbors.search(x, 0, 2000, 20)
+    typical = np.median(np.linalg.norm(x.astype(np.float32) - x[ids[:, 9]], axis=1))
+    nearest = np.linalg.norm(x.astype(np.float32) - x[ids[:, 0]], axis=1)
+    assert (nearest < core.NEAR * typical).mean() > 0.01
+    assert core.find(x, ids, 0).later.mean() < 0.006
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.2])
 def test_a_little_noise_is_found_whatever_the_scale_of_distances(scale: float) -> None:
     """A backbone whose features all point about one way makes all distances small."""
