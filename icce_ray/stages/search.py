@@ -30,7 +30,7 @@ from icce_ray.stages.base import Context, Outcome
 from icce_ray.stages.table import QUERY_ROWS
 
 FOLDER = "neighbors"
-CHOICE = "search.json"  # in FOLDER: whether the search is approximate, settled once
+CHOICE = "_search.json"  # in FOLDER: whether the search is approximate, settled once
 ADVICE = "Lower ray.num_gpus"
 
 
