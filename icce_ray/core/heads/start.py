@@ -23,6 +23,8 @@ ROUNDS = 30  # times that this is done: far along chains of neighbors, as diffus
 SMOOTHED_ROWS = 8192  # rows at a time
 POINTS = 2000  # images that the tree is made of, or ...
 POINTS_PER_CLUSTER = 6
+FEWEST_PER_CLUSTER = 4  # rows that a tree needs; of fewer, k-means makes the start
+TREES = 4  # different ones; heads of each balance share them evenly
 FEW = 10  # rounds of k-means after the tree
 
 
@@ -47,45 +49,60 @@ def smoothed(features: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     return features
 
 
-def ward_start(sample: Tensor, smooth: Tensor, clusters: int, seed: int) -> Tensor:
-    """First weights of one linear head: centroids of Ward's clusters (1963), float32 [P, K].
+def ward_tree(smooth: Tensor, clusters: int, seed: int) -> Tensor:
+    """Centroids of Ward's clusters (1963) of a few smoothed rows, float32 [K, P].
 
-    The tree is made of a few smoothed rows; k-means moves its clusters' centroids through all of
-    them. Each head takes another random half of the rows and of the components, so that heads start
-    different; the centroids themselves are those of the rows as they are, in all components.
+    The rows are drawn, and a random half of the components decides about the clusters, so that
+    trees differ. scikit-learn's takes seconds on one core for a thousand clusters: heads share
+    TREES of them.
+
+    smooth: float32 [N, P], N at least K.
+    """
+    from sklearn.cluster import AgglomerativeClustering
+
+    generator = np.random.default_rng(seed)
+    most = min(len(smooth), max(POINTS, POINTS_PER_CLUSTER * clusters))
+    picked = np.sort(generator.choice(len(smooth), most, replace=False))
+    points = smooth[torch.from_numpy(picked).to(smooth.device)]
+    seen = points[:, _half_of_components(points, generator)]
+    tree = AgglomerativeClustering(clusters, linkage="ward").fit_predict(seen.cpu().numpy())
+    return _means(points, torch.from_numpy(tree).to(points.device), clusters)
+
+
+def ward_start(sample: Tensor, smooth: Tensor, tree: Tensor, seed: int) -> Tensor:
+    """First weights of one linear head from a tree's clusters, float32 [P, K].
+
+    k-means moves the tree's centroids through the smoothed rows. Each head takes another random
+    half of the rows and of the components, so that heads of one tree start different; the centroids
+    themselves are those of the rows as they are, in all components.
 
     Args:
         sample: float32 [N, P], unit rows, on whatever device.
         smooth: float32 [N, P], the same rows smoothed.
+        tree: centroids [K, P] of `ward_tree`.
     """
-    from sklearn.cluster import AgglomerativeClustering
-
-    count = len(sample)
-    if count < 4 * clusters:
-        return kmeans_start(sample, clusters, seed)
-    generator = np.random.default_rng(seed)
-    chosen, part = _halves(sample, smooth, clusters, generator)
-    most = min(len(part), max(POINTS, POINTS_PER_CLUSTER * clusters))
-    points = part[
-        torch.from_numpy(generator.choice(len(part), most, replace=False)).to(part.device)
-    ]
-    tree = AgglomerativeClustering(clusters, linkage="ward").fit_predict(points.cpu().numpy())
-    begin = _means(points, torch.from_numpy(tree).to(part.device), clusters)
+    generator, clusters = np.random.default_rng(seed), len(tree)
+    rows = _half_of_rows(sample, clusters, generator)
+    components = _half_of_components(sample, generator)
+    part = smooth[rows][:, components].contiguous()
+    begin = tree[:, components].contiguous()
     nearest = _nearest(part, lloyd(part, clusters, generator, FEW, begin))
-    return _means(chosen, nearest, clusters).T.contiguous()
+    return _means(sample[rows], nearest, clusters).T.contiguous()
 
 
-def _halves(
-    sample: Tensor, seen: Tensor, clusters: int, generator: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """A random half of the rows, and what k-means sees of them: of `seen`, half the components."""
-    count, width = sample.shape
-    rows = count if count < 4 * clusters else max(count // 2, 2 * clusters)
+def _half_of_rows(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
+    """Numbers of a random half of the rows, or all of few."""
+    count = len(x)
+    rows = count if count < FEWEST_PER_CLUSTER * clusters else max(count // 2, 2 * clusters)
     picked = np.sort(generator.choice(count, rows, replace=False))
-    components = np.sort(generator.permutation(width)[: max(1, math.ceil(width / 2))])
-    index = torch.from_numpy(picked).to(sample.device)
-    part = seen[index][:, torch.from_numpy(components).to(sample.device)]
-    return sample[index], part.contiguous()
+    return torch.from_numpy(picked).to(x.device)
+
+
+def _half_of_components(x: Tensor, generator: np.random.Generator) -> Tensor:
+    """Numbers of a random half of the components."""
+    width = x.shape[1]
+    picked = np.sort(generator.permutation(width)[: max(1, math.ceil(width / 2))])
+    return torch.from_numpy(picked).to(x.device)
 
 
 def kmeans_start(sample: Tensor, clusters: int, seed: int) -> Tensor:
@@ -98,8 +115,10 @@ def kmeans_start(sample: Tensor, clusters: int, seed: int) -> Tensor:
         sample: float32 [N, P], unit rows, on whatever device.
     """
     generator = np.random.default_rng(seed)
-    chosen, part = _halves(sample, sample, clusters, generator)
-    return _means(chosen, _nearest(part, lloyd(part, clusters, generator)), clusters).T.contiguous()
+    rows = _half_of_rows(sample, clusters, generator)
+    part = sample[rows][:, _half_of_components(sample, generator)].contiguous()
+    nearest = _nearest(part, lloyd(part, clusters, generator))
+    return _means(sample[rows], nearest, clusters).T.contiguous()
 
 
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:

@@ -29,7 +29,15 @@ from icce_ray.core.evaluation.labelfree import neighbor_consistency
 from icce_ray.core.heads import closed_form
 from icce_ray.core.heads.closed_form import Running, Target, Terms
 from icce_ray.core.heads.model import Heads, with_ones
-from icce_ray.core.heads.start import SMOOTHED, kmeans_start, smoothed, ward_start
+from icce_ray.core.heads.start import (
+    FEWEST_PER_CLUSTER,
+    SMOOTHED,
+    TREES,
+    kmeans_start,
+    smoothed,
+    ward_start,
+    ward_tree,
+)
 from icce_ray.core.neighbors import reference_k
 from icce_ray.core.optimizer import AdamW
 from icce_ray.core.projection import Projection, project
@@ -144,19 +152,26 @@ class HeadTrainer:
         most = min(len(self.data), max(START_ROWS, 50 * clusters))
         rows = np.sort(generator.choice(len(self.data), most, replace=False))
         sample, smooth = self.data.rows(torch.from_numpy(rows)), None
-        if by_tree:
-            ids, counts = self.data.ids, self.data.counts
-            near = reference_k(SMOOTHED, len(ids), clusters, ids.shape[1])
-            every = smoothed(self.data.features, ids[:, :near], counts)
-            smooth = every[torch.from_numpy(rows).to(every.device)].to(sample.device).float()
+        trees: dict[int, Tensor] = {}
+        if by_tree and most >= FEWEST_PER_CLUSTER * clusters:
+            smooth = self._smoothed(rows).to(sample.device).float()
+            for tree in sorted({number % TREES for number in self.numbers}):
+                trees[tree] = ward_tree(smooth, clusters, seed_of(self.seed, "tree", tree))
         for position, number in enumerate(self.numbers):
             seed = seed_of(self.seed, "start", number)
             if smooth is None:
                 weight = kmeans_start(sample, clusters, seed)
             else:
-                weight = ward_start(sample, smooth, clusters, seed)
+                weight = ward_start(sample, smooth, trees[number % TREES], seed)
             for heads in (self.student, self.teacher):
                 heads.last.weight.data[position] = weight
+
+    def _smoothed(self, rows: np.ndarray) -> Tensor:
+        """Some rows averaged with their neighbors, float16."""
+        ids, counts = self.data.ids, self.data.counts
+        near = reference_k(SMOOTHED, len(ids), self.clusters, ids.shape[1])
+        every = smoothed(self.data.features, ids[:, :near], counts)
+        return every[torch.from_numpy(rows).to(every.device)]
 
     # one step
 
