@@ -93,7 +93,8 @@ class BackboneConfig(Node):
     """A pretrained model that turns images into features."""
 
     name: str = "vit_large_patch14_dinov2.lvd142m"
-    """Any timm model name."""
+    """Any timm model, or a short name such as dinov2-small (README lists them). `backbone=NAME` is
+    short for this setting alone."""
     pretrained: bool = True
     """Load weights: from `weights` if given, else through timm. false: random weights, only useful
     for tests."""
@@ -374,7 +375,8 @@ class Config(MethodConfig):
     """Everything a run is made of."""
 
     run_dir: Annotated[str, RUNTIME] = ""
-    """Where artifacts go: a folder, s3:// or gs://. Default: runs/NAME, NAME being the config's."""
+    """Where artifacts go: a folder, s3:// or gs://. Default: runs/NAME, NAME being that of the
+    config, and of the data where these are given beside it or in its place."""
     data: DataConfig = DataConfig()
     backbone: tuple[BackboneConfig, ...] = (BackboneConfig(),)
     """One backbone, or a list of several: their features are normalized and joined."""

@@ -20,6 +20,7 @@ from icce_ray.core.samples import AS_IS, Levels, levels_in
 from icce_ray.core.unit_rows import UnitRows
 from icce_ray.data import embeddings as vectors
 from icce_ray.data import listing, reading
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.inference import Embedder, Inference, Loaded, preparations
 from icce_ray.distributed.shards import Quarantine, Shards
 from icce_ray.distributed.stream import ADDRESS, Columns, Job
@@ -41,8 +42,9 @@ def preflight(config: Config) -> None:
         return
     from icce_ray.core import backbone as core
 
+    local = Cluster(config.ray).is_local  # else others download the weights
     for one in config.backbone:
-        core.check(one)
+        core.check(one, download=local)
 
 
 def features(config: Config) -> int | None:

@@ -1,0 +1,67 @@
+"""Images or embeddings in place of a config: what is one, and the run directory's name for it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from icce_ray.data.formats import FORMATS, VECTORS, suffix_of
+from icce_ray.errors import ArtifactError, printable
+from icce_ray.rundir.addresses import absolute, split_options
+
+BESIDE, SHOWN = 1000, 8  # names looked at, and shown, beside a path that leads nowhere
+
+
+def data_group(source: str) -> dict[str, Any] | None:
+    """The group `data` for a path or address of images or embeddings; None for anything else."""
+    ending = suffix_of(source)
+    if ending in ("yaml", "yml"):
+        return None
+    if "://" not in source:
+        path, known = Path(source).expanduser(), {*VECTORS, *itertools.chain(*FORMATS.values())}
+        if not (path.is_dir() or (ending in known and path.is_file())):
+            return None
+    return {"embeddings" if ending in VECTORS else "path": source}
+
+
+def data_address(tree: Mapping[str, Any]) -> str:
+    """Where a plain tree of settings has its images or embeddings; "" if nowhere."""
+    data = tree.get("data")
+    given = data if isinstance(data, Mapping) else {}
+    return str(given.get("path") or given.get("embeddings") or "")
+
+
+def data_name(address: str) -> str:
+    """A name that no other data have: their own where they lie in the working directory, as `runs`
+    does, else one with a hash of the whole address."""
+    place = split_options(address)[0].rstrip("/")
+    try:
+        whole = absolute(address).rstrip("/")
+    except ArtifactError:  # which the validation reports
+        whole = place
+    name = place.rpartition("/")[2]
+    parents = (Path(place).absolute().parent, Path(whole).parent)
+    if "://" not in address and Path.cwd() in parents and re.fullmatch(r"[\w-][\w.-]*", name):
+        return name
+    name = re.sub(r"[^\w.-]+", "-", split_options(whole)[0].rpartition("/")[2]).strip("-.")
+    digest = hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()
+    return f"{name or 'data'}-{digest[:8]}"
+
+
+def around(path: Path) -> tuple[str, list[str]]:
+    """What there is where a path leads nowhere: as a sentence, and as paths beside it."""
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        names = sorted(found.name for found in itertools.islice(folder.iterdir(), BESIDE))
+    except OSError:
+        return "", []
+    visible = [printable(name) for name in names if not name.startswith(".")]
+    listed = ", ".join(visible[:SHOWN]) + (", ..." if len(visible) > SHOWN else "")
+    beside = [str(path.with_name(name)) for name in names] if folder == path.parent else []
+    return f"{printable(str(folder.absolute()))} holds {listed or 'nothing'}.", beside
