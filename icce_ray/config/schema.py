@@ -69,12 +69,13 @@ class DataConfig(Node):
     """Format of `path`. auto: decided by the endings of the files found there. With a format given,
     a single file may have any name, and files without an ending are taken where none has one."""
     image_column: str = "image"
-    """Parquet: the column of encoded image bytes, or of structs with a `bytes` field."""
+    """Parquet: the column of encoded image bytes, or of structs with a `bytes` field. Of given
+    embeddings: the column of lists, where there are several and none is called `embedding`."""
     label_column: str = "label"
     """Parquet and WebDataset (.cls): the column of ground truth, if there is one."""
     embeddings: str | None = None
-    """Instead of images: existing N x D embeddings (.npy, or Parquet with a list column named
-    `embedding`)."""
+    """Instead of images: existing N x D embeddings: .npy, .npz, a tensor in .pt, or Parquet with a
+    column of lists."""
     labels: str = "auto"
     """Ground truth, read only by `evaluate` and `report`. auto: class folders (also those below
     train, val and test) or the label column, where there are any. none: ignored. Or a file of N

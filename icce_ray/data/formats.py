@@ -15,7 +15,7 @@ IMAGES = (
 PARQUET = ("parquet", "pq")
 TARS = ("tar",)
 FORMATS = {"folder": IMAGES, "parquet": PARQUET, "webdataset": TARS}
-VECTORS = ("npy",)  # embeddings; Parquet may hold them as well
+VECTORS = ("npy", "npz", "pt", "pth")  # embeddings; Parquet may hold them as well
 
 # Images as well, but of formats that are not decoded here.
 UNDECODABLE = (

@@ -50,7 +50,7 @@ def preflight(config: Config) -> None:
 def features(config: Config) -> int | None:
     """D, as far as it can be known before the stage has run."""
     if config.data.embeddings:
-        return vectors.open_vectors(config.data.embeddings).features
+        return vectors.open_vectors(config.data.embeddings, config.data.image_column).features
     from icce_ray.core import backbone as core
 
     widths = [core.width(one) for one in config.backbone]
@@ -188,7 +188,7 @@ def _take_given(context: Context) -> Outcome:
     """
     data = context.config.data
     assert data.embeddings is not None
-    given = vectors.open_vectors(data.embeddings)
+    given = vectors.open_vectors(data.embeddings, data.image_column)
     positions = listing.evenly(given.total, data.limit)
     if len(positions) != context.run.read_table("index", columns=["image_id"]).num_rows:
         raise DataError(
