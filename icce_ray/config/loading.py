@@ -224,7 +224,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
-        raise ConfigError(f"{override!r} is not an override; write key.sub=value")
+        quote = ". A pattern of names needs quotes" if Path(override).exists() else ""
+        raise ConfigError(f"{override!r} is not an override; write key.sub=value{quote}")
     node: Any = tree
     for depth, part in enumerate(parts[:-1]):
         group = group_of(node, parts, depth)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icce_ray.data.formats import FORMATS, VECTORS, suffix_of
+from icce_ray.data.formats import FORMATS, PARQUET, VECTORS, suffix_of
 from icce_ray.errors import ArtifactError, printable
-from icce_ray.rundir.addresses import absolute, split_options
+from icce_ray.rundir.addresses import absolute, split_options, split_pattern
 
 BESIDE, SHOWN = 1000, 8  # names looked at, and shown, beside a path that leads nowhere
 
@@ -23,9 +23,19 @@ def data_group(source: str) -> dict[str, Any] | None:
         return None
     if "://" not in source:
         path, known = Path(source).expanduser(), {*VECTORS, *itertools.chain(*FORMATS.values())}
-        if not (path.is_dir() or (ending in known and path.is_file())):
+        folder, pattern = split_pattern(source)
+        matched = bool(pattern) and Path(folder).expanduser().is_dir()
+        if not (path.is_dir() or matched or (ending in known and path.is_file())):
             return None
-    return {"embeddings" if ending in VECTORS else "path": source}
+    return {"embeddings" if ending in VECTORS or _holds_vectors(source, ending) else "path": source}
+
+
+def _holds_vectors(source: str, ending: str) -> bool:
+    if ending not in PARQUET:
+        return False
+    from icce_ray.data import embeddings  # imports pyarrow, which takes long
+
+    return embeddings.are_in(source)
 
 
 def data_address(tree: Mapping[str, Any]) -> str:
@@ -47,7 +57,8 @@ def data_name(address: str) -> str:
     parents = (Path(place).absolute().parent, Path(whole).parent)
     if "://" not in address and Path.cwd() in parents and re.fullmatch(r"[\w-][\w.-]*", name):
         return name
-    name = re.sub(r"[^\w.-]+", "-", split_options(whole)[0].rpartition("/")[2]).strip("-.")
+    place = split_options(split_pattern(whole)[0])[0].rstrip("/")
+    name = re.sub(r"[^\w.-]+", "-", place.rpartition("/")[2]).strip("-.")
     digest = hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()
     return f"{name or 'data'}-{digest[:8]}"
 

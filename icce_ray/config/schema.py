@@ -62,7 +62,8 @@ class DataConfig(Node):
 
     path: str | None = None
     """Images: a folder (flat or one folder per class; read recursively), a Parquet file or folder
-    with a column of image bytes, or WebDataset tars. Local, s3:// or gs://."""
+    with a column of image bytes, or WebDataset tars. Local, s3:// or gs://. Or a pattern of names,
+    as in photos/**/*.jpg."""
     dataset: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "stl10"] | None = None
     """A public data set, written once to `path` as class folders of PNG files."""
     format: Literal["auto", "folder", "parquet", "webdataset"] = "auto"

@@ -21,13 +21,21 @@ import pyarrow.parquet as pq
 from icce_ray.config.schema import DataConfig
 from icce_ray.data import matrices
 from icce_ray.data.formats import PARQUET, VECTORS, dotted, suffix_of
-from icce_ray.data.listing import Listing, finish, index_table, number, text_column
+from icce_ray.data.listing import (
+    Listing,
+    finish,
+    index_table,
+    is_bytes,
+    is_list,
+    number,
+    text_column,
+)
 from icce_ray.data.omissions import Omissions
 from icce_ray.data.reading import IMAGE_COLUMN, row_uri
 from icce_ray.data.walking import find_files
-from icce_ray.errors import ArtifactError, DataError, one_line, printable
+from icce_ray.errors import ArtifactError, DataError, IcceError, one_line, printable
 from icce_ray.rundir.schemas import to_matrix
-from icce_ray.rundir.storage import Storage
+from icce_ray.rundir.storage import Storage, hastily
 
 COLUMN = "embedding"
 URI_COLUMN = "uri"
@@ -91,6 +99,20 @@ class _Batches:
     def _read(self, filesystem: pafs.FileSystem, path: str) -> Iterator[pa.RecordBatch]:
         with filesystem.open_input_file(path) as stream:
             yield from pq.ParquetFile(stream).iter_batches(self.rows, columns=[self.column])
+
+
+def are_in(file: str) -> bool:
+    """Whether a Parquet file holds embeddings and no images, by its columns.
+
+    False for one that cannot be read, too: its listing says why.
+    """
+    try:
+        with hastily():
+            schema = Storage(file).load(lambda stream: pq.ParquetFile(stream).schema_arrow)
+    except (OSError, pa.ArrowException, IcceError):
+        return False
+    kinds = [field.type for field in schema]
+    return any(map(is_list, kinds)) and not any(map(is_bytes, kinds))
 
 
 def open_vectors(uri: str, column: str = IMAGE_COLUMN) -> Vectors:
@@ -166,16 +188,6 @@ def _column(schema: pa.Schema, file: str, asked: str) -> str:
         f"{printable(file)} has no column {COLUMN!r}; its columns are "
         f"{', '.join(schema.names)}{several}"
     )
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a column's type is that of lists of numbers, one per row."""
-    if isinstance(kind, pa.FixedShapeTensorType):
-        kind = kind.storage_type
-    of_lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not (of_lists or pa.types.is_fixed_size_list(kind)):
-        return False
-    return pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)
 
 
 def _matrix(column: pa.Array, file: str, width: int | None, start: int = 0) -> np.ndarray:

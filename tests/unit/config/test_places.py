@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -46,6 +48,8 @@ def load(source: str, *overrides: str) -> Config:
         ("s3://bucket/photos", r"runs/photos-\w{8}"),
         ("s3://bucket/photos?region=eu-west-1", r"runs/photos-\w{8}"),
         ("gs://bucket", r"runs/bucket-\w{8}"),
+        ("photos/*.jpg", r"runs/photos-\w{8}"),
+        ("s3://bucket/photos/**/*.jpg", r"runs/photos-\w{8}"),
     ],
 )
 def test_images_stand_for_a_config(source: str, run_dir: str) -> None:
@@ -73,6 +77,18 @@ def test_embeddings_need_no_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     found = load("a.npy")
     assert (found.data.path, found.data.embeddings) == (None, "a.npy")
     assert load("photos", "backbone=clip-base").backbone[0].name.startswith("vit_base")
+
+
+def test_parquet_is_images_or_embeddings_by_its_columns() -> None:
+    pq.write_table(pa.table({"clip": [[1.0, 2.0]], "name": ["a"]}), "lists.parquet")
+    pq.write_table(pa.table({"image": [b"x"], "clip": [[1.0, 2.0]]}), "images.parquet")
+    assert load("lists.parquet").data.embeddings == "lists.parquet"
+    assert load("images.parquet").data.path == "images.parquet"
+
+
+def test_names_that_the_shell_made_of_a_pattern() -> None:
+    with pytest.raises(ConfigError, match="A pattern of names needs quotes"):
+        load("photos", "one.JPG")
 
 
 def test_a_part_of_a_backbone_completes_the_default() -> None:
@@ -114,6 +130,7 @@ def test_a_mapping_is_named_by_its_data() -> None:
         ("nowhere/at/all", ["holds a.npy, a.parquet"]),
         ("none.yaml", ["neither a YAML file"]),
         ("none.npy", ["nor images or embeddings"]),
+        ("none/*.jpg", ["no config 'none/*.jpg'"]),
     ],
 )
 def test_a_mistyped_path_says_what_there_is(source: str, hints: list[str]) -> None:
