@@ -151,15 +151,15 @@ def test_hidden_and_foreign_folders_are_counted(tmp_path: Path) -> None:
 
 
 def test_names_and_endings_that_are_not_taken(tmp_path: Path) -> None:
-    touch(tmp_path, "a.png", "b.heic", "c.SVG", "d.txt", "e.txt", "f.jpg_large", "g.json", "0a1b")
+    touch(tmp_path, "a.png", "b.jxl", "c.SVG", "d.txt", "e.txt", "f.jpg_large", "g.json", "0a1b")
     listed = list_images(DataConfig(path=str(tmp_path)))
     assert listed.found == 1
     assert listed.left.results() == [
         {"reason": "files ending in .txt, .jpg_large, .json", "count": 4, "example": "d.txt"},
         {
-            "reason": "images of formats that cannot be decoded, in .heic, .svg",
+            "reason": "images of formats that cannot be decoded, in .jxl, .svg",
             "count": 2,
-            "example": "b.heic",
+            "example": "b.jxl",
         },
         {"reason": "files without an ending", "count": 1, "example": "0a1b"},
     ]
