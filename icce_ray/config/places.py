@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from icce_ray.data.formats import FORMATS, PARQUET, VECTORS, suffix_of
+from icce_ray.data.formats import DATA, PARQUET, VECTORS, suffix_of
 from icce_ray.errors import ArtifactError, printable
 from icce_ray.rundir.addresses import absolute, split_options, split_pattern
 
@@ -22,10 +22,10 @@ def data_group(source: str) -> dict[str, Any] | None:
     if ending in ("yaml", "yml"):
         return None
     if "://" not in source:
-        path, known = Path(source).expanduser(), {*VECTORS, *itertools.chain(*FORMATS.values())}
+        path, known = Path(source).expanduser(), ending in DATA
         folder, pattern = split_pattern(source)
         matched = bool(pattern) and Path(folder).expanduser().is_dir()
-        if not (path.is_dir() or matched or (ending in known and path.is_file())):
+        if not (path.is_dir() or matched or (known and path.is_file())):
             return None
     return {"embeddings" if ending in VECTORS or _holds_vectors(source, ending) else "path": source}
 

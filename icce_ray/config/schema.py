@@ -62,18 +62,20 @@ class DataConfig(Node):
 
     path: str | None = None
     """Images: a folder (flat or one folder per class; read recursively), a Parquet file or folder
-    with a column of image bytes, or WebDataset tars. Local, s3:// or gs://. Or a pattern of names,
-    as in photos/**/*.jpg."""
+    with a column of image bytes, a CSV file or Parquet column of paths or URLs (relative ones begin
+    at its folder), or WebDataset tars. Local, s3:// or gs://. Or a pattern of names, as in
+    photos/**/*.jpg."""
     dataset: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "stl10"] | None = None
     """A public data set, written once to `path` as class folders of PNG files."""
     format: Literal["auto", "folder", "parquet", "webdataset"] = "auto"
     """Format of `path`. auto: decided by the endings of the files found there. With a format given,
     a single file may have any name, and files without an ending are taken where none has one."""
     image_column: str = "image"
-    """Parquet: the column of encoded image bytes, or of structs with a `bytes` field. Of given
-    embeddings: the column of lists, where there are several and none is called `embedding`."""
+    """Parquet and CSV: the column of encoded image bytes, of structs with a `bytes` field, or of
+    paths or URLs. Where there is no `image`, the only one of bytes, or one named path, url or the
+    like, is taken. Of given embeddings: the column of lists, if several and none is `embedding`."""
     label_column: str = "label"
-    """Parquet and WebDataset (.cls): the column of ground truth, if there is one."""
+    """Parquet, CSV and WebDataset (.cls): the column of ground truth, if there is one."""
     embeddings: str | None = None
     """Instead of images: existing N x D embeddings: .npy, .npz, a tensor in .pt, or Parquet with a
     column of lists."""

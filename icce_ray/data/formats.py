@@ -20,7 +20,9 @@ IMAGES = (
 PARQUET = ("parquet", "pq")
 TARS = ("tar",)
 FORMATS = {"folder": IMAGES, "parquet": PARQUET, "webdataset": TARS}
+LISTS = ("csv", "tsv")  # of paths or URLs of images, where the file itself is given
 VECTORS = ("npy", "npz", "pt", "pth")  # embeddings; Parquet may hold them as well
+DATA = (*IMAGES, *PARQUET, *TARS, *LISTS, *VECTORS)  # what may stand for a config
 
 # Images as well, but of formats that are not decoded here.
 UNDECODABLE = (

@@ -20,8 +20,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from icce_ray.config.schema import DataConfig
-from icce_ray.data import tars
-from icce_ray.data.formats import FORMATS, dotted
+from icce_ray.data import lists, tars
+from icce_ray.data.formats import FORMATS, LISTS, dotted, suffix_of
 from icce_ray.data.omissions import Omissions
 from icce_ray.data.reading import IMAGE_COLUMN, REMOTE_THREADS, THREADS, row_uri
 from icce_ray.data.walking import Files, Say, find_files
@@ -39,7 +39,7 @@ class Listing:
     """The images of a run."""
 
     table: pa.Table  # INDEX_SCHEMA
-    kind: str  # folder, parquet, webdataset, embeddings
+    kind: str  # folder, parquet, webdataset, list, embeddings
     found: int  # images before data.limit
     left: Omissions  # what was not taken
 
@@ -55,6 +55,9 @@ def list_images(data: DataConfig, setting: str = "data.path", say: Say | None = 
     """
     assert data.path is not None
     files = find_files(data.path, setting, say)
+    if files.is_file and data.format == "auto" and suffix_of(files.base) in LISTS:
+        uris, labels = lists.read_csv(files.base, data.image_column, data.label_column)
+        return finish(index_table(uris, labels), "list", data.limit, files.left)
     kind = _kind(data, files, setting)
     chosen = _chosen(data, files, kind)
     if not len(chosen.names):
@@ -223,7 +226,10 @@ def _parquet_file(data: DataConfig, uri: str) -> tuple[pa.Table, Omissions]:
         labels = text_column(parquet, data.label_column)
         if labels is None and data.label_column in parquet.schema_arrow.names:
             left.add(f"columns {data.label_column!r} that hold no plain labels", uri)
-        uris = number(row_uri(uri, column), parquet.metadata.num_rows)
+        if is_bytes(parquet.schema_arrow.field(column).type):
+            uris = number(row_uri(uri, column), parquet.metadata.num_rows)
+        else:
+            uris = lists.addresses(parquet.read(columns=[column])[column], uri)
         return index_table(uris, labels), left
 
     try:
@@ -245,6 +251,10 @@ def is_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def is_list(kind: pa.DataType) -> bool:
     """Whether a column's type is that of lists of numbers, one per row."""
     if isinstance(kind, pa.FixedShapeTensorType):
@@ -256,12 +266,17 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def _image_column(name: str, schema: pa.Schema, uri: str) -> str:
-    """The column of encoded images: `name`, or in place of the default the only one of bytes."""
-    if name in schema.names and is_bytes(schema.field(name).type):
+    """The column of encoded images, or of their addresses: `name`, or in place of the default the
+    only one of bytes, or one of addresses."""
+    texts = [field.name for field in schema if _is_text(field.type)]
+    if name in texts or (name in schema.names and is_bytes(schema.field(name).type)):
         return name
     fitting = [field.name for field in schema if is_bytes(field.type)]
+    paths = lists.column(texts, name)
     if name == IMAGE_COLUMN and len(fitting) == 1:
         return fitting[0]
+    if name == IMAGE_COLUMN and not fitting and paths:
+        return paths
     hint = f"data.image_column={fitting[0]} would fit" if fitting else "no column holds image bytes"
     if not fitting and any(is_list(field.type) for field in schema):
         hint += "; embeddings are given as data.embeddings=..."

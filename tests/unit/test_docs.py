@@ -85,7 +85,7 @@ def test_run_commands_resolve(readme: str, tmp_path: Path, monkeypatch: pytest.M
     found = [arguments for arguments in found if arguments[0] != MADE_BY_A_SWEEP]
     assert len(found) >= 7
     Path("photos").mkdir()
-    for file in ("photos.parquet", "features.npy"):
+    for file in ("photos.parquet", "features.npy", "list.csv"):
         Path(file).touch()
     resolved: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(classes, "resolve", lambda *given, **_: resolved.append(given))

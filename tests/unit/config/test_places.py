@@ -22,7 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("photos", "other/photos", "my photos", "quickstart"):
         Path(name).mkdir(parents=True)
-    for name in ("a.parquet", "a.tar", "a.npy", "one.JPG", "notes.txt"):
+    for name in ("a.parquet", "a.tar", "a.csv", "a.npy", "one.JPG", "notes.txt"):
         Path(name).write_bytes(b"x")
     Path("mine.yaml").write_text("num_classes: 5\ndata: {path: photos}\n")
     Path("plain").write_text("num_classes: 5\ndata: {path: photos}\n")
@@ -41,6 +41,7 @@ def load(source: str, *overrides: str) -> Config:
         ("other/../photos", "runs/photos"),
         ("a.parquet", "runs/a.parquet"),
         ("a.tar", "runs/a.tar"),
+        ("a.csv", "runs/a.csv"),
         ("one.JPG", "runs/one.JPG"),
         ("./quickstart", "runs/quickstart"),
         ("other/photos", r"runs/photos-\w{8}"),
@@ -125,9 +126,9 @@ def test_a_mapping_is_named_by_its_data() -> None:
 @pytest.mark.parametrize(
     ("source", "hints"),
     [
-        ("phtos", ["no config 'phtos'", "quickstart", "holds a.npy", "Did you mean 'photos'?"]),
+        ("phtos", ["no config 'phtos'", "quickstart", "holds a.csv", "Did you mean 'photos'?"]),
         ("other/phots", ["other holds photos.", "Did you mean 'other/photos'?"]),
-        ("nowhere/at/all", ["holds a.npy, a.parquet"]),
+        ("nowhere/at/all", ["holds a.csv, a.npy, a.parquet"]),
         ("none.yaml", ["neither a YAML file"]),
         ("none.npy", ["nor images or embeddings"]),
         ("none/*.jpg", ["no config 'none/*.jpg'"]),
