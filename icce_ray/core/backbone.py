@@ -349,8 +349,10 @@ def preprocess(config: BackboneConfig) -> Preprocess:
     return _preprocess(config, _data_config(config, _pretrained_cfg(config.name)))
 
 
-def load(config: BackboneConfig) -> Backbone:
+def load(config: BackboneConfig, file: str | None = None) -> Backbone:
     """Build the model and load its weights, on the CPU, in evaluation mode.
+
+    file: the copy of `config.weights` on this node, where these are elsewhere.
 
     Raises:
         ConfigError: an unknown model; weights that cannot be had or do not fit the model; an image
@@ -366,7 +368,7 @@ def load(config: BackboneConfig) -> Backbone:
     elif config.weights:
         with NoRandomWeights():
             model = _build(config, pretrained=False)
-        source = weights.load(model, config)
+        source = weights.load(model, config, file)
     else:
         with NoRandomWeights():
             model = _download(config)

@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from icce_ray.core.preprocess import BadImage
-from icce_ray.data import web
 from icce_ray.errors import DataError, IcceError, NoAnswerError, one_line, printable
+from icce_ray.rundir import web
 from icce_ray.rundir.addresses import is_remote
 from icce_ray.rundir.schemas import runs_code
 from icce_ray.rundir.storage import Storage

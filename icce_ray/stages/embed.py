@@ -25,6 +25,8 @@ from icce_ray.distributed.inference import Embedder, Inference, Loaded, preparat
 from icce_ray.distributed.shards import Quarantine, Shards
 from icce_ray.distributed.stream import ADDRESS, Columns, Job
 from icce_ray.errors import DataError
+from icce_ray.rundir import copies
+from icce_ray.rundir.addresses import is_remote
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import embeddings_schema, tensor_column, to_matrix
 from icce_ray.stages.base import Context, Outcome
@@ -45,6 +47,8 @@ def preflight(config: Config) -> None:
     local = Cluster(config.ray).is_local  # else others download the weights
     for one in config.backbone:
         core.check(one, download=local)
+        if one.pretrained and one.weights and is_remote(one.weights):
+            copies.check("backbone.weights", one.weights)
 
 
 def features(config: Config) -> int | None:

@@ -15,10 +15,10 @@ import pytest
 
 from icce_ray.config.schema import DataConfig
 from icce_ray.core.preprocess import BadImage
-from icce_ray.data import web
 from icce_ray.data.listing import list_images
 from icce_ray.data.reading import read_many
 from icce_ray.errors import DataError
+from icce_ray.rundir import web
 
 
 @pytest.fixture
