@@ -63,8 +63,8 @@ class DataConfig(Node):
     path: str | None = None
     """Images: a folder (flat or one folder per class; read recursively), a Parquet file or folder
     with a column of image bytes, a CSV file or Parquet column of paths or URLs (relative ones begin
-    at its folder), or WebDataset tars. Local, s3:// or gs://. Or a pattern of names, as in
-    photos/**/*.jpg."""
+    at its folder), or WebDataset tars. Local, s3://, gs:// or hf://datasets/OWNER/NAME. Or
+    a pattern of names, as in photos/**/*.jpg."""
     dataset: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "stl10"] | None = None
     """A public data set, written once to `path` as class folders of PNG files."""
     format: Literal["auto", "folder", "parquet", "webdataset"] = "auto"
@@ -97,8 +97,8 @@ class BackboneConfig(Node):
     """A pretrained model that turns images into features."""
 
     name: str = "vit_large_patch14_dinov2.lvd142m"
-    """Any timm model, or a short name such as dinov2-small (README lists them). `backbone=NAME` is
-    short for this setting alone."""
+    """Any timm model, also of the hub (hf-hub:OWNER/NAME), or a short name such as dinov2-small.
+    `backbone=NAME` sets this alone."""
     pretrained: bool = True
     """Load weights: from `weights` if given, else through timm. false: random weights, only useful
     for tests."""

@@ -394,6 +394,8 @@ class NoRandomWeights(TorchFunctionMode):
 
 def _pretrained_cfg(name: str) -> Any:
     timm = _timm()
+    if name.startswith(hub.PREFIX):
+        return hub.pretrained_cfg(name)
     try:
         if timm.is_model(name):
             return timm.get_pretrained_cfg(name, allow_unregistered=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from icce_ray.config.backbones import OFFLINE
 from icce_ray.errors import ConfigError, one_line
 
+PREFIX = "hf-hub:"  # of a model that is described on the hub, not by timm
 TIMEOUT = 5.0  # seconds for the hub to answer
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 FOLDER = "models--"  # of a cached repository, then its name with -- for each slash
@@ -32,10 +35,27 @@ def check(name: str, repository: str) -> None:
     except EntryNotFoundError:  # an answer as well: the repository is there, and may be read
         return
     except Exception as error:  # the hub's client raises errors of many libraries
-        reason = f"{type(error).__name__}: {one_line(error, 150)}"
-        raise ConfigError(
-            f"the weights of {name} cannot be downloaded ({reason}). {remedies()}"
-        ) from None
+        raise _unreachable(name, error) from None
+
+
+@lru_cache(maxsize=16)
+def pretrained_cfg(name: str) -> Any:
+    """What the hub says of a timm model there, as timm's PretrainedCfg.
+
+    Raises ConfigError: no such model, no network, or none of timm's kind.
+    """
+    from timm.models import PretrainedCfg, load_model_config_from_hf
+
+    try:
+        found, *_ = load_model_config_from_hf(name.removeprefix(PREFIX))
+        return PretrainedCfg(**found)
+    except Exception as error:
+        raise _unreachable(name, error) from None
+
+
+def _unreachable(name: str, error: Exception) -> ConfigError:
+    reason = f"{type(error).__name__}: {one_line(error, 150)}"
+    return ConfigError(f"the weights of {name} cannot be downloaded ({reason}). {remedies()}")
 
 
 def cached() -> list[str]:

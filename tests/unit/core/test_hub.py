@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import timm
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import save_file
 
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core import backbone, hub
@@ -91,3 +95,42 @@ def test_only_what_is_downloaded_is_asked_for(
     except ConfigError as error:
         assert count and "cannot be downloaded" in str(error)
     assert len(asked) == count
+
+
+# --- models that are described on the hub --------------------------------------------------------
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A model of a user's on a stand-in for the hub, loaded by timm's own code."""
+    model = timm.create_model("test_vit", num_classes=7)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    about = {"num_classes": 7, "input_size": [3, 96, 96], "mean": [0.1] * 3, "classifier": "head"}
+    config = {"architecture": "test_vit", "num_classes": 7, "pretrained_cfg": about}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        assert repo_id == "me/mine"
+        if not (tmp_path / filename).exists():
+            raise EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    hub.pretrained_cfg.cache_clear()
+    yield model
+    hub.pretrained_cfg.cache_clear()
+
+
+def test_a_model_of_the_hub(published: Any) -> None:
+    config = BackboneConfig(name="hf-hub:me/mine")
+    backbone.check(config)
+    found = backbone.load(config)
+    assert found.input_size == 96 and found.source == "timm hub me/mine"
+    assert found.mean.flatten().tolist() == pytest.approx([0.1] * 3)
+    assert torch.equal(found.model.blocks[0].mlp.fc1.weight, published.blocks[0].mlp.fc1.weight)
+
+
+def test_no_such_model_on_the_hub(published: Any) -> None:
+    with pytest.raises(ConfigError, match=r"weights of hf-hub:me/none cannot be downloaded"):
+        backbone.check(BackboneConfig(name="hf-hub:me/none"))
