@@ -174,15 +174,15 @@ def read_named(
     Raises:
         ConfigError: there is no such file, or it is not a mapping in YAML.
     """
-    path = known.get(str(source)) or Path(source).expanduser()
-    if not path.is_file():
+    path = known.get(str(source)) or Path(source)
+    if not places.is_file(path):
         there, beside = places.around(path)
         images = ", nor images or embeddings" if kind == "config" else ""
         raise ConfigError(
             f"no {kind} {str(source)!r}: it is neither a YAML file nor one of "
             f"{', '.join(known)}{images}. {there}{near(str(source), [*known, *beside])}"
         )
-    return parse_yaml(path.read_bytes(), str(path)), path.stem
+    return parse_yaml(path.expanduser().read_bytes(), str(path)), path.stem
 
 
 def near(wanted: str, names: Sequence[str]) -> str:
@@ -224,7 +224,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
-        quote = ". A pattern of names needs quotes" if Path(override).exists() else ""
+        quote = ". A pattern of names needs quotes" if places.there(override) else ""
         raise ConfigError(f"{override!r} is not an override; write key.sub=value{quote}")
     node: Any = tree
     for depth, part in enumerate(parts[:-1]):
@@ -284,7 +284,7 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return f"{key}: unknown setting.{suggest(location)}"
     if kind == "missing":
-        short = ", or -k N; auto finds a number" if key == "num_classes" else ""
+        short = " (`icce-ray run`: -k N, or -k auto)" if key == "num_classes" else ""
         return f"{key}: missing; add {key}=...{short}"
     if kind == "model_type":
         return f"{key}: this is a group of settings (key: value), not {shown(value)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,27 @@ BESIDE, SHOWN = 1000, 8  # names looked at, and shown, beside a path that leads 
 def data_group(source: str) -> dict[str, Any] | None:
     """The group `data` for a path or address of images or embeddings; None for anything else."""
     ending = suffix_of(source)
-    if ending in ("yaml", "yml"):
+    if not source or ending in ("yaml", "yml"):
         return None
     if "://" not in source:
-        path, known = Path(source).expanduser(), ending in DATA
         folder, pattern = split_pattern(source)
-        matched = bool(pattern) and Path(folder).expanduser().is_dir()
-        if not (path.is_dir() or matched or (known and path.is_file())):
+        matched = bool(pattern) and there(folder, Path.is_dir)
+        if not (matched or there(source, Path.is_dir) or (ending in DATA and is_file(source))):
             return None
     return {"embeddings" if ending in VECTORS or _holds_vectors(source, ending) else "path": source}
+
+
+def there(path: str | Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether there is a file or folder of a kind; False for what can be no path."""
+    try:
+        return kind(Path(path).expanduser())
+    except (OSError, RuntimeError, ValueError):  # a name too long, an unknown home
+        return False
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file."""
+    return there(path, Path.is_file)
 
 
 def _holds_vectors(source: str, ending: str) -> bool:
@@ -66,7 +78,7 @@ def data_name(address: str) -> str:
 def around(path: Path) -> tuple[str, list[str]]:
     """What there is where a path leads nowhere: as a sentence, and as paths beside it."""
     folder = path.parent
-    while not folder.is_dir() and folder != folder.parent:
+    while not there(folder, Path.is_dir) and folder != folder.parent:
         folder = folder.parent
     try:
         names = sorted(found.name for found in itertools.islice(folder.iterdir(), BESIDE))
@@ -74,5 +86,5 @@ def around(path: Path) -> tuple[str, list[str]]:
         return "", []
     visible = [printable(name) for name in names if not name.startswith(".")]
     listed = ", ".join(visible[:SHOWN]) + (", ..." if len(visible) > SHOWN else "")
-    beside = [str(path.with_name(name)) for name in names] if folder == path.parent else []
+    beside = [str(folder / name) for name in names] if folder == path.parent else []
     return f"{printable(str(folder.absolute()))} holds {listed or 'nothing'}.", beside

@@ -68,7 +68,7 @@ def test_one_line_starts_a_run(
     ("arguments", "kind", "text"),
     [
         (("run", "quikstart"), ConfigError, "Did you mean 'quickstart'"),
-        (("run", "."), ConfigError, "or -k N"),
+        (("run", "."), ConfigError, "-k N, or -k auto"),
         (("run", ".", "-k", "2", "--backbone", "dinov3"), ConfigError, "Near ones: dinov3-"),
         (("run", "quickstart", "heads.cuont=3"), ConfigError, "heads.count"),
         (("run", "quickstart", "num_classes=1"), ConfigError, "num_classes"),

@@ -142,6 +142,14 @@ def test_a_mistyped_path_says_what_there_is(source: str, hints: list[str]) -> No
         assert hint in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["", "~nobody/photos", "a" * 5000, "a\0b", "x/" * 3000])
+def test_what_can_be_no_path_is_no_config(source: str) -> None:
+    with pytest.raises(ConfigError, match="no config"):
+        load(source)
+    with pytest.raises(ConfigError, match="is not an override"):
+        load("photos", source)
+
+
 def test_settings_as_python_values() -> None:
     given = {
         "num_classes": 3,
