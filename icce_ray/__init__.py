@@ -70,21 +70,24 @@ def run(
     last: str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    **settings: Any,
 ) -> Result:
     """Run the chain: index, embed, search, select, heads, consensus, answer, classify, evaluate,
     report.
 
     >>> import icce_ray
+    >>> found = icce_ray.run("photos", num_classes=20, backbone="dinov2-small")
     >>> found = icce_ray.run("quickstart", "heads.count=8", "run_dir=runs/eight")
-    >>> found = icce_ray.run({"num_classes": 20, "data": {"path": "photos"}}, "run_dir=runs/mine")
     >>> found.labels, found.confidence, found.uris
 
     Finished stages are skipped and half-done ones resumed, so the same call resumes a run that was
     interrupted.
 
     Args:
-        config: a golden config's name, a YAML file, or its content.
+        config: a golden config's name, a YAML file, its content, or a path or address of images or
+            embeddings.
         overrides: settings as KEY=VALUE, by the names of the YAML.
+        settings: the same as Python values; groups are dictionaries. Overrides go before them.
         first, last: run only a part of the chain, by names of stages.
         overwrite: replace artifacts of other settings; with `first`, redo those stages.
         quiet: print only errors and the end.
@@ -94,14 +97,16 @@ def run(
     Raises:
         icce_ray.errors.IcceError: settings, data or artifacts that do not fit, a failed stage.
     """
+    from icce_ray import config as configs
     from icce_ray import pipeline
     from icce_ray.rundir.results import Result
     from icce_ray.sweeps import num_classes
 
-    settings = num_classes.resolve(config, overrides, overwrite=overwrite, quiet=quiet)
-    assert settings is not None  # which it is only for a plan
-    pipeline.run(settings, first=first, last=last, overwrite=overwrite, quiet=quiet)
-    return Result(settings.run_dir)
+    given = [*configs.as_overrides(settings), *overrides]
+    resolved = num_classes.resolve(config, given, overwrite=overwrite, quiet=quiet)
+    assert resolved is not None  # which it is only for a plan
+    pipeline.run(resolved, first=first, last=last, overwrite=overwrite, quiet=quiet)
+    return Result(resolved.run_dir)
 
 
 def load(run_dir: str | Path) -> Result:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+import icce_ray
 from icce_ray.distributed import compat
 from icce_ray.errors import ArtifactError, ConfigError, IcceError, printable, printable_lines
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     name="icce-ray",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="""Unsupervised image classification. It takes unlabeled images and a number of classes; it
@@ -32,6 +34,8 @@ makes a class and a confidence for every image, a classifier for new images, and
 Examples:
 
 * `icce-ray run quickstart` runs all stages on 1,797 small images.
+
+* `icce-ray run photos -k 20` sorts a folder of images into 20 classes.
 
 * `icce-ray config imagenet` prints every setting with its meaning.
 
@@ -47,6 +51,14 @@ Name = Annotated[
 ]
 Plan = Annotated[bool, typer.Option("--plan", help="Show what would be done, and stop.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only errors and the final result.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA|CONFIG",
+        help="Images (a folder, Parquet, tars, s3://), embeddings (.npy), the name of a golden "
+        "config, or a YAML file.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -55,10 +67,48 @@ Overrides = Annotated[
 ]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"icce-ray {icce_ray.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version, and stop."
+        ),
+    ] = False,
+) -> None:
+    """What all commands share."""
+
+
 @app.command()
 def run(
-    name: Name,
+    source: Source,
     overrides: Overrides = None,
+    number: Annotated[
+        str | None,
+        typer.Option(
+            "-k", "--classes", metavar="K", help="Number of classes: 20, a range 50-200, or auto."
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="dinov2-small, dinov3-base, clip-base, ..., or any timm model. Default for DATA: "
+            "what this machine can bear.",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN_DIR", help="Where results go. Default: runs/, then the name of the data."
+        ),
+    ] = None,
     first: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="First stage to run.")
     ] = None,
@@ -86,8 +136,10 @@ def run(
 
     pipeline.names_between(first, last)
     started = time.monotonic()
+    short = {"num_classes": number, "backbone": backbone, "run_dir": out}
+    given = [f"{key}={value}" for key, value in short.items() if value is not None]
     config = classes.resolve(
-        name, overrides or [], overwrite=overwrite, plan_only=plan, quiet=quiet
+        source, [*given, *(overrides or [])], overwrite=overwrite, plan_only=plan, quiet=quiet
     )
     if config is None:
         return

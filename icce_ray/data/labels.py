@@ -32,7 +32,7 @@ def preflight(data: DataConfig) -> None:
     check_exists("data.labels", data.labels)
     count = len(read_labels(data.labels))
     if data.embeddings:
-        full = embeddings.open_vectors(data.embeddings).total
+        full = embeddings.open_vectors(data.embeddings, data.image_column).total
         kept = len(evenly(full, data.limit))
         _check_length(data.labels, count, (kept, full))
 

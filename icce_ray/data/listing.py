@@ -20,13 +20,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from icce_ray.config.schema import DataConfig
-from icce_ray.data import tars
-from icce_ray.data.formats import FORMATS, dotted
+from icce_ray.data import lists, tars
+from icce_ray.data.formats import FORMATS, LISTS, dotted, suffix_of
 from icce_ray.data.omissions import Omissions
-from icce_ray.data.reading import REMOTE_THREADS, THREADS, row_uri
+from icce_ray.data.reading import IMAGE_COLUMN, REMOTE_THREADS, THREADS, row_uri
 from icce_ray.data.walking import Files, Say, find_files
 from icce_ray.errors import ArtifactError, DataError, StorageError, one_line, printable
-from icce_ray.rundir.addresses import is_remote
+from icce_ray.rundir.addresses import is_remote, split_pattern
 from icce_ray.rundir.progress import LINE_EVERY
 from icce_ray.rundir.schemas import INDEX_SCHEMA
 from icce_ray.rundir.storage import Storage, hastily
@@ -39,7 +39,7 @@ class Listing:
     """The images of a run."""
 
     table: pa.Table  # INDEX_SCHEMA
-    kind: str  # folder, parquet, webdataset, embeddings
+    kind: str  # folder, parquet, webdataset, list, embeddings
     found: int  # images before data.limit
     left: Omissions  # what was not taken
 
@@ -55,6 +55,9 @@ def list_images(data: DataConfig, setting: str = "data.path", say: Say | None = 
     """
     assert data.path is not None
     files = find_files(data.path, setting, say)
+    if files.is_file and data.format == "auto" and suffix_of(files.base) in LISTS:
+        uris, labels = lists.read_csv(files.base, data.image_column, data.label_column)
+        return finish(index_table(uris, labels), "list", data.limit, files.left)
     kind = _kind(data, files, setting)
     chosen = _chosen(data, files, kind)
     if not len(chosen.names):
@@ -109,6 +112,8 @@ def check_exists(setting: str, uri: str) -> None:
     try:
         with hastily():
             info = Storage(uri).info()
+            if info.type == pafs.FileType.NotFound and split_pattern(uri)[1]:
+                info = Storage(split_pattern(uri)[0]).info()
     except (ArtifactError, StorageError) as error:
         raise DataError(f"{setting}={error}") from None
     except (OSError, pa.ArrowException) as error:
@@ -217,11 +222,14 @@ def _parquet_rows(data: DataConfig, files: Files, say: Say | None) -> pa.Table:
 def _parquet_file(data: DataConfig, uri: str) -> tuple[pa.Table, Omissions]:
     def read(stream: pa.NativeFile) -> tuple[pa.Table, Omissions]:
         parquet, left = pq.ParquetFile(stream), Omissions()
-        _check_image_column(data.image_column, parquet.schema_arrow, uri)
+        column = _image_column(data.image_column, parquet.schema_arrow, uri)
         labels = text_column(parquet, data.label_column)
         if labels is None and data.label_column in parquet.schema_arrow.names:
             left.add(f"columns {data.label_column!r} that hold no plain labels", uri)
-        uris = number(row_uri(uri, data.image_column), parquet.metadata.num_rows)
+        if is_bytes(parquet.schema_arrow.field(column).type):
+            uris = number(row_uri(uri, column), parquet.metadata.num_rows)
+        else:
+            uris = lists.addresses(parquet.read(columns=[column])[column], uri)
         return index_table(uris, labels), left
 
     try:
@@ -236,17 +244,42 @@ def number(prefix: str, count: int) -> pa.Array:
     return pc.binary_join_element_wise(prefix, rows, "")
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether a column's type is that of bytes, or of structs with a field `bytes`."""
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+        return any(field.name == "bytes" and is_bytes(field.type) for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _check_image_column(name: str, schema: pa.Schema, uri: str) -> None:
-    if name in schema.names and _is_bytes(schema.field(name).type):
-        return
-    fitting = [field.name for field in schema if _is_bytes(field.type)]
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column's type is that of lists of numbers, one per row."""
+    if isinstance(kind, pa.FixedShapeTensorType):
+        kind = kind.storage_type
+    of_lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not (of_lists or pa.types.is_fixed_size_list(kind)):
+        return False
+    return pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)
+
+
+def _image_column(name: str, schema: pa.Schema, uri: str) -> str:
+    """The column of encoded images, or of their addresses: `name`, or in place of the default the
+    only one of bytes, or one of addresses."""
+    texts = [field.name for field in schema if _is_text(field.type)]
+    if name in texts or (name in schema.names and is_bytes(schema.field(name).type)):
+        return name
+    fitting = [field.name for field in schema if is_bytes(field.type)]
+    paths = lists.column(texts, name)
+    if name == IMAGE_COLUMN and len(fitting) == 1:
+        return fitting[0]
+    if name == IMAGE_COLUMN and not fitting and paths:
+        return paths
     hint = f"data.image_column={fitting[0]} would fit" if fitting else "no column holds image bytes"
+    if not fitting and any(is_list(field.type) for field in schema):
+        hint += "; embeddings are given as data.embeddings=..."
     what = f"is of type {schema.field(name).type}" if name in schema.names else "does not exist"
     raise DataError(
         f"{printable(uri)}: column {name!r} {what}; columns are {', '.join(schema.names)}; {hint}"
@@ -258,7 +291,7 @@ def text_column(parquet: pq.ParquetFile, name: str) -> pa.ChunkedArray | None:
     schema = parquet.schema_arrow
     if name not in schema.names or pa.types.is_nested(schema.field(name).type):
         return None
-    if _is_bytes(schema.field(name).type):  # masks, perhaps: not all are read to see that
+    if is_bytes(schema.field(name).type):  # masks, perhaps: not all are read to see that
         first = next(parquet.iter_batches(64, columns=[name]), None)
         if first is not None and _as_text(first.column(0)) is None:
             return None

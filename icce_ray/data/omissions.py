@@ -17,6 +17,7 @@ SPECIAL = "pipes, sockets and devices"
 NOT_TEXT = "names that are not valid UTF-8"
 EMPTY_NAME = "object names with an empty part (//), which cannot be read"
 OWN = "folders that icce-ray wrote"
+UNMATCHED = "files that the pattern does not match"
 MOST = 5  # endings that a reason names
 
 

@@ -2,7 +2,7 @@
 
 An image's address (`uri` in the index) is one of
 
-    FILE                   an image file
+    FILE                   an image file; also http:// and https://
     TAR#MEMBER             with `offset` and `size`: bytes inside an uncompressed tar
     FILE.parquet#ROW       a row of the column `image`; of another column: FILE.parquet#COLUMN/ROW
 
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from icce_ray.core.preprocess import BadImage
 from icce_ray.errors import DataError, IcceError, NoAnswerError, one_line, printable
+from icce_ray.rundir import web
 from icce_ray.rundir.addresses import is_remote
 from icce_ray.rundir.schemas import runs_code
 from icce_ray.rundir.storage import Storage
@@ -146,7 +147,7 @@ def _unreadable(error: Exception) -> BadImage:
 
 def _read_file(uri: str, position: int, out: list[bytes | BadImage]) -> None:
     try:
-        out[position] = Storage(uri).read()
+        out[position] = web.read(uri) if web.is_web(uri) else Storage(uri).read()
     except NoAnswerError:
         raise
     except (OSError, pa.ArrowException, IcceError, ValueError) as error:

@@ -10,6 +10,7 @@ import bisect
 import heapq
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from icce_ray.data import omissions
 from icce_ray.data.formats import suffix_of
 from icce_ray.data.omissions import Omissions
 from icce_ray.errors import ArtifactError, DataError, IcceError, one_line
-from icce_ray.rundir.addresses import absolute, is_remote, join_uri
+from icce_ray.rundir.addresses import absolute, is_remote, join_uri, split_pattern
 from icce_ray.rundir.progress import LINE_EVERY
 from icce_ray.rundir.storage import Storage, may_pass
 
@@ -100,7 +101,9 @@ def _any_of(values: pa.Array, wanted: Sequence[str]) -> pa.Array:
 
 
 def find_files(path: str, setting: str = "data.path", say: Say | None = None) -> Files:
-    """All files below a folder, or the file itself, and what was left out.
+    """All files below a folder or that match a pattern, or the file itself; and what was left out.
+
+    A pattern holds * ? [a-z], or ** for any folders; of a folder that it matches, all is taken.
 
     setting: what the user gave the path as, for messages. say: gets a line now and then.
 
@@ -109,22 +112,51 @@ def find_files(path: str, setting: str = "data.path", say: Say | None = None) ->
     """
     left = Omissions()
     try:
-        base = absolute(path)
+        base, pattern = absolute(path), ""
         place = Storage(base)
         info = place.info()
-        if info.type == pafs.FileType.File:
+        if info.type == pafs.FileType.NotFound and split_pattern(base)[1]:
+            base, pattern = split_pattern(base)
+            place = Storage(base)
+            info = place.info()
+        if info.type == pafs.FileType.File and not pattern:
             return Files(base, pa.array([""]))
         if info.type == pafs.FileType.NotFound:
             raise DataError(f"{setting}={path}: there is no such file or folder")
         walk = _RemoteWalk(place, left) if is_remote(base) else _LocalWalk(place.root, left)
         blocks = [_texts(names, left) for names in _reporting(walk.blocks(), path, say)]
+        names = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
+        files = Files(base, names.take(pc.sort_indices(names)), left)
+        return _matching(_without_own(files, place), pattern)
     except ArtifactError as error:
         raise DataError(f"{setting}={error}") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{setting}={path} cannot be listed: {one_line(error)}") from None
-    names = pa.concat_arrays(blocks) if blocks else pa.array([], pa.string())
-    files = Files(base, names.take(pc.sort_indices(names)), left)
-    return _without_own(files, place)
+
+
+def _matching(files: Files, pattern: str) -> Files:
+    if not pattern:
+        return files
+    good = pc.match_substring_regex(files.names, f"(?s)^(?:{_regex(pattern)})(?:/.*)?$")
+    bad = files.names.filter(pc.invert(good))
+    if len(bad):
+        files.left.add(omissions.UNMATCHED, bad[0].as_py(), len(bad))
+    return Files(files.base, files.names.filter(good), files.left)
+
+
+def _regex(pattern: str) -> str:
+    """A pattern of names as a regular expression of RE2, which Arrow uses."""
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+    def translated(part: re.Match[str]) -> str:
+        text = part.group()
+        if text in known:
+            return known[text]
+        if len(text) > 1:
+            return "[" + text[1:].replace("!", "^", int(text[1] == "!")).replace("\\", r"\\")
+        return text if text.isalnum() or not text.isascii() or text.isspace() else f"\\{text}"
+
+    return re.sub(r"\*\*/|\*\*|\*|\?|\[!?[^\[\]/]+\]|.", translated, pattern, flags=re.DOTALL)
 
 
 def _reporting(walk: Iterator[list[str]], path: str, say: Say | None) -> Iterator[list[str]]:

@@ -27,7 +27,13 @@ from icce_ray.distributed import compat, stream
 from icce_ray.distributed import train as training
 from icce_ray.distributed.checkpoints import TRAIN
 from icce_ray.distributed.context import Context
-from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, levels_of_run, preparations
+from icce_ray.distributed.inference import (
+    CLASSIFIER,
+    DESCRIPTION,
+    levels_of_run,
+    local_weights,
+    preparations,
+)
 from icce_ray.distributed.probe import (
     PROBE,
     as_module,
@@ -239,7 +245,8 @@ def _starting_point(
 ) -> core.FineTuned:
     """The pretrained backbone and, as its head, the probe trained on its features."""
     probe = safetensors.load(run.read_bytes(CLASSIFIER, TRAIN, PROBE))
-    backbone = backbones.load(BackboneConfig.model_validate(task["backbone"][0]))
+    config = BackboneConfig.model_validate(task["backbone"][0])
+    backbone = backbones.load(config, local_weights(config))
     return core.FineTuned(backbone, as_module(probe, chosen))
 
 

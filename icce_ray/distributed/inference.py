@@ -22,6 +22,7 @@ from icce_ray.distributed import stream
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.stream import Columns, Job
 from icce_ray.errors import StageError
+from icce_ray.rundir import copies
 from icce_ray.rundir.directory import RunDirectory, stored
 from icce_ray.rundir.progress import Reporter
 
@@ -78,7 +79,7 @@ class Embedder:
         """Load the backbones onto the device; returns their descriptions."""
         from icce_ray.core import backbone as core
 
-        loaded = [core.load(config) for config in self.configs]
+        loaded = [core.load(config, local_weights(config)) for config in self.configs]
         self.precision = core.arithmetic(self.precision, device)
         described = [
             {**with_levels(one.describe(), self.levels), "precision": self.precision}
@@ -99,6 +100,12 @@ class Embedder:
         features = self.embed(pixels)
         valid = (features.norm(dim=-1) - 1).abs() < UNIT  # False for NaN
         return {"embedding": features.half().cpu().numpy(), "valid": valid.cpu().numpy()}
+
+
+def local_weights(config: BackboneConfig) -> str | None:
+    """Where this node has a backbone's file of weights, fetched if they are elsewhere."""
+    given = config.weights if config.pretrained else None
+    return copies.local("backbone.weights", given) if given else None
 
 
 class Predictor:

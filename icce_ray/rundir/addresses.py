@@ -36,6 +36,14 @@ def join_uri(folder: str, *names: str) -> str:
     return "/".join([base.rstrip("/"), *names]) + options
 
 
+def split_pattern(uri: str) -> tuple[str, str]:
+    """The folder above the first name with *, ? or [ in it, and the pattern below; "" for none."""
+    base, options = split_options(uri)
+    wild = re.search(r"[*?[]", base)
+    end = base.rfind("/", 0, wild.start()) + 1 if wild else len(base)
+    return (base[:end] or ".") + options, base[end:]
+
+
 def absolute(uri: str) -> str:
     """A path that means the same on every worker; URIs stay as they are.
 

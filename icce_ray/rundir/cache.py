@@ -41,6 +41,15 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file of this node. Raises OSError: it cannot be made."""
+    with path.with_suffix(".lock").open("w") as stream:
+        if fcntl is not None:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 class NodeCache:
     """The node files of one run directory."""
 
@@ -65,13 +74,11 @@ class NodeCache:
     @contextlib.contextmanager
     def lock(self, path: Path) -> Iterator[None]:
         """Hold the lock of a node file, so that one process of the node builds it."""
-        try:
-            stream = path.with_suffix(".lock").open("w")
-        except OSError as error:
-            raise self._explain(error, path) from None
-        with stream:
-            if fcntl is not None:
-                fcntl.flock(stream, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(path))
+            except OSError as error:
+                raise self._explain(error, path) from None
             yield
 
     def array(

@@ -30,6 +30,7 @@ from icce_ray.errors import (
     StorageError,
     one_line,
 )
+from icce_ray.rundir import web
 from icce_ray.rundir.addresses import absolute, is_remote, join_uri, split_options
 
 # Each can be set in the environment, as ICCE_RAY_STORAGE_PATIENCE and so on; all in seconds.
@@ -214,7 +215,8 @@ def _hint(uri: str) -> str:
         return f". Credentials come from: {hints[_SCHEMES[scheme]]}"
     meant = {**_SCHEMES, **_ALIASES}.get(scheme.lower())
     if meant is None:
-        return ". Addresses begin with s3://, gs:// or abfs://, or are local paths"
+        known = ". Addresses begin with s3://, gs://, abfs:// or hf://, or are local paths"
+        return known + ("; a CSV file may list those of images" if web.is_web(uri) else "")
     return f". Write {meant}:// instead of {scheme}://"
 
 

@@ -20,10 +20,13 @@ from icce_ray.core.samples import AS_IS, Levels, levels_in
 from icce_ray.core.unit_rows import UnitRows
 from icce_ray.data import embeddings as vectors
 from icce_ray.data import listing, reading
+from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.inference import Embedder, Inference, Loaded, preparations
 from icce_ray.distributed.shards import Quarantine, Shards
 from icce_ray.distributed.stream import ADDRESS, Columns, Job
 from icce_ray.errors import DataError
+from icce_ray.rundir import copies
+from icce_ray.rundir.addresses import is_remote
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import QUARANTINE, embeddings_schema, tensor_column, to_matrix
 from icce_ray.stages.base import Context, Outcome
@@ -40,14 +43,17 @@ def preflight(config: Config) -> None:
         return
     from icce_ray.core import backbone as core
 
+    local = Cluster(config.ray).is_local  # else others download the weights
     for one in config.backbone:
-        core.check(one)
+        core.check(one, download=local)
+        if one.pretrained and one.weights and is_remote(one.weights):
+            copies.check("backbone.weights", one.weights)
 
 
 def features(config: Config) -> int | None:
     """D, as far as it can be known before the stage has run."""
     if config.data.embeddings:
-        return vectors.open_vectors(config.data.embeddings).features
+        return vectors.open_vectors(config.data.embeddings, config.data.image_column).features
     from icce_ray.core import backbone as core
 
     widths = [core.width(one) for one in config.backbone]
@@ -185,7 +191,7 @@ def _take_given(context: Context) -> Outcome:
     """
     data = context.config.data
     assert data.embeddings is not None
-    given = vectors.open_vectors(data.embeddings)
+    given = vectors.open_vectors(data.embeddings, data.image_column)
     positions = listing.evenly(given.total, data.limit)
     if len(positions) != context.run.read_table("index", columns=["image_id"]).num_rows:
         raise DataError(

@@ -29,7 +29,8 @@ def preflight(config: Config) -> None:
     if data.embeddings:
         if data.dataset:
             raise ConfigError("data.dataset is for images: leave it out with data.embeddings")
-        total = len(listing.evenly(embeddings.open_vectors(data.embeddings).total, data.limit))
+        given = embeddings.open_vectors(data.embeddings, data.image_column)
+        total = len(listing.evenly(given.total, data.limit))
         _check_classes(config, total)
     elif data.dataset:
         datasets.check(data.dataset, str(data.path))

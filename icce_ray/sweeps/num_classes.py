@@ -9,6 +9,7 @@ the heads of the best number. README says how close it came, and how far to trus
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def resolve(
     Raises:
         ConfigError, DataError, ArtifactError, StageError: as `config.load` and `running.run`.
     """
-    tree = configs.merge(source, overrides)
+    tree = configs.merge(source, overrides, None if quiet else _say)
     numbers = numbers_to_try(tree.get("num_classes"))
     if numbers is None:
         return configs.validate(tree)
@@ -65,6 +66,10 @@ def resolve(
     config = configs.validate({**tree, "num_classes": best})
     _take_best(config, results, overwrite)
     return config
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def numbers_to_try(value: Any) -> list[int] | None:

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import icce_ray
 from icce_ray import cli, pipeline
 from icce_ray.config.loading import load
+from icce_ray.config.schema import Config
 from icce_ray.errors import ArtifactError, ConfigError, DataError
 from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.results import Result
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -33,14 +36,40 @@ def test_bare_and_help_teach(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, err = call(capsys)
     assert "icce-ray run quickstart" in out + err
     for name in ("run", "predict", "status", "report", "config"):
-        code, out, _ = call(capsys, name, "--help")
-        assert code == 0 and "Usage" in out
+        for option in ("--help", "-h"):
+            code, out, _ = call(capsys, name, option)
+            assert code == 0 and "Usage" in out
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "--version") == (0, f"icce-ray {icce_ray.__version__}\n", "")
+
+
+def test_one_line_starts_a_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    ran: list[Config] = []
+    monkeypatch.setattr(pipeline, "run", lambda config, **_: ran.append(config))
+    line = ("run", "photos", "-k", "20", "--backbone", "dinov2-small", "--out", "x", "seed=3")
+    code, _, err = call(capsys, *line)
+    assert code == 0 and err == "backbone dinov2-small is vit_small_patch14_dinov2.lvd142m\n"
+    monkeypatch.setattr(Result, "__init__", lambda *_: None)
+    icce_ray.run("photos", num_classes=20, backbone="dinov2-small", run_dir="x", seed=3)
+    (tmp_path / "x.yaml").write_text(
+        "{num_classes: 20, data: {path: photos}, backbone: dinov2-small, run_dir: x, seed: 3}"
+    )
+    call(capsys, "run", "x.yaml")
+    assert ran == [ran[0]] * 3 and ran[0].num_classes == 20
 
 
 @pytest.mark.parametrize(
     ("arguments", "kind", "text"),
     [
         (("run", "quikstart"), ConfigError, "Did you mean 'quickstart'"),
+        (("run", "."), ConfigError, "-k N, or -k auto"),
+        (("run", ".", "-k", "2", "--backbone", "dinov3"), ConfigError, "Near ones: dinov3-"),
         (("run", "quickstart", "heads.cuont=3"), ConfigError, "heads.count"),
         (("run", "quickstart", "num_classes=1"), ConfigError, "num_classes"),
         (("run", "quickstart", "num_classes=9-4"), ConfigError, "such as 4-30"),

@@ -16,13 +16,14 @@ import typer.main
 import yaml
 
 import icce_ray
+from icce_ray import cli
 from icce_ray import config as configs
-from icce_ray.cli import app
+from icce_ray.config import backbones
 from icce_ray.sweeps import num_classes as classes
 from icce_ray.sweeps import space as spaces
 
 GOLDEN = ("quickstart", "fashion-mnist", "cifar10", "cifar100", "stl10", "imagenet")
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 KEYS = {key for key, *_ in configs.describe()}
 # predict's own argument; options of an S3 address
 NOT_SETTINGS = {"out", "endpoint_override", "scheme"}
@@ -83,7 +84,16 @@ def test_run_commands_resolve(readme: str, tmp_path: Path, monkeypatch: pytest.M
     found = [arguments for words in command_lines(readme) if (arguments := chain_arguments(words))]
     found = [arguments for arguments in found if arguments[0] != MADE_BY_A_SWEEP]
     assert len(found) >= 7
-    for name, *overrides in found:
+    Path("photos").mkdir()
+    for file in ("photos.parquet", "features.npy", "list.csv"):
+        Path(file).touch()
+    resolved: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(classes, "resolve", lambda *given, **_: resolved.append(given))
+    for arguments in found:
+        with pytest.raises(SystemExit):
+            cli.main(["run", *arguments])
+    assert len(resolved) == len(found)
+    for name, overrides in resolved:
         given = configs.merge(name, overrides)["num_classes"]
         tried = classes.numbers_to_try(given) or [given]  # auto is a sweep first
         for number in tried:
@@ -118,6 +128,11 @@ def _code(text: str) -> list[str]:
 
 def _python_names(text: str) -> set[str]:
     return set(re.findall(r"(\w+)=", "\n".join(blocks(text, "python"))))
+
+
+def test_short_names_of_backbones_are_those_there_are(readme: str) -> None:
+    listed = readme[readme.index("takes a short name (") :].split(")", maxsplit=1)[0]
+    assert re.findall(r"`([\w-]+)`", listed) == list(backbones.SHORT)
 
 
 def test_golden_configs_named_are_those_there_are(readme: str) -> None:

@@ -28,7 +28,7 @@ def test_a_folder_without_parquet_files(tmp_path: Path) -> None:
 
 def test_files_of_another_ending(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("1,2\n")
-    with pytest.raises(DataError, match=r"x\.csv: embeddings come as \.npy or Parquet"):
+    with pytest.raises(DataError, match=r"x\.csv: embeddings come as \.npy, .* or Parquet"):
         embeddings.open_vectors(str(tmp_path / "x.csv"))
 
 
@@ -43,3 +43,29 @@ def test_rows_without_uri(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", 3, 2, uri=["a", None, "c"])
     with pytest.raises(DataError, match=r"1 rows have no uri"):
         embeddings.list_rows(DataConfig(embeddings=str(path)))
+
+
+LISTS = {"clip": [[1.0, 2.0]] * 2, "dino": [[3.0, 4.0]] * 2, "size": [5, 6], "tags": [["a"]] * 2}
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "value"),
+    [
+        (("size", "dino", "tags"), "image", 3.0),  # the only lists of numbers
+        (("clip", "dino"), "dino", 3.0),
+        (("clip", "embedding"), "image", 7.0),
+    ],
+)
+def test_the_column_may_have_any_name(
+    tmp_path: Path, columns: tuple[str, ...], asked: str, value: float
+) -> None:
+    known = {**LISTS, "embedding": [[7.0, 8.0]] * 2}
+    pq.write_table(pa.table({name: known[name] for name in columns}), tmp_path / "x.parquet")
+    (block,) = embeddings.open_vectors(str(tmp_path / "x.parquet"), asked).blocks(10)
+    assert block[:, 0].tolist() == [value] * 2
+
+
+def test_of_several_columns_one_has_to_be_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table(LISTS), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"data\.image_column=NAME chooses among clip, dino$"):
+        embeddings.open_vectors(str(tmp_path / "x.parquet"))

@@ -13,17 +13,22 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
 from PIL import Image
 
+from icce_ray.config.schema import DataConfig
 from icce_ray.core import preprocess
 from icce_ray.core.metadata import ORIENTATION
 from icce_ray.core.preprocess import BadImage, decode
+from icce_ray.data import listing
 from icce_ray.data import reading as images
 from icce_ray.data.reading import read_bytes, read_many
+from icce_ray.rundir import storage
 
 LIMIT = 1_000_000
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # as importing the module does
@@ -329,3 +334,44 @@ def test_decoding_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# --- data sets on the Hugging Face hub -----------------------------------------------------------
+
+
+class Hub(DirFileSystem):
+    """The hub's file system, for what pyarrow makes of it: its paths begin with datasets/."""
+
+    protocol = "hf"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("hf://").rstrip("/")
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listing and reading by an fsspec client. The real one was not within reach."""
+    folder = tmp_path / "datasets" / "owner" / "name"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").touch()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for number in range(2):
+        values = pa.array(
+            [{"bytes": f"{number}-{i}".encode(), "path": "x"} for i in range(3)], kind
+        )
+        table = pa.table({"img": values, "label": [0, 1, number]})
+        pq.write_table(table, folder / "data" / f"train-0000{number}.parquet")
+    hub = Hub(str(tmp_path), fsspec.filesystem("file"))
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda uri: (hub, Hub._strip_protocol(uri)))
+    storage._filesystem.cache_clear()
+    try:
+        for path in ("hf://datasets/owner/name", "hf://datasets/owner/name/data/*1.parquet"):
+            found = listing.list_images(DataConfig(path=path))
+            uris = found.table["uri"].to_pylist()
+            data = [b"0-0", b"0-1", b"0-2", b"1-0", b"1-1", b"1-2"]
+            assert read_many(uris) == data[-len(uris) :]
+            assert uris[-1] == "hf://datasets/owner/name/data/train-00001.parquet#img/2"
+            assert found.table["label"].to_pylist()[-3:] == ["0", "1", "1"]
+        assert found.found == 3
+    finally:
+        storage._filesystem.cache_clear()

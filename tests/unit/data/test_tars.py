@@ -123,7 +123,7 @@ def test_what_may_be_a_lost_end_is_said(tmp_path: Path, way: str) -> None:
 def test_members_that_are_not_taken_are_counted(tmp_path: Path, way: str) -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
-        for name in ("a.jpg", "a.json", "._a.jpg", "b.heic", "c.seg.png", "c.cls"):
+        for name in ("a.jpg", "a.json", "._a.jpg", "b.jxl", "c.seg.png", "c.cls"):
             tar.addfile(tarfile.TarInfo(name))
         link = tarfile.TarInfo("d.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
@@ -135,7 +135,7 @@ def test_members_that_are_not_taken_are_counted(tmp_path: Path, way: str) -> Non
         omissions.HIDDEN: 1,
         "links and special files in tars": 1,
         "files ending in .json, .seg.png": 2,
-        "images of formats that cannot be decoded, in .heic": 1,
+        "images of formats that cannot be decoded, in .jxl": 1,
     }
 
 

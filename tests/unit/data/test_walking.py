@@ -151,15 +151,15 @@ def test_hidden_and_foreign_folders_are_counted(tmp_path: Path) -> None:
 
 
 def test_names_and_endings_that_are_not_taken(tmp_path: Path) -> None:
-    touch(tmp_path, "a.png", "b.heic", "c.SVG", "d.txt", "e.txt", "f.jpg_large", "g.json", "0a1b")
+    touch(tmp_path, "a.png", "b.jxl", "c.SVG", "d.txt", "e.txt", "f.jpg_large", "g.json", "0a1b")
     listed = list_images(DataConfig(path=str(tmp_path)))
     assert listed.found == 1
     assert listed.left.results() == [
         {"reason": "files ending in .txt, .jpg_large, .json", "count": 4, "example": "d.txt"},
         {
-            "reason": "images of formats that cannot be decoded, in .heic, .svg",
+            "reason": "images of formats that cannot be decoded, in .jxl, .svg",
             "count": 2,
-            "example": "b.heic",
+            "example": "b.jxl",
         },
         {"reason": "files without an ending", "count": 1, "example": "0a1b"},
     ]
@@ -268,3 +268,42 @@ def test_a_long_walk_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     said: list[str] = []
     assert len(walking.find_files(str(tmp_path), say=said.append).names) == 3
     assert said[-1] == f"listing {tmp_path}: 3 files so far"
+
+
+# --- patterns ------------------------------------------------------------------------------------
+
+TREE = ("a.jpg", "b.png", "x/a.jpg", "x/y/a.jpg", "x/y/b.JPG", "z[1]/c d.jpg", "2024-1/a.png")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jpg", ["a.jpg"]),
+        ("*/*.jpg", ["x/a.jpg", "z[1]/c d.jpg"]),
+        ("**/*.jpg", ["a.jpg", "x/a.jpg", "x/y/a.jpg", "z[1]/c d.jpg"]),
+        ("x/**/*.[jJ]*", ["x/a.jpg", "x/y/a.jpg", "x/y/b.JPG"]),
+        ("[!ab]/a.???", ["x/a.jpg"]),
+        ("20??-*", ["2024-1/a.png"]),  # all of a folder
+        ("z[1]", ["z[1]/c d.jpg"]),  # the name itself is there
+        ("z?1]/c d*", ["z[1]/c d.jpg"]),
+        ("x/*(1)+.jpg", []),
+    ],
+)
+def test_patterns_match_names(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+    touch(tmp_path, *TREE)
+    files = walking.find_files(str(tmp_path / pattern))
+    assert files.uris().to_pylist() == sorted(str(tmp_path / name) for name in expected)
+
+
+def test_what_a_pattern_does_not_match_is_counted(tmp_path: Path) -> None:
+    touch(tmp_path, *TREE, "x/.hidden.jpg")
+    listed = list_images(DataConfig(path=str(tmp_path / "*/*.jpg")))
+    assert listed.table["label"].to_pylist() == ["x", "z[1]"]
+    assert "5 files that the pattern does not match (2024-1/a.png)" in str(listed.left)
+    assert omissions.HIDDEN in str(listed.left)
+    with pytest.raises(DataError, match=r"no images.*7 files that the pattern does not match"):
+        list_images(DataConfig(path=str(tmp_path / "*.tif")))
+    with pytest.raises(DataError, match="no such file or folder"):
+        list_images(DataConfig(path=str(tmp_path / "none/*.jpg")))
+    with pytest.raises(DataError, match=r"cannot be listed: .*z-a"):
+        list_images(DataConfig(path=str(tmp_path / "[z-a]*")))

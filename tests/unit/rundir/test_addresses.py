@@ -74,7 +74,8 @@ def test_a_bad_path_as_an_argument(bad: str) -> None:
         ("S3://b/x", "Write s3:// instead of S3://"),
         ("GS://b/x", "Write gs:// instead of GS://"),
         ("wasbs://c@a/x", "Write abfs:// instead of wasbs://"),
-        ("https://host/x", "begin with s3://, gs:// or abfs://"),
+        ("https://host/x", "begin with s3://, gs://, abfs:// or hf://, .*; a CSV file may list"),
+        ("ftp://host/x", "begin with s3://, gs://, abfs:// or hf://, or are local paths"),
     ],
 )
 def test_a_scheme_that_is_not_known_gets_a_hint(uri: str, hint: str) -> None:

@@ -34,7 +34,7 @@ from icce_ray.errors import (
     StageError,
     StorageError,
 )
-from icce_ray.rundir import addresses, schemas, storage
+from icce_ray.rundir import addresses, copies, schemas, storage
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.progress import Reporter
 from icce_ray.stages import index
@@ -298,6 +298,19 @@ def test_embeddings_and_labels_are_read(s3) -> None:
     assert (np.concatenate(list(given.blocks(4))) == values).all()
     labels = vectors.read_column(given.files, "label")
     assert labels is not None and labels.to_pylist() == list("aabbcc")
+
+
+def test_weights_are_copied_once_and_again_after_a_change(
+    s3, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    monkeypatch.setenv("ICCE_RAY_CACHE", str(tmp_path))
+    put(uri := s3.uri("weights/w.pth"), b"first")
+    first = copies.local("backbone.weights", uri)
+    assert first == copies.local("backbone.weights", uri) and storage.read(first) == b"first"
+    put(uri, b"second one")
+    assert storage.read(copies.local("backbone.weights", uri)) == b"second one"
+    with pytest.raises(ConfigError, match="there is no such file"):
+        copies.check("backbone.weights", s3.uri("weights/none.pth"))
 
 
 # --- what will not pass --------------------------------------------------------------------------
