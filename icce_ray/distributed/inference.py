@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,8 @@ from icce_ray.core.samples import AS_IS, Levels, levels_in, with_levels
 from icce_ray.distributed import stream
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.stream import Columns, Job
-from icce_ray.errors import StageError
-from icce_ray.rundir.directory import RunDirectory
+from icce_ray.errors import ArtifactError, StageError
+from icce_ray.rundir.directory import Manifest, RunDirectory, stored
 from icce_ray.rundir.progress import Reporter
 
 if TYPE_CHECKING:
@@ -201,6 +201,49 @@ class Loaded:
             f"{one['precision']}"
             for one in self.backbones
         ]
+
+
+class Opened(NamedTuple):
+    """The classifier of a run, to be sent to where it works: it is not loaded yet."""
+
+    model: Predictor
+    preprocess: tuple[Preprocess, ...]  # distinct ones, in the order that the model takes
+    levels: Levels
+    loaded: Loaded  # knows the backbones' weights, as the run had them
+
+
+def finished_classifier(run: RunDirectory) -> Manifest:
+    """The manifest of a run's classifier. Raises ArtifactError: there is none."""
+    trained = run.manifest(CLASSIFIER)
+    if trained is None:
+        raise ArtifactError(f"{run.uri} has no finished classifier; run it first: icce-ray run")
+    return trained
+
+
+def open_classifier(run: RunDirectory, precision: str) -> Opened:
+    """A run's classifier, and how it wants its images. precision: embed.precision.
+
+    Raises:
+        ConfigError: it was made from given embeddings, or timm does not know its backbone.
+        ArtifactError: a damaged description.
+    """
+    from icce_ray.core.classifier import model as core
+
+    description = run.read_json(CLASSIFIER, DESCRIPTION)
+    with stored(run.path(CLASSIFIER, DESCRIPTION)):
+        backbones = core.backbones_of(description)
+        levels, finetuned = levels_in(description["backbone"]), description["kind"] == "finetune"
+    preprocess, slots = preparations(backbones)
+    model = Predictor(run, Embedder(backbones, slots, precision, levels), finetuned)
+    return Opened(model, preprocess, levels, Loaded(() if finetuned else _as_made(description)))
+
+
+def _as_made(description: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Backbones with the hash of their weights, as the run had them."""
+    described = description["backbone"]
+    if not all("sha256" in one for one in described):
+        return []
+    return [{k: v for k, v in one.items() if k != "precision"} for one in described]
 
 
 # --- in the driver -------------------------------------------------------------------------------

@@ -43,7 +43,6 @@ from icce_ray.rundir.progress import Reporter
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 
 ADDRESS = ("image_id", "uri", "offset", "size")  # columns of the index that the pipeline reads
@@ -100,22 +99,14 @@ def decode_rows(
             try:
                 if isinstance(data, BadImage):
                     raise data
-                _prepare(preprocess_.decode(data, max_pixels, levels), row, preprocess, pixels)
+                each = preprocess_.pixels_of(data, preprocess, max_pixels, levels)
+                for array, one in zip(pixels, each, strict=True):
+                    array[row] = one
             except BadImage as error:
                 reasons[row] = str(error)
         columns = {f"pixels{number}": array for number, array in enumerate(pixels)}
         ids = part["image_id"].to_numpy()
         yield {"image_id": ids, "reason": np.array(reasons, dtype=object), **columns}
-
-
-def _prepare(
-    image: Image.Image, row: int, preprocess: Sequence[Preprocess], pixels: Sequence[np.ndarray]
-) -> None:
-    try:
-        for array, prepare in zip(pixels, preprocess, strict=True):
-            array[row] = prepare(image)
-    except (ValueError, OSError, MemoryError) as error:
-        raise BadImage(f"cannot be resized: {error}") from None
 
 
 class Actor:

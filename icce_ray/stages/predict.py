@@ -20,25 +20,22 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray import config as configs
-from icce_ray.config.schema import LABEL_MODES, BackboneConfig, Config
+from icce_ray.config.schema import LABEL_MODES, Config
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.core.samples import levels_in
 from icce_ray.data import labels, listing
 from icce_ray.distributed.cluster import Cluster, NodeWatch
 from icce_ray.distributed.inference import (
     CLASSIFIER,
-    DESCRIPTION,
-    Embedder,
     Inference,
-    Loaded,
-    Predictor,
-    preparations,
+    Opened,
+    finished_classifier,
+    open_classifier,
 )
 from icce_ray.distributed.shards import Shards
 from icce_ray.distributed.stream import Columns, Job
 from icce_ray.errors import ArtifactError, ConfigError, printable
 from icce_ray.rundir import addresses, storage
-from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint, stored
+from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter, duration
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
 
@@ -77,17 +74,12 @@ def predict(
     folder, target = _target(out or run.address("predictions"))
     for uri in (run.uri, target.uri):
         storage.check(uri)
-    trained = run.manifest(CLASSIFIER)
-    if trained is None:
-        raise ArtifactError(f"{run.uri} has no finished classifier; run it first: icce-ray run")
+    trained = finished_classifier(run)
     if not images:
         raise ConfigError("images is empty: name a folder, Parquet files or tars")
     listing.check_exists("images", images)
-    description = run.read_json(CLASSIFIER, DESCRIPTION)
     config = _config(run, images, overrides)
-    with stored(run.path(CLASSIFIER, DESCRIPTION)):
-        backbones = _backbones(description)
-        levels_in(description["backbone"])
+    classifier = open_classifier(run, config.embed.precision)
     reporter = Reporter(RunDirectory(target.address(folder)), quiet)
     say = partial(reporter.say, log=False)  # `out` may be another's
     found = listing.list_images(config.data, setting="images", say=say)
@@ -100,7 +92,7 @@ def predict(
         say(f"done already: {finished.rows:,} images are in {target.address(folder)}")
         return finished
     own = cluster or Cluster(config.ray)
-    work = _Work(run, config, description, backbones, found, target, folder, own, reporter)
+    work = _Work(run, config, classifier, found, target, folder, own, reporter)
     try:
         return work.run(mark)
     finally:
@@ -128,20 +120,6 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
     tree["data"] = {**kept, "path": images}
     tree["evaluate"] = {}
     return configs.load(tree, list(overrides))
-
-
-def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
-    described = description.get("backbone") or []
-    if not described:
-        raise ConfigError(
-            "this run was made from given embeddings: it knows no backbone for new images. "
-            "Classify their embeddings with classifier.safetensors (see core/classifier.py)."
-        )
-    fields = BackboneConfig.model_fields
-    each = [{key: value for key, value in one.items() if key in fields} for one in described]
-    if description["kind"] == "finetune":  # its weights are the classifier's own
-        each = [{**one, "pretrained": False, "weights": None} for one in each]
-    return tuple(BackboneConfig.model_validate(one) for one in each)
 
 
 def _target(out: str) -> tuple[str, RunDirectory]:
@@ -202,8 +180,7 @@ class _Work:
 
     source: RunDirectory
     config: Config
-    description: Mapping[str, Any]
-    backbones: tuple[BackboneConfig, ...]
+    classifier: Opened
     found: listing.Listing
     target: RunDirectory
     folder: str
@@ -227,17 +204,6 @@ class _Work:
             rate = self._classify()
         return self._finish(mark, time.monotonic() - started, rate)
 
-    @property
-    def _finetuned(self) -> bool:
-        return self.description["kind"] == "finetune"
-
-    def _expected(self) -> list[Mapping[str, Any]]:
-        """Backbones with the hash of their weights, as the run had them."""
-        described = self.description["backbone"]
-        if not all("sha256" in one for one in described):
-            return []
-        return [{k: v for k, v in one.items() if k != "precision"} for one in described]
-
     def _open(self, resumed: bool) -> Shards:
         size, total = self.config.embed.shard_size, self.table.num_rows
         read = partial(_read_ids, self.target, self.folder)
@@ -259,15 +225,12 @@ class _Work:
 
     def _classify(self) -> float:
         """Returns images per second."""
-        preprocess, slots = preparations(self.backbones)
-        levels = levels_in(self.description["backbone"])
-        embedder = Embedder(self.backbones, slots, self.config.embed.precision, levels)
-        model = Predictor(self.source, embedder, self._finetuned)
-        loaded = Loaded(() if self._finetuned else self._expected())
+        one = self.classifier
         inference = Inference(
-            self.cluster, self.reporter, self.table, self.shards, self._accept, loaded=loaded
+            self.cluster, self.reporter, self.table, self.shards, self._accept, loaded=one.loaded
         )
-        return inference.run(Job(model, preprocess, self.config.embed, levels), "classifying")
+        job = Job(one.model, one.preprocess, self.config.embed, one.levels)
+        return inference.run(job, "classifying")
 
     def _accept(self, batch: Columns) -> tuple[Columns, np.ndarray]:
         """Every image gets a row; a bad one has a reason in it."""
