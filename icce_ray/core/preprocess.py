@@ -213,6 +213,12 @@ class Preprocess:
         }
 
 
+def distinct(each: Sequence[Preprocess]) -> tuple[tuple[Preprocess, ...], list[int]]:
+    """The different ones of several backbones' preparations, and which of them each one uses."""
+    different = tuple(dict.fromkeys(each))
+    return different, [different.index(one) for one in each]
+
+
 def pixels_of(
     data: bytes, preparations: Sequence[Preprocess], max_pixels: int, levels: Levels = AS_IS
 ) -> list[np.ndarray]:

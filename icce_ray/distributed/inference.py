@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import BackboneConfig
-from icce_ray.core.preprocess import Preprocess
+from icce_ray.core.preprocess import Preprocess, distinct
 from icce_ray.core.samples import AS_IS, Levels, levels_in, with_levels
 from icce_ray.distributed import stream
 from icce_ray.distributed.cluster import Cluster
@@ -40,9 +40,7 @@ def preparations(backbones: Sequence[BackboneConfig]) -> tuple[tuple[Preprocess,
     """The distinct preparations of several backbones, and which of them each one uses."""
     from icce_ray.core import backbone as core
 
-    each = [core.preprocess(config) for config in backbones]
-    distinct = tuple(dict.fromkeys(each))
-    return distinct, [distinct.index(one) for one in each]
+    return distinct([core.preprocess(config) for config in backbones])
 
 
 def levels_of_run(run: RunDirectory) -> Levels:
