@@ -291,6 +291,7 @@ RUNTIME = {
     "ray.min_workers",
     "ray.max_failures",
     "ray.worker_wait",
+    "track",
 }
 
 
