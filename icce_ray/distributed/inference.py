@@ -68,6 +68,7 @@ class Embedder:
         levels: Levels = AS_IS,
     ) -> None:
         self.configs, self.slots, self.levels = configs, slots, levels
+        self.asked = precision
         self.precision: Any = precision
         self.backbones: list[Any] = []
 
@@ -76,7 +77,7 @@ class Embedder:
         from icce_ray.core import backbone as core
 
         loaded = [core.load(config) for config in self.configs]
-        self.precision = core.arithmetic(self.precision, device)
+        self.precision = core.arithmetic(self.asked, device)
         described = [
             {**with_levels(one.describe(), self.levels), "precision": self.precision}
             for one in loaded
@@ -117,7 +118,7 @@ class Predictor:
         self.classifier = self.classifier.to(device).eval()
         if not self.finetuned:
             return self.embedder.load(device)
-        precision = self.embedder.precision = arithmetic(self.embedder.precision, device)
+        precision = self.embedder.precision = arithmetic(self.embedder.asked, device)
         return [{**self.classifier.backbone.describe(), "precision": precision}]
 
     def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
