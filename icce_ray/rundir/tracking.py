@@ -102,7 +102,9 @@ class Tracking:
 
         on_failure: called once with a sentence, from another thread, where the tracker fails.
         """
-        thread = threading.Thread(target=self._work, args=(on_failure,), name=FOLDER, daemon=True)
+        thread = threading.Thread(
+            target=self._work, args=(on_failure,), name="tracking", daemon=True
+        )
         thread.start()
         state = "failed"
         try:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import export_onnx
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,8 @@ from icce_ray.config.schema import BackboneConfig
 from icce_ray.core import backbone
 from icce_ray.core.classifier import model as C
 from icce_ray.core.classifier import onnx
-from icce_ray.errors import ConfigError, StageError
+from icce_ray.errors import ArtifactError, ConfigError, StageError
+from icce_ray.rundir.directory import Manifest, RunDirectory
 
 CLUSTERS = 4
 SMALL = BackboneConfig(name="test_efficientnet", pretrained=False, image_size=32)
@@ -95,6 +97,19 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_script_exports_a_run(
+    tmp_path: Path, runtime: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, description, _ = described((SMALL,))
+    run = RunDirectory(str(tmp_path / "run"))
+    run.write_bytes(C.save(model)[0], "classifier", "classifier.safetensors")
+    run.write_json(description, "classifier", "classifier.json")
+    run.finish("classifier", Manifest("classifier", "f", {}, {}, 9, 1.0))
+    export_onnx.main([run.uri, str(path := tmp_path / "model.onnx")])
+    assert capsys.readouterr().out == f"{path}\n"
+    assert runtime.InferenceSession(str(path)).get_outputs()[0].name == "probability"
+
+
 # --- without the packages ------------------------------------------------------------------------
 
 
@@ -110,6 +125,14 @@ def test_what_is_missing_is_named_with_the_line_that_installs_it(
     model, description, _ = described((SMALL,))
     with pytest.raises(ConfigError, match=r"needs no_such_module: pip install '.\[onnx\]'"):
         onnx.export(model, description, tmp_path / "model.onnx")
+
+
+def test_the_script_names_what_it_takes(tmp_path: Path) -> None:
+    for arguments in ([], ["run"], ["run", "model"], ["run", "model.onnx", "more"]):
+        with pytest.raises(ConfigError, match=r"export_onnx.py RUN_DIR model.onnx"):
+            export_onnx.main(arguments)
+    with pytest.raises(ArtifactError, match="has no finished classifier"):
+        export_onnx.main([str(tmp_path), "model.onnx"])
 
 
 @pytest.mark.usefixtures("pretended")
