@@ -71,7 +71,7 @@ def run(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Run the chain: index, embed, search, select, heads, consensus, classify, evaluate,
+    """Run the chain: index, embed, search, select, heads, consensus, answer, classify, evaluate,
     report.
 
     >>> import icce_ray
@@ -110,6 +110,7 @@ def load(run_dir: str | Path) -> Result:
     >>> import icce_ray
     >>> found = icce_ray.load("runs/quickstart")
     >>> found.labels, found.confidence, found.uris  # int32 [N], float32 [N], [N]
+    >>> found.table.to_pandas()                     # all of labels.parquet
     >>> found.metrics["acc"]                        # where there was ground truth
     >>> labels, confidence = found.predict(new_embeddings)
 
@@ -131,6 +132,7 @@ def predict(
     images: str | Path,
     *overrides: str,
     out: str | None = None,
+    min_confidence: float = 0.0,
     quiet: bool = False,
 ) -> Predictions:
     """Label new images with the classifier of a finished run.
@@ -138,12 +140,14 @@ def predict(
     >>> import icce_ray
     >>> new = icce_ray.predict("runs/mine", "photos/new", out="runs/new-labels")
     >>> new.labels, new.confidence, new.uris        # int32 [B], float32 [B], [B]
+    >>> new.novelty                                 # float32 [B], near 1: unlike the run's images
 
     Args:
         run_dir: a run with a classifier.
         images: a folder, Parquet or WebDataset tars, as data.path.
         overrides: embed.*, ray.* and data.* settings as KEY=VALUE.
         out: folder for the Parquet files. Default: `predictions` in the run directory.
+        min_confidence: images that are less sure get label -1.
         quiet: print only errors and the end.
 
     Raises:
@@ -155,7 +159,14 @@ def predict(
     from icce_ray.stages import predict as stage
 
     run_uri = str(run_dir)
-    done = stage.predict(run_uri, str(images), out, overrides=overrides, quiet=quiet)
+    done = stage.predict(
+        run_uri,
+        str(images),
+        out,
+        overrides=overrides,
+        min_confidence=min_confidence,
+        quiet=quiet,
+    )
     folder = absolute(out) if out else RunDirectory(run_uri).address("predictions")
     scores = {name: done.results[name] for name in ("acc", "nmi", "ari") if name in done.results}
     return Predictions(folder, scores)

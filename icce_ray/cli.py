@@ -1,10 +1,12 @@
-"""The command line: icce-ray run | sweep | predict | status | report | config.
+"""The command line: icce-ray run | sweep | predict | export | status | report | config.
 
 Each command imports what it needs, so that help and status appear at once.
 """
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 import time
 from typing import Annotated, Any
@@ -12,9 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from icce_ray.distributed import compat
-from icce_ray.errors import ArtifactError, IcceError, printable_lines
+from icce_ray.errors import ArtifactError, ConfigError, IcceError, printable, printable_lines
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
+NEW = 0.99  # novelty from which the line of one image warns
 RESUME = "Run the same command again to resume"
 
 app = typer.Typer(
@@ -72,7 +75,8 @@ def run(
     plan: Plan = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run the stages: index, embed, search, select, heads, consensus, classify, evaluate, report.
+    """Run the stages: index, embed, search, select, heads, consensus, answer, classify, evaluate,
+    report.
 
     Finished stages are skipped, and a half-done one resumes: after a crash or Ctrl-C, run the same
     command again.
@@ -95,6 +99,7 @@ def run(
 def _print_end(run_dir: str, seconds: float) -> None:
     from icce_ray.rundir.directory import RunDirectory
     from icce_ray.rundir.progress import duration
+    from icce_ray.rundir.results import LABELS, LABELS_CSV
 
     directory = RunDirectory(run_dir)
     if directory.exists("evaluation", "metrics.json"):
@@ -103,7 +108,12 @@ def _print_end(run_dir: str, seconds: float) -> None:
             print(_accuracy_line(metrics))
     if directory.exists("report", "index.html"):
         print(f"report    {directory.address('report', 'index.html')}")
+    labeled = directory.manifest("answer") is not None
+    if labeled:
+        print(f"labels    {directory.address(LABELS_CSV)}, and {LABELS}")
     print(f"time      {duration(seconds)}")
+    if labeled:
+        print(f"next      icce-ray export {shlex.quote(run_dir)} --to folders")
 
 
 def _accuracy_line(metrics: dict[str, Any]) -> str:
@@ -155,7 +165,8 @@ def predict(
     images: Annotated[
         str,
         typer.Argument(
-            metavar="NEW_IMAGES", help="A folder of images, Parquet files, or WebDataset tars."
+            metavar="NEW_IMAGES",
+            help="A folder of images, Parquet files, WebDataset tars, or one image file.",
         ),
     ],
     overrides: Annotated[
@@ -166,15 +177,36 @@ def predict(
             "ray.* settings.",
         ),
     ] = None,
+    min_confidence: Annotated[
+        float,
+        typer.Option("--min-confidence", metavar="X", help="Images less sure get cluster -1."),
+    ] = 0.0,
 ) -> None:
     """Classify new images with the classifier of a run.
 
-    Writes Parquet files with the cluster and the confidence of each image.
+    Writes Parquet files with the cluster, the confidence and the novelty of each image: the share
+    of the run's images that lie nearer to the others. Of one image file, without out=..., prints
+    them at once.
     """
     from icce_ray.stages import predict as stage
 
     out, rest = _take_out(overrides or [])
-    stage.predict(run_dir, images, out, overrides=rest)
+    if out is None and stage.is_image(images):
+        print(_prediction_line(stage.predict_one(run_dir, images, rest, min_confidence)))
+    else:
+        stage.predict(run_dir, images, out, overrides=rest, min_confidence=min_confidence)
+
+
+def _prediction_line(found: Any) -> str:
+    """A line for one stages.predict.Prediction."""
+    text = f"cluster {found.cluster}, confidence {found.confidence:.2f}"
+    if not found.is_sure:
+        text = f"no cluster is sure enough: the likeliest is {text}"
+    if not math.isnan(found.novelty):
+        text += f", novelty {found.novelty:.2f}"
+    if found.novelty >= NEW:
+        text += f": {NEW:.0%} of the run's images or more are nearer to the others, so look at it"
+    return text
 
 
 def _take_out(overrides: list[str]) -> tuple[str | None, list[str]]:
@@ -182,6 +214,62 @@ def _take_out(overrides: list[str]) -> tuple[str | None, list[str]]:
     outs = [text[4:] for text in overrides if text.startswith("out=")]
     rest = [text for text in overrides if not text.startswith("out=")]
     return (outs[-1] if outs else None) or None, rest
+
+
+@app.command()
+def export(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A finished run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="out=FOLDER", help="A local folder (default: RUN_DIR/exports/FORMAT)."
+        ),
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="folders, csv, fiftyone, label-studio, imagefolder-hf or coco.",
+        ),
+    ] = "folders",
+    clusters: Annotated[
+        str | None,
+        typer.Option("--clusters", metavar="NUMBERS", help="Only these, as 3,7. Default: all."),
+    ] = None,
+    min_confidence: Annotated[
+        float, typer.Option("--min-confidence", metavar="X", help="Only images as sure as this.")
+    ] = 0.0,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy image files; default: links to them.")
+    ] = False,
+) -> None:
+    """Write the labels of a run, and its images, in the form of another tool.
+
+    Images that lie in tars, Parquet files or object storage are always copied. A folder that holds
+    an earlier export of the same run is written anew.
+    """
+    from icce_ray.data import export as exports
+
+    out, rest = _take_out(overrides or [])
+    if rest:
+        raise ConfigError(f"{rest[0]}: export takes out=FOLDER only")
+    chosen = None if clusters is None else _numbers(clusters)
+    made = exports.export(
+        run_dir, to, out, clusters=chosen, min_confidence=min_confidence, copy=copy
+    )
+    print(f"exported {made.images:,} images to {made.folder}")
+    if made.missing:
+        uri, reason = made.missing[0]
+        first = f"the first is {printable(uri)}: {reason}"
+        print(f"! {len(made.missing):,} images were left out, {first}", file=sys.stderr)
+
+
+def _numbers(text: str) -> list[int]:
+    parts = text.replace(" ", "").split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--clusters={text} must be numbers of clusters, as 3,7")
+    return [int(part) for part in parts]
 
 
 @app.command()

@@ -43,9 +43,9 @@ Progress = Callable[[str, int, int], None]  # (part of the method, done, total)
 
 
 def search_projection(embeddings: np.ndarray, pca: int | None) -> projection.Projection | None:
-    """The leading principal components that neighbors are searched in; None: all features, as they
-    are. embeddings: float16 [N, D], unit rows."""
-    if pca is None or pca >= embeddings.shape[1]:
+    """The principal components that neighbors are searched in; None: all features, as they are.
+    embeddings: float16 [N, D], unit rows."""
+    if pca is None:
         return None
     return projection.fit_projection(embeddings, pca, SEARCH_SEED)
 

@@ -40,7 +40,10 @@ FOREIGN = {
 
 # Files that icce-ray writes into its folders, with keys that tell them from others of that name.
 OURS = {
-    "manifest.json": {"stage", "fingerprint", "settings"},
+    "_manifest.json": {"stage", "fingerprint", "settings"},
+    "_partial.json": {"fingerprint", "settings", "inputs"},
+    "_export.json": {"run", "files"},
+    "manifest.json": {"stage", "fingerprint", "settings"},  # up to version 3 of the format
     "partial.json": {"fingerprint", "settings", "inputs"},
     "status.json": {"state", "stage", "time"},
 }

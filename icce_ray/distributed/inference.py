@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 UNIT = 1e-2  # largest deviation of a row's length from 1
 CLASSIFIER = "classifier"  # the folder of a run's classifier
 WEIGHTS, DESCRIPTION = "classifier.safetensors", "classifier.json"
+NOVELTY = "novelty.safetensors"  # beside them: images of the run that new ones are compared with
 
 
 # --- the models, in the actors -------------------------------------------------------------------
@@ -107,6 +108,7 @@ class Predictor:
     def __init__(self, run: RunDirectory, embedder: Embedder, finetuned: bool) -> None:
         self.run, self.embedder, self.finetuned = run, embedder, finetuned
         self.classifier: Any = None
+        self.reference: Any = None
 
     def load(self, device: torch.device) -> list[dict[str, Any]]:
         """Load classifier and backbones onto the device; returns the backbones' descriptions."""
@@ -117,29 +119,49 @@ class Predictor:
         self.classifier = core.load(weights, self.run.read_json(CLASSIFIER, DESCRIPTION))
         self.classifier = self.classifier.to(device).eval()
         if not self.finetuned:
+            self.reference = self._reference(device)
             return self.embedder.load(device)
         precision = self.embedder.precision = arithmetic(self.embedder.asked, device)
         return [{**self.classifier.backbone.describe(), "precision": precision}]
 
+    def _reference(self, device: torch.device) -> Any:
+        from safetensors import SafetensorError
+        from safetensors import torch as safetensors
+
+        from icce_ray.core.outliers import Reference
+
+        data = self.run.read_bytes(CLASSIFIER, NOVELTY)
+        with stored(self.run.path(CLASSIFIER, NOVELTY)):
+            try:
+                return Reference.of(safetensors.load(data), device)
+            except SafetensorError as error:
+                raise ValueError(str(error)) from None
+
     def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
-        """`cluster` int32 [B], `confidence` float32 [B], and `valid`: finite."""
+        """`cluster` int32 [B], `confidence` float32 [B], `novelty` float32 [B] (see core.outliers;
+        NaN from a fine-tuned backbone, which has moved the images), and `valid`: finite."""
         import torch
 
+        from icce_ray.core.outliers import novelty
+
         with torch.inference_mode():
-            probability = self._logits(pixels).float().softmax(dim=1)
-            largest, cluster = probability.max(dim=1)
+            if self.finetuned:
+                logits, new = self._finetuned_logits(pixels), None
+            else:
+                features = self.embedder.embed(pixels)
+                logits, new = self.classifier(features), novelty(self.reference, features)
+            largest, cluster = logits.float().softmax(dim=1).max(dim=1)
         confidence = largest.cpu().numpy()
         return {
             "cluster": cluster.cpu().numpy().astype(np.int32),
             "confidence": confidence,
+            "novelty": np.full_like(confidence, np.nan) if new is None else new.cpu().numpy(),
             "valid": np.isfinite(confidence),
         }
 
-    def _logits(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _finetuned_logits(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         import torch
 
-        if not self.finetuned:
-            return self.classifier(self.embedder.embed(pixels))
         half = self.embedder.precision == "bfloat16"
         with torch.autocast(pixels[0].device.type, torch.bfloat16, half):
             return self.classifier(pixels[0])
@@ -264,6 +286,7 @@ class Inference:
     """One model over the images of a table, into `results`.
 
     Args:
+        cluster: None for a few images: they are looked at in this process, without Ray.
         table: ADDRESS columns of all images; row i has image_id i.
         results: knows which rows are missing, and takes in what comes.
         accept: a batch with reason ("" where all is well) and the model's columns -> the columns to
@@ -274,7 +297,7 @@ class Inference:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: Cluster | None,
         reporter: Reporter,
         table: pa.Table,
         results: Results,
@@ -306,7 +329,10 @@ class Inference:
     def _gather(self, job: Job, missing: np.ndarray, title: str) -> float:
         total, done = self.table.num_rows, self.table.num_rows - len(missing)
         table = self.table if not done else self.table.take(pa.array(missing))
-        batches = stream.stream(self.cluster, table, job, self.reporter)
+        if self.cluster is None:
+            batches = stream.here(table, job)
+        else:
+            batches = stream.stream(self.cluster, table, job, self.reporter)
         first = next(batches, None)  # takes long: actors start and load the model
         if first is None:
             return 0.0

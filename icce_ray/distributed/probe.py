@@ -18,7 +18,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from icce_ray.config.schema import ClassifierConfig, Config, MethodConfig
-from icce_ray.core import method
+from icce_ray.core import method, outliers
 from icce_ray.core.classifier import model as core
 from icce_ray.core.classifier import probe as probe_
 from icce_ray.core.classifier import training as training_
@@ -35,7 +35,7 @@ from icce_ray.distributed.worker import PROGRESS_EVERY, REMOTE_PROGRESS_EVERY, W
 from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 
-HISTORY = "history.json"
+HISTORY = "_history.json"
 PROBE = "probe.safetensors"  # in the working folder: what the task returned
 POLL = 0.5  # seconds between looks at the task's progress file
 
@@ -72,10 +72,12 @@ def _fit(
     if collective is not None and collective.rank:
         return packed
     clusters, confidence = probe_.predict(model, features, device)
+    reference = outliers.make_reference(features, chosen.seed, device)
     state = {f"model.{k}": v.cpu().contiguous() for k, v in model.state_dict().items()}
     return {
         **state,
         **packed,
+        **{f"novelty.{name}": value for name, value in reference.tensors().items()},
         "clusters": torch.from_numpy(clusters),
         "confidence": torch.from_numpy(confidence),
     }

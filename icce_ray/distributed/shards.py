@@ -19,7 +19,7 @@ from icce_ray.errors import ArtifactError, DataError, StageError, printable
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import QUARANTINE_SCHEMA
 
-LAYOUT = "layout.json"  # ids per shard: a restart keeps the first run's
+LAYOUT = "_layout.json"  # ids per shard: a restart keeps the first run's
 
 
 class Quarantine:

@@ -295,6 +295,15 @@ def stream(cluster: Cluster, table: pa.Table, job: Job, reporter: Reporter) -> I
             reporter.event(f"{were} lost and restarted: the images in work were done again")
 
 
+def here(table: pa.Table, job: Job) -> Iterator[Columns]:
+    """The same in this process, without Ray, whose start takes longer than a few images do."""
+    actor = Actor(job.model, os.cpu_count() or 1, gpu=True)
+    for batch in decode_rows(table, job.preprocess, job.settings.max_pixels, job.levels):
+        results = actor(batch)
+        raise_error(results)
+        yield results
+
+
 def _polled(start: Callable[[], Iterator[Columns]], wait: Wait) -> Iterator[Columns]:
     """Iterate in a thread, while the driver looks whether the cluster still carries the work."""
     batches: queue.Queue[Columns | BaseException | None] = queue.Queue(AHEAD)

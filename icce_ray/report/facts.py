@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from icce_ray.config.schema import Config
 from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.schemas import QUARANTINE
 
 # Folder and plain name of each stage the page speaks of, in the order of the chain.
 PARTS = (
@@ -22,6 +23,7 @@ PARTS = (
     ("selection", "Selecting neighbors"),
     ("heads", "Training heads"),
     ("consensus", "Consensus"),
+    ("answer", "Answer"),
     ("classifier", "Classifier"),
     ("evaluation", "Evaluation"),
 )
@@ -45,6 +47,8 @@ class RunFacts:
     codes: np.ndarray | None = None  # true classes, int64 [N], -1 where there is no label
     names: list[str] = field(default_factory=list)  # of the classes, [C]
     contingency: np.ndarray | None = None  # images per class and cluster, int64 [C, K]
+    outlier: np.ndarray | None = None  # float32 [N]; None in a run without an answer
+    first: np.ndarray | None = None  # row of the first image that shows the same, int64 [N]
 
     @property
     def num_clusters(self) -> int:
@@ -69,6 +73,8 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         ArtifactError: an artifact is missing.
     """
     scores = files.read_json("evaluation", "metrics.json")
+    image_ids = np.asarray(files.matrix("embeddings", "image_id"))
+    outlier, first = _answer(files, image_ids)
     table = files.read_table("evaluation", "clusters.parquet").to_pydict()
     names: list[str] = []
     contingency = None
@@ -80,7 +86,7 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         uri=files.uri,
         manifests={name: done for name, _ in PARTS if (done := files.manifest(name))},
         scores=scores,
-        image_ids=np.asarray(files.matrix("embeddings", "image_id")),
+        image_ids=image_ids,
         clusters=np.asarray(files.matrix("consensus", "cluster")),
         confidence=np.asarray(files.matrix("consensus", "confidence")),
         table=table,
@@ -90,7 +96,20 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         codes=None if contingency is None else codes,
         names=names,
         contingency=contingency,
+        outlier=outlier,
+        first=first,
     )
+
+
+def _answer(
+    files: RunDirectory, image_ids: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Outlier scores, and the row of the first image that shows the same; None without them."""
+    if files.manifest("answer") is None:
+        return None, None
+    copied = np.asarray(files.matrix("answer", "duplicate_of"))
+    first = np.searchsorted(image_ids, np.where(copied < 0, image_ids, copied))
+    return np.asarray(files.matrix("answer", "outlier")), first
 
 
 def _contingency(files: RunDirectory, classes: int, clusters: int) -> np.ndarray:
@@ -101,16 +120,15 @@ def _contingency(files: RunDirectory, classes: int, clusters: int) -> np.ndarray
 
 
 def _history(files: RunDirectory) -> dict[str, Any]:
-    if not files.exists("heads", "history.json"):
+    if not files.exists("heads", "_history.json"):
         return {}
-    return dict(files.read_json("heads", "history.json"))
+    return dict(files.read_json("heads", "_history.json"))
 
 
 def _quarantine(files: RunDirectory) -> pa.Table | None:
-    names = [n for n in files.list("embeddings", ".parquet") if n.startswith("quarantine")]
-    if not names:
+    if not files.exists("embeddings", QUARANTINE):
         return None
-    return pa.concat_tables([files.read_table("embeddings", name) for name in names])
+    return files.read_table("embeddings", QUARANTINE)
 
 
 def _index(files: RunDirectory) -> pa.Table | None:

@@ -82,6 +82,20 @@ class Galleries:
         """Thumbnails shown; a name that stands for an unreadable image is none."""
         return sum(image["src"] is not None for image in self.images.values())
 
+    def beside(self, rows: np.ndarray, share: float) -> dict[int, dict[str, Any]]:
+        """Images shown apart from the clusters', by row: the first ones that fit a share of the
+        budget, which they take from it."""
+        rows = rows[: max(0, int(share * self.budget / PER_IMAGE))]
+        made = self._read(np.unique(rows))
+        left, kept = share * self.budget, {}
+        for row in dict.fromkeys(rows.tolist()):
+            left -= _weight(made[row])
+            if left < 0:
+                break
+            kept[row] = made[row]
+            self.budget -= _weight(made[row])
+        return kept
+
     def fill(self) -> None:
         """Read, shrink and add images while they fit."""
         waiting = self._expected(list(self._by_rank()))

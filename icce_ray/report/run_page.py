@@ -8,7 +8,7 @@ import numpy as np
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
-from icce_ray.report import run_charts, run_numbers
+from icce_ray.report import oddities, run_charts, run_numbers
 from icce_ray.report.facts import RunFacts, read_facts
 from icce_ray.report.galleries import Galleries
 from icce_ray.report.pages import template
@@ -32,8 +32,8 @@ def render(config: Config, files: RunDirectory, codes: np.ndarray | None) -> tup
     page = template("report.html.j2")
     limit = config.report.max_megabytes * 10**6
     listed = _listed(facts, limit)
-    content = _content(facts) | {"listed": listed}
     galleries = Galleries(facts, listed, limit - FIXED - PER_CLUSTER * len(listed))
+    content = _content(facts) | {"listed": listed} | oddities.sections(facts, galleries)
     galleries.fill()
     while True:  # the budget is an estimate: images go, rank by rank, until the page fits
         cards = [_card(facts, galleries, k) for k in listed]

@@ -1,8 +1,8 @@
 """The run directory: artifacts of stages, their manifests and fingerprints.
 
 A run directory lives on any pyarrow file system (local, s3://, gs://). Each stage owns one folder.
-Its `manifest.json` is written last, atomically; a folder without one is unfinished work. While a
-stage works, `partial.json` holds the fingerprint it works for, so that a killed run resumes only
+Its `_manifest.json` is written last, atomically; a folder without one is unfinished work. While a
+stage works, `_partial.json` holds the fingerprint it works for, so that a killed run resumes only
 what fits. No pickle is written or read.
 
 Shapes: N images, D features, M neighbors, H heads, K clusters.
@@ -35,15 +35,18 @@ from icce_ray.rundir.cache import NodeCache, free_bytes
 from icce_ray.rundir.schemas import runs_code, to_matrix
 from icce_ray.rundir.storage import Storage
 
-FORMAT_VERSION = 3  # 2: search and selection are two stages; 3: components are half whitened
+# 2: search and selection are two stages; 3: components are whitened; 4: new file names
+FORMAT_VERSION = 4
 
-MANIFEST = "manifest.json"
-PARTIAL = "partial.json"
+# What is no table begins with an underscore: readers of a folder of Parquet files skip it.
+MANIFEST = "_manifest.json"
+PARTIAL = "_partial.json"
+OLD_MANIFEST = "manifest.json"  # up to version 3
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished stage says of itself: manifest.json."""
+    """What a finished stage says of itself: _manifest.json."""
 
     stage: str
     fingerprint: str
@@ -220,7 +223,7 @@ class RunDirectory:
         raise ArtifactError(f"{self.path('config.yaml')} is damaged: it holds no settings")
 
     def read_table(self, *parts: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A Parquet file, or all shards of a folder, in name order (quarantine left out).
+        """A Parquet file, or all shards of a folder, in name order (without side files).
 
         Raises ArtifactError: missing, damaged, or without one of the columns.
         """
@@ -232,7 +235,7 @@ class RunDirectory:
         return pa.concat_tables([self._read_parquet([*parts, name], columns) for name in names])
 
     def _shards(self, folder: str) -> builtins.list[str]:
-        return [n for n in self.list(folder, ".parquet") if not n.startswith("quarantine")]
+        return [n for n in self.list(folder, ".parquet") if not n.startswith("_")]
 
     def _read_parquet(self, parts: Sequence[str], columns: Sequence[str] | None) -> pa.Table:
         chosen = None if columns is None else [*columns]
@@ -285,12 +288,18 @@ class RunDirectory:
         names = set(self.list(folder))
         if MANIFEST in names:
             return Content(self._manifest(folder), empty=False)
+        if OLD_MANIFEST in names:
+            self._refuse_old(folder)
         partial = self.read_json(folder, PARTIAL) if PARTIAL in names else None
         return Content(None, partial, empty=not names - {PARTIAL} and not self.folders(folder))
 
     def manifest(self, folder: str) -> Manifest | None:
         """The manifest of a finished stage, or None. Raises ArtifactError where it is damaged."""
-        return self._manifest(folder) if self.exists(folder, MANIFEST) else None
+        if self.exists(folder, MANIFEST):
+            return self._manifest(folder)
+        if self.exists(folder, OLD_MANIFEST):
+            self._refuse_old(folder)
+        return None
 
     def _manifest(self, folder: str) -> Manifest:
         content = self.read_json(folder, MANIFEST)
@@ -300,12 +309,20 @@ class RunDirectory:
             )
         manifest = Manifest(**content)
         if manifest.format != FORMAT_VERSION:
-            raise ArtifactError(
-                f"{self.path(folder)} was made by another version of icce_ray (format "
-                f"{manifest.format}; this one reads {FORMAT_VERSION}). Run again with another "
-                "run_dir=..., or use the version that made it."
-            )
+            raise self._other_version(folder, manifest.format)
         return manifest
+
+    def _refuse_old(self, folder: str) -> None:
+        content = self.read_json(folder, OLD_MANIFEST)
+        if isinstance(content, dict) and _fits(content):  # else it is a file of the user's
+            raise self._other_version(folder, content.get("format", "?"))
+
+    def _other_version(self, folder: str, number: Any) -> ArtifactError:
+        return ArtifactError(
+            f"{self.path(folder)} was made by another version of icce_ray (format {number}; this "
+            f"one reads {FORMAT_VERSION}). Run again with another run_dir=..., or use the version "
+            "that made it."
+        )
 
     def partial(self, folder: str) -> Mapping[str, Any] | None:
         """What an unfinished stage was working for: fingerprint, settings, inputs; or None."""

@@ -18,6 +18,8 @@ from icce_ray.rundir.directory import RunDirectory
 if TYPE_CHECKING:
     import pyarrow as pa
 
+LABELS, LABELS_CSV = "labels.parquet", "labels.csv"  # the answer, at the top of a run
+
 
 @dataclass(frozen=True)
 class Result:
@@ -44,6 +46,22 @@ class Result:
         """Where each image is, [N]: a file, or FILE#ROW."""
         index = self._table("index", "image_id", "uri")
         return index["uri"].take(self._consensus["image_id"].combine_chunks()).to_pylist()
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """A row for every image of the index, in its order, also for those that could not be read:
+        LABELS_SCHEMA, as in labels.parquet. `table.to_pandas()` is a data frame.
+
+        Raises ArtifactError also where the clusters have changed since.
+        """
+        self.require("answer")
+        made, of = self._directory.manifest("answer"), self._directory.manifest("consensus")
+        if made is None or of is None or made.inputs["consensus"] != of.id:
+            raise ArtifactError(
+                f"{self._directory.path(LABELS)} is of an earlier consensus; finish the run by "
+                "icce-ray run"
+            )
+        return self._directory.read_table(LABELS)
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -108,13 +126,20 @@ class Predictions:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Cluster of each image: int32 [B]; -1 where it could not be decoded."""
+        """Cluster of each image: int32 [B]; -1 where it could not be decoded, or was less sure than
+        asked for."""
         return self._table["cluster"].to_numpy()
 
     @cached_property
     def confidence(self) -> np.ndarray:
         """Its probability: float32 [B]."""
         return self._table["confidence"].to_numpy()
+
+    @cached_property
+    def novelty(self) -> np.ndarray:
+        """Share of the run's images that lie nearer to the others: float32 [B], NaN where it could
+        not be decoded, or the classifier is fine-tuned."""
+        return self._table["novelty"].to_numpy()
 
     @cached_property
     def uris(self) -> list[str]:
@@ -126,4 +151,4 @@ class Predictions:
         uri, options = split_options(self.folder)
         parent, _, name = uri.rstrip("/").rpartition("/")
         directory = RunDirectory(parent + options)
-        return directory.read_table(name, columns=("uri", "cluster", "confidence"))
+        return directory.read_table(name, columns=("uri", "cluster", "confidence", "novelty"))

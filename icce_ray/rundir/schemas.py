@@ -20,6 +20,7 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
+QUARANTINE = "_quarantine.parquet"  # beside the embeddings
 QUARANTINE_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string())]
 )
@@ -32,14 +33,48 @@ CONSENSUS_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("cluster", pa.int32()), ("confidence", pa.float32())]
 )
 
+# What is found of each image beside its cluster, in the row order of the embeddings.
+ANSWER_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("second_choice", pa.int32()),  # the next likely cluster, or -1
+        ("outlier", pa.float32()),  # share of the other images that lie nearer to their neighbors
+        ("duplicate_of", pa.int64()),  # image_id of the first image that shows the same, or -1
+    ]
+)
+
+# The answer for users: a row for every image of the index, in its order.
+LABELS_SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("cluster", pa.int32()),  # -1 where the image could not be read
+        ("name", pa.string()),  # of the cluster; null while it has none
+        ("confidence", pa.float32()),  # 0..1; from here on null where there is nothing to say
+        ("second_choice", pa.int32()),
+        ("outlier", pa.float32()),
+        ("duplicate_of", pa.string()),  # uri of the first image that shows the same
+        ("reason", pa.string()),  # why the image could not be read
+    ]
+)
+
 PREDICTIONS_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
-        ("cluster", pa.int32()),  # -1 where the image could not be decoded
+        ("cluster", pa.int32()),  # -1 where it could not be decoded, or was not sure enough
         ("confidence", pa.float32()),
-        ("reason", pa.string()),  # why not, else null
+        ("novelty", pa.float32()),  # share of the run's images that lie nearer to the others
+        ("reason", pa.string()),  # why it could not be decoded, else null
     ]
 )
+
+
+def as_csv(table: pa.Table) -> memoryview:
+    """A table as CSV: a header, quotes where they are needed, nothing for null."""
+    from pyarrow import csv
+
+    stream = pa.BufferOutputStream()
+    csv.write_csv(table, stream, csv.WriteOptions(quoting_style="needed"))
+    return memoryview(stream.getvalue())
 
 
 def embeddings_schema(features: int) -> pa.Schema:

@@ -5,7 +5,8 @@ Fine-tuning starts from such a probe and trains it together with the backbone: R
 images on CPU cores and feeds Ray Train workers. Both write the same artifact:
 
     classifier/classifier.safetensors + classifier.json   see core/classifier.py; loads without Ray
-    classifier/history.json                               per epoch: loss, agreement with consensus
+    classifier/novelty.safetensors                        see core/outliers.py; not of finetune
+    classifier/_history.json                              per epoch: loss, agreement with consensus
     classifier/part-00000.parquet                         the classifier's own opinion of each row
 
 Rows are those of embeddings/: an image in quarantine is never fed.
@@ -19,10 +20,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from safetensors import torch as safetensors
 
+from icce_ray.core.tensors import below
 from icce_ray.distributed.checkpoints import TRAIN
 from icce_ray.distributed.finetune import finetune
 from icce_ray.distributed.inference import (
+    NOVELTY,
     Embedder,
     Inference,
     Predictor,
@@ -58,6 +62,7 @@ def _run_probe(context: Context, task: Mapping[str, Any]) -> dict[str, Any]:
         result = probe_in_task(context, task)
     history = unpack_history(result["history"])
     write_classifier(run, as_module(result, chosen), _origin(context), history)
+    run.write_bytes(safetensors.save(below(result, "novelty.")), FOLDER, NOVELTY)
     _write_opinions(run, result["clusters"].numpy(), result["confidence"].numpy())
     return {"workers": chosen.num_workers or 0}
 

@@ -1,7 +1,7 @@
 """Embed: every image once through the frozen backbones, to unit-norm features.
 
 Writes part-*.parquet (image_id, embedding float16 [D]) in the order of image_id, and
-quarantine.parquet with the images that could not be used: those have no row.
+_quarantine.parquet with the images that could not be used: those have no row.
 Shapes: N images, B batch, D features.
 """
 
@@ -25,12 +25,11 @@ from icce_ray.distributed.shards import Quarantine, Shards
 from icce_ray.distributed.stream import ADDRESS, Columns, Job
 from icce_ray.errors import DataError
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.rundir.schemas import embeddings_schema, tensor_column, to_matrix
+from icce_ray.rundir.schemas import QUARANTINE, embeddings_schema, tensor_column, to_matrix
 from icce_ray.stages.base import Context, Outcome
 
 FOLDER = "embeddings"
-QUARANTINE = "quarantine.parquet"
-BACKBONES = "backbones.json"  # what the shards were made with
+BACKBONES = "_backbones.json"  # what the shards were made with
 GIVEN = "embeddings that were given"
 PEEK, SAMPLE = 8, 64  # images looked at for more than 8 bits, and for their range where there are
 

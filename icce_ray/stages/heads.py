@@ -177,7 +177,7 @@ def _workers(config: Config, cluster: Cluster, gpus: float) -> int:
 
 
 def _write(run: RunDirectory, states: list[dict[str, Tensor]], rows: int) -> dict[str, Any]:
-    """Write heads.safetensors (projection and teachers), history.json, assignments; head order."""
+    """Write _heads.safetensors (projection, teachers), _history.json, assignments; head order."""
     from safetensors.torch import save
 
     assignments = torch.cat([s.pop("assignments") for s in states if "assignments" in s], 1)
@@ -190,11 +190,11 @@ def _write(run: RunDirectory, states: list[dict[str, Tensor]], rows: int) -> dic
         if key.startswith("teacher.")
     }
     run.write_bytes(
-        save({k: v.contiguous() for k, v in heads.items()}), FOLDER, "heads.safetensors"
+        save({k: v.contiguous() for k, v in heads.items()}), FOLDER, "_heads.safetensors"
     )
     losses = merged["history"][order]
     history = {"step": merged["history_steps"].tolist(), "loss": losses.T.tolist()}
-    run.write_bytes(json.dumps(history).encode(), FOLDER, "history.json")
+    run.write_bytes(json.dumps(history).encode(), FOLDER, "_history.json")
     _write_assignments(run, assignments[:, order].numpy(), rows)
     final = losses[:, -1].tolist() if losses.shape[1] else []
     return {"final_loss": final, "clusters_used": _used(assignments[:, order])}

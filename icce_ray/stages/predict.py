@@ -23,6 +23,7 @@ from icce_ray import config as configs
 from icce_ray.config.schema import LABEL_MODES, Config
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.data import labels, listing
+from icce_ray.data.formats import IMAGES, suffix_of
 from icce_ray.distributed.cluster import Cluster, NodeWatch
 from icce_ray.distributed.inference import (
     CLASSIFIER,
@@ -31,9 +32,9 @@ from icce_ray.distributed.inference import (
     finished_classifier,
     open_classifier,
 )
-from icce_ray.distributed.shards import Shards
+from icce_ray.distributed.shards import Arrays, Shards
 from icce_ray.distributed.stream import Columns, Job
-from icce_ray.errors import ArtifactError, ConfigError, printable
+from icce_ray.errors import ArtifactError, ConfigError, DataError, printable
 from icce_ray.rundir import addresses, storage
 from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter, duration
@@ -50,6 +51,7 @@ def predict(
     out: str | None = None,
     *,
     overrides: Sequence[str] = (),
+    min_confidence: float = 0.0,
     quiet: bool = False,
     cluster: Cluster | None = None,
 ) -> Manifest:
@@ -60,6 +62,7 @@ def predict(
         images: a folder, Parquet or WebDataset tars, as data.path.
         out: folder or URI for the result; default: `predictions` in the run directory.
         overrides: embed.*, ray.* and data.* settings for this call, as `key.sub=value`.
+        min_confidence: images that are less sure get cluster -1.
 
     Returns: the result's manifest. An image that cannot be decoded has cluster -1 and a reason.
     Where the new images have labels (class folders, a label column, data.labels), its results hold
@@ -72,27 +75,22 @@ def predict(
     """
     run = RunDirectory(run_uri)
     folder, target = _target(out or run.address("predictions"))
-    for uri in (run.uri, target.uri):
-        storage.check(uri)
-    trained = finished_classifier(run)
-    if not images:
-        raise ConfigError("images is empty: name a folder, Parquet files or tars")
-    listing.check_exists("images", images)
-    config = _config(run, images, overrides)
-    classifier = open_classifier(run, config.embed.precision)
+    storage.check(target.uri)
+    task = _task(run, images, overrides, min_confidence)
+    config = task.config
     reporter = Reporter(RunDirectory(target.address(folder)), quiet)
     say = partial(reporter.say, log=False)  # `out` may be another's
     found = listing.list_images(config.data, setting="images", say=say)
     table = found.table
     if config.data.labels not in LABEL_MODES:
         labels.labels_of(config.data.labels, table)  # a file that does not fit is refused now
-    mark = _mark(images, table, trained, config)
+    mark = _mark(images, table, task)
     finished = _claim(target, folder, mark)
     if finished is not None:
         say(f"done already: {finished.rows:,} images are in {target.address(folder)}")
         return finished
     own = cluster or Cluster(config.ray)
-    work = _Work(run, config, classifier, found, target, folder, own, reporter)
+    work = _Work(task, found, target, folder, own, reporter)
     try:
         return work.run(mark)
     finally:
@@ -100,7 +98,84 @@ def predict(
             own.stop()
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says of one image."""
+
+    cluster: int  # the most probable one
+    is_sure: bool  # whether its confidence is at least min_confidence
+    confidence: float  # its probability
+    novelty: float  # share of the run's images that lie nearer to the others; NaN if fine-tuned
+
+
+def predict_one(
+    run_uri: str, image: str, overrides: Sequence[str] = (), min_confidence: float = 0.0
+) -> Prediction:
+    """Classify one image file in this process, without Ray. Nothing is written.
+
+    Arguments and errors as of `predict`. Raises DataError also where the image cannot be decoded.
+    """
+    run = RunDirectory(run_uri)
+    task = _task(run, image, overrides, min_confidence)
+    table = listing.list_images(task.config.data, setting="images").table
+    answers = Arrays(1)
+    reporter = Reporter(run, silent=True)
+
+    def accept(batch: Columns) -> tuple[Columns, np.ndarray]:
+        if reason := batch["reason"][0]:
+            raise DataError(f"{printable(image)} cannot be classified: {reason}")
+        kept = ("image_id", "cluster", "confidence", "novelty")
+        return {name: batch[name] for name in kept}, np.ones(1, bool)
+
+    loaded = task.classifier.loaded
+    Inference(None, reporter, table, answers, accept, loaded=loaded).run(task.job, "")
+    found = answers.columns
+    sure = bool(found["confidence"][0] >= min_confidence)
+    confidence, novelty = float(found["confidence"][0]), float(found["novelty"][0])
+    return Prediction(int(found["cluster"][0]), sure, confidence, novelty)
+
+
+def is_image(images: str) -> bool:
+    """Whether this is one image file. Raises DataError where there is nothing."""
+    if suffix_of(images) not in IMAGES:
+        return False
+    listing.check_exists("images", images)
+    return bool(storage.Storage(images).info().is_file)
+
+
 # --- what to do ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A classifier, and how images are prepared for it."""
+
+    run: RunDirectory
+    trained: Manifest
+    config: Config
+    classifier: Opened
+    min_confidence: float
+
+    @property
+    def job(self) -> Job:
+        one = self.classifier
+        return Job(one.model, one.preprocess, self.config.embed, one.levels)
+
+
+def _task(
+    run: RunDirectory, images: str, overrides: Sequence[str], min_confidence: float = 0.0
+) -> _Task:
+    """What there is to do, after all checks that need no image."""
+    if not 0 <= min_confidence <= 1:
+        raise ConfigError(f"min_confidence={min_confidence:g} must lie between 0 and 1")
+    storage.check(run.uri)
+    trained = finished_classifier(run)
+    if not images:
+        raise ConfigError("images is empty: name a folder, Parquet files or tars")
+    listing.check_exists("images", images)
+    config = _config(run, images, overrides)
+    classifier = open_classifier(run, config.embed.precision)
+    return _Task(run, trained, config, classifier, min_confidence)
 
 
 def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
@@ -134,7 +209,7 @@ def _target(out: str) -> tuple[str, RunDirectory]:
     return folder, RunDirectory(parent + options)
 
 
-def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> dict[str, Any]:
+def _mark(images: str, table: pa.Table, task: _Task) -> dict[str, Any]:
     """What partial results must have been made for to be reused."""
     digest = hashlib.sha256()
     for batch in table.select(["uri"]).to_batches(max_chunksize=65_536):
@@ -143,9 +218,10 @@ def _mark(images: str, table: pa.Table, trained: Manifest, config: Config) -> di
         "images": addresses.absolute(images),
         "count": table.num_rows,
         "sha256": digest.hexdigest(),
-        "precision": config.embed.precision,
+        "precision": task.config.embed.precision,
+        "min_confidence": task.min_confidence,
     }
-    inputs = {CLASSIFIER: trained.id}
+    inputs = {CLASSIFIER: task.trained.id}
     key = fingerprint("predict", settings, inputs)
     return {"fingerprint": key, "settings": settings, "inputs": inputs}
 
@@ -161,8 +237,8 @@ def _claim(target: RunDirectory, folder: str, mark: Mapping[str, Any]) -> Manife
         return None
     if done is not None or partial_ is not None:
         raise ArtifactError(
-            f"{where} holds predictions of other images, or by another classifier. "
-            "Choose another out=..., or remove it."
+            f"{where} holds predictions of other images, by another classifier, or with another "
+            "--min-confidence. Choose another out=..., or remove it."
         )
     if target.list(folder):
         raise ArtifactError(
@@ -178,9 +254,7 @@ def _claim(target: RunDirectory, folder: str, mark: Mapping[str, Any]) -> Manife
 class _Work:
     """One call."""
 
-    source: RunDirectory
-    config: Config
-    classifier: Opened
+    task: _Task
     found: listing.Listing
     target: RunDirectory
     folder: str
@@ -205,7 +279,7 @@ class _Work:
         return self._finish(mark, time.monotonic() - started, rate)
 
     def _open(self, resumed: bool) -> Shards:
-        size, total = self.config.embed.shard_size, self.table.num_rows
+        size, total = self.task.config.embed.shard_size, self.table.num_rows
         read = partial(_read_ids, self.target, self.folder)
         return Shards.open(self.target, self.folder, total, size, self._build, read, resumed)
 
@@ -213,11 +287,15 @@ class _Work:
         ids = columns["image_id"]
         reasons = columns["reason"]
         bad = reasons.astype(bool)
+        confidence = np.where(bad, 0, columns["confidence"]).astype(np.float32)
+        novelty = columns["novelty"].astype(np.float32)
+        open_ = bad | (confidence < self.task.min_confidence)
         return pa.Table.from_arrays(
             [
                 self.table["uri"].take(pa.array(ids)).combine_chunks(),
-                pa.array(np.where(bad, -1, columns["cluster"]).astype(np.int32)),
-                pa.array(np.where(bad, 0, columns["confidence"]).astype(np.float32)),
+                pa.array(np.where(open_, -1, columns["cluster"]).astype(np.int32)),
+                pa.array(confidence),
+                pa.array(novelty, mask=bad | np.isnan(novelty)),
                 pa.array([reason or None for reason in reasons], pa.string()),
             ],
             schema=PREDICTIONS_SCHEMA,
@@ -225,12 +303,9 @@ class _Work:
 
     def _classify(self) -> float:
         """Returns images per second."""
-        one = self.classifier
-        inference = Inference(
-            self.cluster, self.reporter, self.table, self.shards, self._accept, loaded=one.loaded
-        )
-        job = Job(one.model, one.preprocess, self.config.embed, one.levels)
-        return inference.run(job, "classifying")
+        work = (self.cluster, self.reporter, self.table, self.shards, self._accept)
+        loaded = self.task.classifier.loaded
+        return Inference(*work, loaded=loaded).run(self.task.job, "classifying")
 
     def _accept(self, batch: Columns) -> tuple[Columns, np.ndarray]:
         """Every image gets a row; a bad one has a reason in it."""
@@ -239,14 +314,16 @@ class _Work:
             uri = self.table["uri"][int(batch["image_id"][row])].as_py()
             self.reporter.say(f"! {printable(uri)}: {batch['reason'][row]}")
         self.bad += int(bad.sum())
-        kept = ("image_id", "cluster", "confidence", "reason")
+        kept = ("image_id", "cluster", "confidence", "novelty", "reason")
         return {name: batch[name] for name in kept}, np.ones(len(bad), bool)
 
     def _finish(self, mark: dict[str, Any], seconds: float, rate: float) -> Manifest:
         run, total = self.target, self.table.num_rows
-        clusters = run.read_table(self.folder, columns=["cluster"])["cluster"].to_numpy()
-        bad = int((clusters < 0).sum())
-        scores = _scores(self.config, self.table, clusters)
+        made = run.read_table(self.folder, columns=["cluster", "reason"])
+        clusters = made["cluster"].to_numpy()
+        bad = total - made["reason"].null_count
+        unsure = int((clusters < 0).sum()) - bad
+        scores = _scores(self.task.config, self.table, clusters)
         manifest = Manifest(
             stage="predict",
             fingerprint=mark["fingerprint"],
@@ -256,15 +333,17 @@ class _Work:
             seconds=round(seconds, 3),
             results={
                 "bad": bad,
+                "unsure": unsure,
                 "left_out": self.found.left.results(),
                 "images_per_second": round(rate, 1),
-                "run": self.source.uri,
+                "run": self.task.run.uri,
                 **scores,
             },
             resources=self.cluster.used(),
         )
         text = f"classified {total - bad:,} images in {duration(seconds)}"
         text += f", {bad:,} could not be decoded" if bad else ""
+        text += f", {unsure:,} got no cluster, since they are not sure enough" if unsure else ""
         self.reporter.say(f"{text}: {run.address(self.folder)}")
         if scores:
             self.reporter.say(

@@ -30,7 +30,7 @@ from icce_ray.stages.base import Context, Outcome
 from icce_ray.stages.table import QUERY_ROWS
 
 FOLDER = "neighbors"
-CHOICE = "search.json"  # in FOLDER: whether the search is approximate, settled once
+CHOICE = "_search.json"  # in FOLDER: whether the search is approximate, settled once
 ADVICE = "Lower ray.num_gpus"
 
 
@@ -45,7 +45,7 @@ def searched(run: RunDirectory, pca: int | None) -> np.ndarray:
     from icce_ray.core.projection import projected
 
     matrix = run.matrix("embeddings", "embedding")
-    if pca is None or pca >= matrix.shape[1]:
+    if pca is None:
         return matrix
 
     def build(path: Path) -> None:

@@ -95,7 +95,7 @@ def _search_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     index = constants.ivf_bytes(images, features) if approximate else 0.0
     # As arrays on the node: the embeddings and their numbers, their components, the index.
     arrays = 2.0 * images * given + 8.0 * images
-    arrays += 2.0 * images * features * ((features < given) + approximate)
+    arrays += 2.0 * images * features * ((config.neighbors.pca is not None) + approximate)
     return Need(memory=max(2 * one, index) + chunk, disk=lists, cache=arrays, where="Ray tasks")
 
 
@@ -173,6 +173,20 @@ def _consensus_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     return Need(memory=memory, disk=16.0 * images, cache=1.0 * assigned, where="one task")
 
 
+# --- answer --------------------------------------------------------------------------------------
+
+
+def _answer_settings(config: Config) -> dict[str, Any]:
+    """Only the seed: it draws the images that the distance of duplicates is taken from."""
+    return {"seed": config.seed}
+
+
+def _answer_needs(config: Config, size: Size, cluster: Cluster) -> Need:
+    """Addresses, and the two files of them as text; the scores take little."""
+    images = size.images or 0
+    return Need(memory=2e8 + 800.0 * images, disk=300.0 * images, where="one task")
+
+
 # --- classify ------------------------------------------------------------------------------------
 
 
@@ -239,6 +253,13 @@ STAGES: tuple[Stage, ...] = (
     Stage("heads", "heads", ("embed", "search", "select"), _heads_settings, _heads_needs),
     Stage("consensus", "consensus", ("search", "heads"), _consensus_settings, _consensus_needs),
     Stage(
+        "answer",
+        "answer",
+        ("index", "embed", "search", "consensus"),
+        _answer_settings,
+        _answer_needs,
+    ),
+    Stage(
         "classify",
         "classifier",
         ("index", "embed", "consensus"),
@@ -255,7 +276,10 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "report",
         "report",
-        ("index", "embed", "search", "select", "heads", "consensus", "classify", "evaluate"),
+        (
+            *("index", "embed", "search", "select", "heads", "consensus"),
+            *("answer", "classify", "evaluate"),
+        ),
         _report_settings,
         _report_needs,
         is_view=True,

@@ -158,7 +158,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(finished: Path, train_heads: An
 
 def test_every_stage_leaves_its_manifest_and_the_metrics(finished: Path) -> None:
     for stage in pipeline.STAGES:
-        manifest = json.loads((finished / "run" / stage.folder / "manifest.json").read_text())
+        manifest = json.loads((finished / "run" / stage.folder / "_manifest.json").read_text())
         assert manifest["stage"] == stage.name
     metrics = json.loads((finished / "run" / "evaluation" / "metrics.json").read_text())
     for key in ("acc", "nmi", "ari"):
@@ -170,23 +170,23 @@ def test_every_stage_leaves_its_manifest_and_the_metrics(finished: Path) -> None
 def test_a_second_run_skips_all_stages(
     finished: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("manifest.json")}
+    before = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("_manifest.json")}
     monkeypatch.setattr(pipeline, "run_stage", None)
     monkeypatch.setattr(embed, "preflight", None)  # it imports timm, which takes seconds
     done = here("run", "quickstart", "run_dir=run", *SMALL)
     assert done.returncode == 0, done.stderr
-    after = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("manifest.json")}
+    after = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("_manifest.json")}
     assert before == after
     assert done.stderr.count("skip, done") == len(pipeline.STAGES)
 
 
 def test_a_copied_run_is_as_finished_as_the_first(finished: Path, here: Here) -> None:
     shutil.copytree(finished / "run", finished / "copy")
-    (finished / "copy" / "report" / "manifest.json").unlink()
+    (finished / "copy" / "report" / "_manifest.json").unlink()
     done = here("run", "quickstart", "run_dir=copy", *SMALL)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("skip, done") == len(pipeline.STAGES) - 1
-    assert (finished / "copy" / "report" / "manifest.json").exists()
+    assert (finished / "copy" / "report" / "_manifest.json").exists()
 
 
 def test_a_changed_setting_names_what_it_invalidates(here: Here) -> None:

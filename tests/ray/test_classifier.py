@@ -116,7 +116,7 @@ def test_a_probe_in_one_task(tmp_path: Path, kind: str) -> None:
     assert (run.matrix("classifier", "image_id") == np.arange(2, 92)).all()
     assert description["backbone"][0]["name"] == "test_efficientnet"
     assert description["clusters"] == [30, 30, 30]
-    assert len(run.read_json("classifier", "history.json")) == 20
+    assert len(run.read_json("classifier", "_history.json")) == 20
     assert not run.exists("classifier", "train")
 
 
@@ -198,7 +198,7 @@ def test_finetune_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     run = finish(context, outcome)
     assert run.read_bytes("classifier", "classifier.safetensors") == weights
     assert outcome.rows == 60 and outcome.results["kind"] == "finetune"
-    history = run.read_json("classifier", "history.json")
+    history = run.read_json("classifier", "_history.json")
     assert [entry["epoch"] for entry in history] == [1, 2]
     model, description = loaded(run)
     assert description["kind"] == "finetune"

@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.core import backbone as backbones
+from icce_ray.core import outliers
 from icce_ray.core.classifier import model as classifiers
 from icce_ray.distributed import inference
 from icce_ray.distributed import stream as streaming
@@ -162,7 +164,7 @@ def test_restart_does_only_what_is_missing(tmp_path: Path, in_process: list[int]
     assert context.run.matrix("embeddings", "image_id").tolist() == list(range(40))
     paths = [folder / f"{i:04d}.png" for i in range(40)]
     np.testing.assert_allclose(matrix, reference(config, paths), atol=2e-3)
-    assert not context.run.read_table("embeddings", "quarantine.parquet").num_rows
+    assert not context.run.read_table("embeddings", "_quarantine.parquet").num_rows
 
 
 def test_dim_images_of_sixteen_bits(tmp_path: Path, in_process: list[int]) -> None:
@@ -195,10 +197,10 @@ def test_too_many_bad_images(tmp_path: Path, in_process: list[int]) -> None:
     write_images(folder, 20)
     for number in range(0, 20, 4):
         (folder / f"{number:04d}.png").write_bytes(b"nonsense")
-    message = r"3 of 20 images \(15\.0%\).*0016\.png: not an image.*quarantine\.parquet"
+    message = r"3 of 20 images \(15\.0%\).*0016\.png: not an image.*_quarantine\.parquet"
     with pytest.raises(DataError, match=message):
         start(make(tmp_path))
-    bad = RunDirectory(str(tmp_path / "run")).read_table("embeddings", "quarantine.parquet")
+    bad = RunDirectory(str(tmp_path / "run")).read_table("embeddings", "_quarantine.parquet")
     assert bad["image_id"].to_pylist() == [8, 12, 16]  # the last batches come first
     context, outcome = start(make(tmp_path, "embed.max_bad_fraction=0.25"), resumed=True)
     assert (context.resumed, outcome.rows, outcome.results["quarantined"]) == (True, 15, 5)
@@ -259,10 +261,11 @@ def test_prediction_by_a_finetuned_model_and_restart(tmp_path: Path, in_process:
     confidence = run.read_table("predictions")["confidence"].to_numpy()
     np.testing.assert_allclose(confidence, odds.amax(1), atol=1e-4)
     assert confidence.std() > 1e-3 and confidence.max() < 1
+    assert run.read_table("predictions")["novelty"].null_count == 40  # its features have moved
 
     mark = {key: getattr(done, key) for key in ("fingerprint", "settings", "inputs")}
-    run.write_json(mark, "predictions", "partial.json")
-    for name in ("manifest.json", "part-00001.parquet"):
+    run.write_json(mark, "predictions", "_partial.json")
+    for name in ("_manifest.json", "part-00001.parquet"):
         Path(run.path("predictions", name)).unlink()
     predict.predict(run.uri, str(tmp_path / "new"), quiet=True)
     assert in_process[40:] == list(range(16, 32))
@@ -300,7 +303,7 @@ def test_features_quarantine_and_prediction(tmp_path: Path, ray_session: None) -
     expected = reference(config, [folder / f"{i:04d}.png" for i in good])
     np.testing.assert_allclose(matrix, expected, atol=2e-3)
     assert len(context.run.list("embeddings", ".parquet")) == 4  # 3 shards, quarantine
-    bad = context.run.read_table("embeddings", "quarantine.parquet").to_pylist()
+    bad = context.run.read_table("embeddings", "_quarantine.parquet").to_pylist()
     assert (bad[0]["image_id"], bad[0]["reason"]) == (7, "empty file")
     assert bad[1]["uri"].endswith("0020.png") and bad[1]["reason"]
     results = outcome.results
@@ -317,6 +320,8 @@ def check_prediction(tmp_path: Path, context: Context, results: Any, expected: n
     torch.nn.init.normal_(model.out.weight, std=10)
     weights, description = classifiers.save(model, {"backbone": results["backbones"]})
     run, out = trained(context.config, weights, description), str(tmp_path / "out")
+    known = outliers.make_reference(expected.astype(np.float16), 0, torch.device("cpu"))
+    run.write_bytes(save(known.tensors()), "classifier", inference.NOVELTY)
     arguments = (run.uri, str(tmp_path / "images"), out)
     done = predict.predict(*arguments, quiet=True)
 
@@ -333,15 +338,18 @@ def check_prediction(tmp_path: Path, context: Context, results: Any, expected: n
     assert np.array_equal(cluster[cluster >= 0], probability.argmax(1).numpy())
     confidence = table["confidence"].to_numpy()[cluster >= 0]
     np.testing.assert_allclose(confidence, probability.amax(1), atol=1e-4)
+    novelty = table["novelty"].to_numpy()
+    assert np.flatnonzero(np.isnan(novelty)).tolist() == [7, 20]
+    assert np.nanmax(novelty) < 1  # each image is itself among those of the run
 
     assert predict.predict(*arguments, quiet=True).id == done.id  # nothing is done twice
-    Path(out, "manifest.json").rename(tmp_path / "kept.json")
+    Path(out, "_manifest.json").rename(tmp_path / "kept.json")
     before = Path(out, "part-00001.parquet").stat().st_mtime_ns
     with pytest.raises(ArtifactError, match="other files"):
         predict.predict(*arguments, quiet=True)
     assert before == Path(out, "part-00001.parquet").stat().st_mtime_ns
     with pytest.raises(ArtifactError, match="predictions of other images"):
-        (tmp_path / "kept.json").rename(Path(out, "manifest.json"))
+        (tmp_path / "kept.json").rename(Path(out, "_manifest.json"))
         predict.predict(run.uri, str(tmp_path / "images"), out, overrides=["data.limit=5"])
     with pytest.raises(ConfigError, match="settings only"):
         predict.predict(*arguments, overrides=["heads.count=3"])

@@ -153,14 +153,14 @@ def test_training_in_process_finds_the_blobs_and_writes_all(tmp_path: Path) -> N
     assert outcome.rows == ROWS and outcome.results["workers"] == 0
     assert outcome.results["clusters_used"] == [CLUSTERS] * HEADS
     assert len(outcome.results["final_loss"]) == HEADS
-    history = json.loads(run.read_bytes("heads", "history.json"))
+    history = json.loads(run.read_bytes("heads", "_history.json"))
     assert history["step"] == list(range(1, STEPS + 1))
     assert np.array(history["loss"]).shape == (STEPS, HEADS)
     assert (run.matrix("heads", "image_id") == np.arange(2, ROWS + 2)).all()
-    assert run.list("heads") == ["heads.safetensors", "history.json", "manifest.json",
+    assert run.list("heads") == ["_heads.safetensors", "_history.json", "_manifest.json",
                                  "part-00000.parquet"]  # fmt: skip
     assert not run.exists("heads", "train")
-    tensors = load(run.read_bytes("heads", "heads.safetensors"))
+    tensors = load(run.read_bytes("heads", "_heads.safetensors"))
     features = torch.from_numpy(np.array(run.matrix("embeddings", "embedding"))).float()
     x = (features - tensors["projection.center"]) @ tensors["projection.basis"]
     x = torch.nn.functional.normalize(x, dim=-1)
@@ -211,7 +211,7 @@ def test_a_stopped_training_resumes_from_its_checkpoint_exactly(tmp_path: Path, 
     assert steps == list(range(25, STEPS))
     assert (found == expected).all()
     one, two = (
-        json.loads(RunDirectory(str(tmp_path / name)).read_bytes("heads", "history.json"))
+        json.loads(RunDirectory(str(tmp_path / name)).read_bytes("heads", "_history.json"))
         for name in ("whole", "broken")
     )
     assert one == two

@@ -274,7 +274,7 @@ def twice(jobs: Jobs) -> Twice:
     until("a checkpoint", training)
     assert jobs.client.stop_job(job)
     assert jobs.end(job) == "STOPPED"
-    assert not (run / "heads" / "manifest.json").exists()
+    assert not (run / "heads" / "_manifest.json").exists()
     stopped = state(run)
     again = jobs.pipeline(run, "heads.num_workers=0")  # by another number of workers
     assert jobs.end(again) == "SUCCEEDED", jobs.logs(again)

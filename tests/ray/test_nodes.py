@@ -182,7 +182,7 @@ class Story:
         return self.driver.poll() is not None
 
     def events(self, folder: str) -> list[str]:
-        return json.loads((self.run / folder / "manifest.json").read_text())["events"]
+        return json.loads((self.run / folder / "_manifest.json").read_text())["events"]
 
     def close(self) -> None:
         if self.driver is not None:
@@ -320,7 +320,7 @@ def test_heads_are_exactly_those_of_an_undisturbed_training(story: Story, train_
 
 
 def test_fine_tuning_on_two_nodes_learns_the_consensus(story: Story) -> None:
-    history = json.loads((story.run / "classifier" / "history.json").read_text())
+    history = json.loads((story.run / "classifier" / "_history.json").read_text())
     assert [entry["epoch"] for entry in history] == [1, 2]
     run = RunDirectory(str(story.run))
     assert run.matrix("classifier", "image_id").tolist() == list(range(COUNT))

@@ -24,11 +24,14 @@ import requests
 import serve as service
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core import backbone
 from icce_ray.core.classifier import model as C
-from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, WEIGHTS
+from icce_ray.core.outliers import make_reference
+from icce_ray.core.unit_rows import unit_rows
+from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, NOVELTY, WEIGHTS
 from icce_ray.errors import ArtifactError, ConfigError
 from icce_ray.rundir.directory import Manifest, RunDirectory
 
@@ -49,6 +52,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     weights, description = C.save(head, extra)
     run.write_bytes(weights, CLASSIFIER, WEIGHTS)
     run.write_json(description, CLASSIFIER, DESCRIPTION)
+    rows = np.random.default_rng(0).normal(size=(20, network.features))
+    known = unit_rows(rows.astype(np.float32))
+    reference = make_reference(known, 0, torch.device("cpu"))
+    run.write_bytes(save(reference.tensors()), CLASSIFIER, NOVELTY)
     run.finish(CLASSIFIER, Manifest(CLASSIFIER, "f", {}, {}, 9, 1.0))
     return run
 
@@ -175,6 +182,7 @@ def test_other_weights_than_the_runs_are_refused(run: RunDirectory, tmp_path: Pa
     description["backbone"][0]["sha256"] = "0" * 64
     other.write_bytes(run.read_bytes(CLASSIFIER, WEIGHTS), CLASSIFIER, WEIGHTS)
     other.write_json(description, CLASSIFIER, DESCRIPTION)
+    other.write_bytes(run.read_bytes(CLASSIFIER, NOVELTY), CLASSIFIER, NOVELTY)
     with pytest.raises(service.IcceError, match="the weights of test_efficientnet differ"):
         service.Classifier(other.uri)
 

@@ -133,7 +133,7 @@ def test_a_stopped_run_ends_in_order_and_resumes(tmp_path: Path, start: Any) -> 
     driver, heads = start(), tmp_path / "run" / "heads"
     until("a checkpoint", lambda: checkpoints(heads) or driver.poll() is not None)
     stopped_by(everything, tmp_path, driver, tmp_path / "1.txt")
-    assert not (heads / "manifest.json").exists()
+    assert not (heads / "_manifest.json").exists()
     assert start().wait(PATIENCE) == 0, (tmp_path / "2.txt").read_text()
     assert "resumed from the checkpoint at " in (tmp_path / "2.txt").read_text()
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"

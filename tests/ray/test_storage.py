@@ -112,7 +112,7 @@ def test_the_whole_chain_on_s3_through_two_outages(
         start_new_session=True,
     ) as process:
         try:
-            wait_for(lambda: bool(remote.list("embeddings", "layout.json")), process)
+            wait_for(lambda: bool(remote.list("embeddings", "_layout.json")), process)
             with pytest.raises(ArtifactError, match=f"another process .*: process {process.pid} "):
                 pipeline.run(config.load("quickstart", overrides), quiet=True)
             with s3.stopped():

@@ -72,7 +72,7 @@ def results(folder: Path, name: str = "small") -> dict[str, Any]:
 def stamps(folder: Path) -> dict[Path, int]:
     """When records and finished artifacts were written."""
     run = folder / "run"
-    paths = [*run.glob("store/*/manifest.json"), *run.glob("sweeps/*/trials/*.json")]
+    paths = [*run.glob("store/*/_manifest.json"), *run.glob("sweeps/*/trials/*.json")]
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
@@ -111,9 +111,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
             os.killpg(process.pid, signal.SIGKILL)
     return Killed(
         folder,
-        {path: path.stat().st_mtime_ns for path in store.glob("*/manifest.json")},
+        {path: path.stat().st_mtime_ns for path in store.glob("*/_manifest.json")},
         len(list(store.glob("heads-*/train/step-*/complete.json"))),
-        len(list(store.glob("heads-*/manifest.json"))),
+        len(list(store.glob("heads-*/_manifest.json"))),
     )
 
 
@@ -128,7 +128,7 @@ def finished(killed: Killed, ray_session: None) -> Path:
 def test_a_killed_sweep_resumes(killed: Killed, finished: Path) -> None:
     assert killed.checkpoints and not killed.trained
     assert {path: path.stat().st_mtime_ns for path in killed.finished} == killed.finished
-    found = (finished / "run" / "store").glob("heads-*/manifest.json")
+    found = (finished / "run" / "store").glob("heads-*/_manifest.json")
     events = [text for path in found for text in json.loads(path.read_text())["events"]]
     assert any("resumes from partial work" in text for text in events)
 

@@ -79,13 +79,16 @@ class SyntheticRun:
             uris.append(str(path))
         return uris
 
-    def finish(self, folder: str, rows: int, results: Any = None, events: Any = ()) -> None:
+    def finish(
+        self, folder: str, rows: int, results: Any = None, events: Any = (), inputs: Any = None
+    ) -> None:
         """The manifest of a stage."""
+        read = inputs or {}
         seconds = 3.0 + 11.0 * self.rng.random()
         resources = {"nodes": 1, "cpus": 16, "gpus": 1, "ray": True}
         self.run.finish(
             folder,
-            Manifest(folder, "f", {}, {}, rows, seconds, results or {}, resources, events),
+            Manifest(folder, "f", {}, read, rows, seconds, results or {}, resources, events),
         )
 
     def _index(self) -> None:
@@ -107,17 +110,20 @@ class SyntheticRun:
         features = centers[self.truth] + self.rng.normal(0, 1.9, (len(self.rows), 32))
         features /= np.linalg.norm(features, axis=1, keepdims=True)
         self.features = features.astype(np.float16)
-        schema = schemas.embeddings_schema(32)
-        tensor = schemas.tensor_column(self.features, schema.field("embedding").type)
-        table = pa.table([pa.array(self.rows), tensor], schema=schema)
-        self.run.write_table(table, "embeddings", "part-00000.parquet")
+        self.write_embeddings(self.features)
         if self.bad:
             lost = range(self.bad)
             reason = ["cannot identify image file" if i % 3 else "truncated" for i in lost]
             columns = [list(lost), [self.uris[i] for i in lost], reason]
             table = pa.table(columns, schema=schemas.QUARANTINE_SCHEMA)
-            self.run.write_table(table, "embeddings", "quarantine-00000.parquet")
+            self.run.write_table(table, "embeddings", "_quarantine.parquet")
         self.finish("embeddings", len(self.rows), events=("embed resumes from partial work",))
+
+    def write_embeddings(self, features: np.ndarray) -> None:
+        schema = schemas.embeddings_schema(32)
+        tensor = schemas.tensor_column(features, schema.field("embedding").type)
+        table = pa.table([pa.array(self.rows), tensor], schema=schema)
+        self.run.write_table(table, "embeddings", "part-00000.parquet")
 
     def _neighbors(self, m: int = 8) -> None:
         n = len(self.rows)
@@ -162,7 +168,7 @@ class SyntheticRun:
         loss = 2.5 * np.exp(-steps[:, None] / 400) - 1 + self.rng.normal(0, 0.04, (101, heads))
         rate = np.sin(np.pi * np.clip(steps / 2000, 0.05, 1)) * 1e-3
         history = {"step": steps.tolist(), "loss": loss.tolist(), "lr": rate.tolist()}
-        self.run.write_bytes(json.dumps(history).encode(), "heads", "history.json")
+        self.run.write_bytes(json.dumps(history).encode(), "heads", "_history.json")
         self.finish("heads", len(self.rows))
 
     def _consensus(self, errors: float) -> None:

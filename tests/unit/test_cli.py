@@ -102,7 +102,7 @@ def test_a_run_of_an_older_version_is_refused_in_one_line(
     code, _, err = call(capsys, *command)
     assert code == ArtifactError.exit_code and err.count("\n") == 1
     assert re.fullmatch(
-        r"error: .*/old/\w+ was made by another version of icce_ray \(format 1; this one reads 3\)"
+        r"error: .*/old/\w+ was made by another version of icce_ray \(format 1; this one reads 4\)"
         r"\. Run again with another run_dir=..., or use the version that made it.\n",
         err,
     )
@@ -143,7 +143,7 @@ def test_status_says_how_far_it_is(
     RunDirectory(str(tmp_path)).write_json(state, "status.json")
     code, out, _ = call(capsys, "status", str(tmp_path))
     assert code == 0 and expected in out
-    assert out.count("to do") == 9
+    assert out.count("to do") == 10
 
 
 def test_a_fresh_sign_of_life_is_believed() -> None:

@@ -161,7 +161,7 @@ def test_the_error_names_keys_losses_and_remedies(folder: Path) -> None:
         pipeline.run(config(folder, "heads.count=3"), quiet=True)
     text = str(error.value)
     assert "heads.count: 24 -> 3" in text
-    assert "invalidates: heads, consensus, classify, evaluate, report" in text
+    assert "invalidates: heads, consensus, answer, classify, evaluate, report" in text
     assert "Kept: index, embed, search, select" in text
     assert "--overwrite" in text and "run_dir" in text
 
@@ -295,7 +295,7 @@ def test_a_finished_run_costs_one_listing_and_one_read_per_stage(
     assert len(requests) == 2 * len(pipeline.STAGES)
     snapshot.forget(run, "heads")
     steps = pipeline.make_steps(settings, run, snapshot=snapshot)
-    assert requests[2 * len(pipeline.STAGES) :] == ["heads", "heads/manifest.json"]
+    assert requests[2 * len(pipeline.STAGES) :] == ["heads", "heads/_manifest.json"]
     assert not any(step.todo for step in steps)
 
 

@@ -96,7 +96,7 @@ def test_hostile_words_of_a_run_stay_text(make_run, page_of):
     made = make_run(20, 2, bad=2, overrides=[f"backbone.name={hostile}"])
     columns = [[0, 1], [f"/a/{hostile}", "/b"], [hostile, hostile]]
     table = pa.table(columns, schema=QUARANTINE_SCHEMA)
-    made.run.write_table(table, "embeddings", "quarantine-00000.parquet")
+    made.run.write_table(table, "embeddings", "_quarantine.parquet")
     made.finish("embeddings", 18, events=(hostile,))
     page, text = page_of(made)
     assert page.tags.count("script") == 1 and not page.handlers

@@ -357,14 +357,14 @@ def test_two_manifests_differ_in_id():
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"stage": "x"}', '{"newer": 1}', "null"])
 def test_a_damaged_manifest_is_an_error_of_ours(run, content):
-    run.write_bytes(content.encode(), "x", "manifest.json")
+    run.write_bytes(content.encode(), "x", "_manifest.json")
     with pytest.raises(ArtifactError, match=r"manifest\.json"):
         run.manifest("x")
 
 
 def test_another_format_is_refused_with_the_remedy(run):
     finish(run, "x", format=artifacts.FORMAT_VERSION + 1)
-    with pytest.raises(ArtifactError, match=r"format 4; this one reads 3.*another run_dir"):
+    with pytest.raises(ArtifactError, match=r"format 5; this one reads 4.*another run_dir"):
         run.manifest("x")
 
 
@@ -385,14 +385,14 @@ def test_a_finished_stage_is_not_partial_and_begins_anew(run):
     run.begin("x", mark)
     run.write_bytes(b"1", "x", "shard")
     finish(run, "x")
-    assert run.partial("x") is None and not run.exists("x", "partial.json")
+    assert run.partial("x") is None and not run.exists("x", "_partial.json")
     assert run.begin("x", mark) is False
     assert run.manifest("x") is None and not run.exists("x", "shard")
 
 
 def test_a_stage_killed_between_manifest_and_cleaning_counts_as_finished(run):
     run.begin("x", {"fingerprint": "a"})
-    run.write_json(vars(Manifest("x", "f", {}, {}, 1, 1.0)), "x", "manifest.json")
+    run.write_json(vars(Manifest("x", "f", {}, {}, 1, 1.0)), "x", "_manifest.json")
     assert run.partial("x") is None and run.manifest("x") is not None
 
 
@@ -487,7 +487,7 @@ def test_a_new_manifest_makes_a_new_matrix_and_drops_the_old(run):
 def test_quarantine_is_no_part_of_the_matrix(run):
     matrix = write_embeddings(run, 3, 2)
     bad = pa.table([[9], ["u"], ["broken"]], schema=schemas.QUARANTINE_SCHEMA)
-    run.write_table(bad, "embeddings", "quarantine-00000.parquet")
+    run.write_table(bad, "embeddings", "_quarantine.parquet")
     finish(run, rows=5)
     assert (run.matrix("embeddings", "embedding") == matrix).all()
     assert len(run.read_table("embeddings")) == 5

@@ -173,7 +173,7 @@ def test_partial_and_finished_work(s3) -> None:
     assert run.partial("x") == mark
     made = finish(run, "x", 3)
     assert run.partial("x") is None and run.manifest("x").id == made.id  # type: ignore[union-attr]
-    assert run.list("x") == ["manifest.json"]
+    assert run.list("x") == ["_manifest.json"]
 
 
 def test_a_matrix_is_built_in_the_nodes_cache(s3, tmp_path) -> None:

@@ -73,7 +73,7 @@ def test_the_run_takes_what_the_sweep_made_for_the_best_number(tmp_path, make):
         classes._take_best(config, results, overwrite=False)
         states = [step.state for step in pipeline.make_steps(config, made.run)]
         if trial is made.trials[1]:
-            assert states == ["done"] * 6 + ["run"] * 3
+            assert states == ["done"] * 6 + ["run"] * 4
     assert states[5] == "changed", "nothing of other settings is overwritten"
 
 

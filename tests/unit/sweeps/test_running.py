@@ -67,7 +67,7 @@ def test_a_plan_looks_at_each_folder_once(
 
     monkeypatch.setattr(RunDirectory, "look", counted)
     assert running.run(config, SPACE, plan_only=True, quiet=True) is None
-    assert len(looks) == len(set(looks)) == 9 + 1 + 3  # of the run; heads; ensembles
+    assert len(looks) == len(set(looks)) == 10 + 1 + 3  # of the run; heads; ensembles
 
 
 def test_a_sweep_reports_storage_that_does_not_answer(

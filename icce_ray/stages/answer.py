@@ -1,0 +1,105 @@
+"""Answer: what the run found of every image, in two files that need nothing else.
+
+Beside the folders, a row for every image of the index, in its order (LABELS_SCHEMA):
+
+    labels.parquet, labels.csv
+
+In answer/, in the row order of the embeddings, part-00000.parquet (ANSWER_SCHEMA), for the report.
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from icce_ray.core import duplicates
+from icce_ray.core.ensemble.second import second_choice
+from icce_ray.core.outliers import outlier_scores
+from icce_ray.distributed.cluster import Request
+from icce_ray.distributed.tasks import run_task
+from icce_ray.errors import ArtifactError
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.results import LABELS, LABELS_CSV
+from icce_ray.rundir.schemas import ANSWER_SCHEMA, LABELS_SCHEMA, QUARANTINE, as_csv
+from icce_ray.stages.base import Context, Outcome
+
+FOLDER = "answer"
+ADVICE = "Start a node with a CPU core"
+
+
+def run(context: Context) -> Outcome:
+    """Write the answer. Raises ArtifactError: artifacts of different runs."""
+    files, config = context.run, context.config
+    request = Request(context.cluster.cpus_each(1, 0), 0)
+    work = (files, config.num_classes, config.seed)
+    found, threshold = run_task(context, _find, *work, request=request, advice=ADVICE)
+    files.write_table(found, FOLDER, "part-00000.parquet")
+    labels = _labels(files, found)
+    files.write_table(labels, LABELS)
+    files.write_bytes(as_csv(labels), LABELS_CSV)
+    copies = int((found["duplicate_of"].to_numpy() >= 0).sum())
+    context.reporter.say(
+        f"labels of {labels.num_rows:,} images: {files.address(LABELS)}, and {LABELS_CSV}"
+        + (f"; {copies:,} of them repeat another" if copies else "")
+    )
+    return Outcome(found.num_rows, {"duplicates": copies, "duplicate_distance": threshold})
+
+
+def _find(files: RunDirectory, num_clusters: int, seed: int) -> tuple[pa.Table, float]:
+    """Runs in the task: ANSWER_SCHEMA, and the distance up to which two are duplicates."""
+    image_ids = np.asarray(files.matrix("embeddings", "image_id"))
+    ids, similarity = (files.matrix("neighbors", name) for name in ("ids", "similarity"))
+    clusters = np.asarray(files.matrix("consensus", "cluster"))
+    if not len(image_ids) == len(ids) == len(clusters):
+        raise ArtifactError(
+            f"{files.path('consensus')} has {len(clusters)} rows, the embeddings {len(image_ids)}. "
+            "They are of different runs: use --overwrite, or another run_dir."
+        )
+    same = duplicates.find(files.matrix("embeddings", "embedding"), ids, seed)
+    columns = [
+        image_ids,
+        second_choice(ids, similarity, clusters, num_clusters),
+        outlier_scores(similarity),
+        np.where(same.later, image_ids[same.first], -1),
+    ]
+    return pa.table([pa.array(column) for column in columns], ANSWER_SCHEMA), same.threshold
+
+
+def _labels(files: RunDirectory, found: pa.Table) -> pa.Table:
+    """LABELS_SCHEMA of all images of the index."""
+    uris = files.read_table("index", columns=["uri"])["uri"].combine_chunks()
+    count, rows = len(uris), found["image_id"].to_numpy()
+
+    def spread(values: np.ndarray, nothing: Any) -> np.ndarray:
+        """Values of the rows, at the places of their images."""
+        out = np.full(count, nothing, values.dtype)
+        out[rows] = values
+        return out
+
+    consensus = files.read_table("consensus", columns=["cluster", "confidence"])
+    cluster = spread(consensus["cluster"].to_numpy(), -1)
+    second = spread(found["second_choice"].to_numpy(), -1)
+    copied = spread(found["duplicate_of"].to_numpy(), -1)
+    columns = {
+        "uri": uris,
+        "cluster": pa.array(cluster),
+        "name": pa.nulls(count, pa.string()),
+        "confidence": pa.array(spread(consensus["confidence"].to_numpy(), 0), mask=cluster < 0),
+        "second_choice": pa.array(second, mask=second < 0),
+        "outlier": pa.array(spread(found["outlier"].to_numpy(), 0), mask=cluster < 0),
+        "duplicate_of": uris.take(pa.array(copied, mask=copied < 0)),
+        "reason": _reasons(files, count),
+    }
+    return pa.table(columns).cast(LABELS_SCHEMA)
+
+
+def _reasons(files: RunDirectory, count: int) -> pa.Array:
+    """Why an image could not be read, else null: string [N of the index]."""
+    reasons: list[str | None] = [None] * count
+    if files.exists("embeddings", QUARANTINE):
+        for bad in files.read_table("embeddings", QUARANTINE).to_pylist():
+            reasons[bad["image_id"]] = bad["reason"]
+    return pa.array(reasons, pa.string())
