@@ -1,7 +1,7 @@
 """Groups of images that show the same: copies, also of another size or compression.
 
-The search only proposes pairs. Its similarities are of half-whitened components, which enlarge
-what is small, such as the traces of a compression. So pairs are measured between the embeddings.
+The search only proposes pairs. Its similarities are of whitened components, which enlarge what is
+small, such as the traces of a compression. So pairs are measured between the embeddings.
 
 Near is what is far below usual: at most 0.4 of the typical distance to the 10th neighbor, so that
 the scale of a backbone's distances cancels out. Where images vary in d directions, one that is no

@@ -1,8 +1,8 @@
 """Where linear heads begin: clusters of the images that need no training.
 
-k-means gets stuck where two classes share a centroid and a third has
-two, the more often the more classes there are; Ward's tree merges upwards and does not. Averaging
-each image with its neighbors first, twice, brings the images of a class together (as in graph
+k-means gets stuck where two classes share a centroid and a third has two, the more often the more
+classes there are; Ward's tree merges upwards and does not. Averaging each image with its neighbors
+first, many times, brings the images of a class together, also where it is no ball (as in graph
 convolutions without weights, Wu et al. 2019, arXiv 1902.07153).
 
 Shapes: N rows, P components, K clusters, M neighbors.
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 SEEDED = 100  # clusters up to which k-means is seeded with care
 SMOOTHED = 10  # neighbors that an image is averaged with, fewer where classes are small
-ROUNDS = 2  # times that this is done
+ROUNDS = 30  # times that this is done: far along chains of neighbors, as diffusion does
 SMOOTHED_ROWS = 8192  # rows at a time
 POINTS = 2000  # images that the tree is made of, or ...
 POINTS_PER_CLUSTER = 6
@@ -30,18 +30,18 @@ FEW = 10  # rounds of k-means after the tree
 def smoothed(features: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
     """Each row averaged with the mean of its neighbors, of length 1: ROUNDS times.
 
-    features: float16 [N, P]; ids: [N, M], the neighbors to average with; counts: [N], how many of
-    them are valid: the row itself takes the places of the others. Returns float16 [N, P], where
-    `features` is.
+    features: float16 [N, P]; ids: int32 [N, M], the neighbors to average with; counts: [N], how
+    many of them are valid: the row itself takes the places of the others. Returns float16 [N, P],
+    where `features` is.
     """
+    own = torch.arange(len(ids), dtype=ids.dtype, device=ids.device)[:, None]
     columns = torch.arange(ids.shape[1], device=ids.device)
+    taken = torch.where(columns < counts[:, None], ids, own).to(features.device)
     for _ in range(ROUNDS):
         out = torch.empty_like(features)
         for start in range(0, len(features), SMOOTHED_ROWS):
             part = slice(start, start + SMOOTHED_ROWS)
-            own = torch.arange(len(ids), device=ids.device)[part, None]
-            taken = torch.where(columns < counts[part, None], ids[part].long(), own)
-            near = features[taken.to(features.device)].float().mean(1)
+            near = F.embedding_bag(taken[part], features, mode="mean")  # gathers and averages
             out[part] = F.normalize(features[part].float() + near, dim=-1).half()
         features = out
     return features
