@@ -22,7 +22,7 @@ from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.distributed.cluster import Cluster, NodeWatch, shared_memory_hint
 from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError, one_line
-from icce_ray.rundir import storage
+from icce_ray.rundir import storage, tracking
 from icce_ray.rundir.cache import free_bytes
 from icce_ray.rundir.directory import (
     Content,
@@ -34,6 +34,7 @@ from icce_ray.rundir.directory import (
 )
 from icce_ray.rundir.lock import exclusive
 from icce_ray.rundir.progress import Reporter, duration
+from icce_ray.rundir.tracking import Tracking
 from icce_ray.stages import table
 from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 from icce_ray.stages.table import NAMES, STAGES
@@ -258,6 +259,7 @@ def preflight(
 
     with storage.hastily():
         storage.check(config.run_dir)
+        tracking.check(config.track, RunDirectory(config.run_dir))
         index.preflight(config)
         steps = make_steps(config, RunDirectory(config.run_dir), chosen, snapshot)
         embedded = any(step.stage.name == "embed" and step.state == "done" for step in steps)
@@ -287,7 +289,7 @@ def run(
     directory, snapshot = RunDirectory(config.run_dir), Snapshot()
     steps = preflight(config, chosen, snapshot)
     _check(steps, directory, chosen, overwrite)
-    reporter = Reporter(directory, quiet)
+    reporter = Reporter(directory, quiet, tracking=tracking_of(config, directory))
     cluster = Cluster(config.ray)
     context = Context(config, directory, reporter, cluster)
     if plan_only:
@@ -302,6 +304,13 @@ def run(
         _run_chain(context, chosen, snapshot)
     finished = {s.name: snapshot.look(directory, s.folder).manifest for s in STAGES}
     return {name: manifest for name, manifest in finished.items() if manifest}
+
+
+def tracking_of(config: Config, where: RunDirectory, **more: Any) -> Tracking | None:
+    """What the setting `track` asks for. where: the run, or a sweep; more: beside the settings."""
+    if config.track is None:
+        return None
+    return Tracking(config.track, where, {**config.model_dump(mode="json"), **more})
 
 
 def _run_chain(context: Context, chosen: Sequence[str], snapshot: Snapshot) -> None:
@@ -364,6 +373,7 @@ def run_stage(context: Context, step: Step) -> None:
     )
     run.finish(stage.folder, manifest)
     reporter.say(f"{stage.name:<11}done in {duration(seconds)}, {outcome.rows:,} rows")
+    reporter.measured({"rows": outcome.rows, "seconds": seconds, **outcome.results})
     reporter.flush()
 
 
@@ -406,6 +416,7 @@ def running(
         exclusive(directory, partial(_lost, reporter), partial(reporter.say, log=False)),
         _terminable(reporter),
         reporter.listening(),
+        reporter.tracked(),
     ):
         try:
             reporter.status("running")
@@ -468,4 +479,5 @@ __all__ = [
     "run",
     "run_stage",
     "running",
+    "tracking_of",
 ]

@@ -389,6 +389,9 @@ class Config(MethodConfig):
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     ray: RayConfig = RayConfig()
+    track: Annotated[Literal["mlflow", "wandb", "tensorboard"] | None, RUNTIME] = None
+    """An experiment tracker that gets settings, losses, results and what went wrong, too. Where:
+    MLFLOW_TRACKING_URI and WANDB_PROJECT in the environment; `tensorboard` in the run directory."""
 
     @property
     def method(self) -> MethodConfig:

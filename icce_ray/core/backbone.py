@@ -46,6 +46,8 @@ def arithmetic(precision: str, device: torch.device) -> Precision:
 def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     # No public function tells. oneDNN's own answer counts AVX-512 without bfloat16 in.
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False

@@ -17,6 +17,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def apples_gpu() -> torch.device | None:
+    """Apple's GPU, where there is one. It knows no float64, so nothing is trained there."""
+    return torch.device("mps") if torch.backends.mps.is_available() else None
+
+
 def on_gpu(matrix: np.ndarray, device: torch.device | str) -> Tensor | None:
     """The whole matrix [N, D] on a GPU, where it takes less than half of what is free; else None.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -215,6 +215,23 @@ class Preprocess:
             "interpolation": self.interpolation,
             "mode": self.mode,
         }
+
+
+def distinct(each: Sequence[Preprocess]) -> tuple[tuple[Preprocess, ...], list[int]]:
+    """The different ones of several backbones' preparations, and which of them each one uses."""
+    different = tuple(dict.fromkeys(each))
+    return different, [different.index(one) for one in each]
+
+
+def pixels_of(
+    data: bytes, preparations: Sequence[Preprocess], max_pixels: int, levels: Levels = AS_IS
+) -> list[np.ndarray]:
+    """An encoded image as a uint8 array [3, S, S] for each preparation. Raises BadImage."""
+    image = decode(data, max_pixels, levels)
+    try:
+        return [prepare(image) for prepare in preparations]
+    except (ValueError, OSError, MemoryError) as error:
+        raise BadImage(f"cannot be resized: {error}") from None
 
 
 def _cut_ends(image: Image.Image) -> Image.Image:

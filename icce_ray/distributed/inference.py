@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import BackboneConfig
-from icce_ray.core.preprocess import Preprocess
+from icce_ray.core.preprocess import Preprocess, distinct
 from icce_ray.core.samples import AS_IS, Levels, levels_in, with_levels
 from icce_ray.distributed import stream
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.stream import Columns, Job
-from icce_ray.errors import StageError
+from icce_ray.errors import ArtifactError, StageError
 from icce_ray.rundir import copies
-from icce_ray.rundir.directory import RunDirectory, stored
+from icce_ray.rundir.directory import Manifest, RunDirectory, stored
 from icce_ray.rundir.progress import Reporter
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def preparations(backbones: Sequence[BackboneConfig]) -> tuple[tuple[Preprocess,
     """The distinct preparations of several backbones, and which of them each one uses."""
     from icce_ray.core import backbone as core
 
-    each = [core.preprocess(config) for config in backbones]
-    distinct = tuple(dict.fromkeys(each))
-    return distinct, [distinct.index(one) for one in each]
+    return distinct([core.preprocess(config) for config in backbones])
 
 
 def levels_of_run(run: RunDirectory) -> Levels:
@@ -72,6 +70,7 @@ class Embedder:
         levels: Levels = AS_IS,
     ) -> None:
         self.configs, self.slots, self.levels = configs, slots, levels
+        self.asked = precision
         self.precision: Any = precision
         self.backbones: list[Any] = []
 
@@ -80,7 +79,7 @@ class Embedder:
         from icce_ray.core import backbone as core
 
         loaded = [core.load(config, local_weights(config)) for config in self.configs]
-        self.precision = core.arithmetic(self.precision, device)
+        self.precision = core.arithmetic(self.asked, device)
         described = [
             {**with_levels(one.describe(), self.levels), "precision": self.precision}
             for one in loaded
@@ -129,7 +128,7 @@ class Predictor:
         if not self.finetuned:
             self.reference = self._reference(device)
             return self.embedder.load(device)
-        precision = self.embedder.precision = arithmetic(self.embedder.precision, device)
+        precision = self.embedder.precision = arithmetic(self.embedder.asked, device)
         return [{**self.classifier.backbone.describe(), "precision": precision}]
 
     def _reference(self, device: torch.device) -> Any:
@@ -230,6 +229,49 @@ class Loaded:
             f"{one['precision']}"
             for one in self.backbones
         ]
+
+
+class Opened(NamedTuple):
+    """The classifier of a run, to be sent to where it works: it is not loaded yet."""
+
+    model: Predictor
+    preprocess: tuple[Preprocess, ...]  # distinct ones, in the order that the model takes
+    levels: Levels
+    loaded: Loaded  # knows the backbones' weights, as the run had them
+
+
+def finished_classifier(run: RunDirectory) -> Manifest:
+    """The manifest of a run's classifier. Raises ArtifactError: there is none."""
+    trained = run.manifest(CLASSIFIER)
+    if trained is None:
+        raise ArtifactError(f"{run.uri} has no finished classifier; run it first: icce-ray run")
+    return trained
+
+
+def open_classifier(run: RunDirectory, precision: str) -> Opened:
+    """A run's classifier, and how it wants its images. precision: embed.precision.
+
+    Raises:
+        ConfigError: it was made from given embeddings, or timm does not know its backbone.
+        ArtifactError: a damaged description.
+    """
+    from icce_ray.core.classifier import model as core
+
+    description = run.read_json(CLASSIFIER, DESCRIPTION)
+    with stored(run.path(CLASSIFIER, DESCRIPTION)):
+        backbones = core.backbones_of(description)
+        levels, finetuned = levels_in(description["backbone"]), description["kind"] == "finetune"
+    preprocess, slots = preparations(backbones)
+    model = Predictor(run, Embedder(backbones, slots, precision, levels), finetuned)
+    return Opened(model, preprocess, levels, Loaded(() if finetuned else _as_made(description)))
+
+
+def _as_made(description: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Backbones with the hash of their weights, as the run had them."""
+    described = description["backbone"]
+    if not all("sha256" in one for one in described):
+        return []
+    return [{k: v for k, v in one.items() if k != "precision"} for one in described]
 
 
 # --- in the driver -------------------------------------------------------------------------------

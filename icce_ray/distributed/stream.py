@@ -43,7 +43,6 @@ from icce_ray.rundir.progress import Reporter
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 
 ADDRESS = ("image_id", "uri", "offset", "size")  # columns of the index that the pipeline reads
@@ -52,6 +51,7 @@ TASKS_PER_CPU = 4  # decoding tasks per core, where the images suffice for that
 CHUNK_ROWS = 64  # images decoded between two outputs of a task, at most ...
 CHUNK_BYTES = 8 << 20  # ... and their pixels
 BLOCK_BYTES = 32 << 20  # pixels per Ray Data block
+TRIED, ALIKE = 4, 1e-2  # images that another device is tried on, and how far off it may be
 AHEAD = 2  # batches of results that wait for the driver
 ADVICE = "Lower ray.num_gpus"
 
@@ -100,7 +100,9 @@ def decode_rows(
             try:
                 if isinstance(data, BadImage):
                     raise data
-                _prepare(preprocess_.decode(data, max_pixels, levels), row, preprocess, pixels)
+                each = preprocess_.pixels_of(data, preprocess, max_pixels, levels)
+                for array, one in zip(pixels, each, strict=True):
+                    array[row] = one
             except BadImage as error:
                 reasons[row] = str(error)
         columns = {f"pixels{number}": array for number, array in enumerate(pixels)}
@@ -108,32 +110,32 @@ def decode_rows(
         yield {"image_id": ids, "reason": np.array(reasons, dtype=object), **columns}
 
 
-def _prepare(
-    image: Image.Image, row: int, preprocess: Sequence[Preprocess], pixels: Sequence[np.ndarray]
-) -> None:
-    try:
-        for array, prepare in zip(pixels, preprocess, strict=True):
-            array[row] = prepare(image)
-    except (ValueError, OSError, MemoryError) as error:
-        raise BadImage(f"cannot be resized: {error}") from None
-
-
 class Actor:
-    """An actor of the pool: a model on its device."""
+    """An actor of the pool: a model on its device.
+
+    Apple's GPU is taken where it gives the first images what the CPU gives them: it lacks some
+    operations, and got others wrong.
+    """
 
     def __init__(self, model: Model, threads: int, gpu: bool) -> None:
         import torch
+
+        from icce_ray.core.device import apples_gpu
 
         self.model, self.note = model, ""
         if not gpu:
             torch.set_num_threads(min(threads, os.cpu_count() or 1))
         self.device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+        self.faster = None if gpu else apples_gpu()  # not tried yet
         self.error: IcceError | None = None
         try:
-            loaded = model.load(self.device)
-            self.note = json.dumps({"backbones": loaded, "restart": _restart()})
+            self._load(self.device)
         except IcceError as error:
             self.error = error
+
+    def _load(self, device: torch.device) -> None:
+        loaded, self.device = self.model.load(device), device
+        self.note = json.dumps({"backbones": loaded, "restart": _restart()})
 
     def __call__(self, batch: Columns) -> Columns:
         """Results of one batch; `note` of its first row says, as JSON, what was loaded, and which
@@ -157,7 +159,25 @@ class Actor:
         if self.error is not None:
             raise self.error
         names = sorted(name for name in batch if name.startswith("pixels"))
-        return self._compute([torch.from_numpy(np.array(batch[name])) for name in names])
+        pixels = [torch.from_numpy(np.array(batch[name])) for name in names]
+        if self.faster is not None:
+            self._try(self.faster, [each[:TRIED] for each in pixels])
+            self.faster = None
+        return self._compute(pixels)
+
+    def _try(self, device: torch.device, pixels: Sequence[torch.Tensor]) -> None:
+        """Move to a device that computes these images as this one does, else stay."""
+        before, exact = self.device, self._compute(pixels)
+        try:
+            self._load(device)
+            found = self._compute(pixels)
+            same = all(
+                np.allclose(found[name], exact[name], atol=ALIKE, equal_nan=True) for name in exact
+            )
+        except (RuntimeError, TypeError):  # an operation, or a number format, that it lacks
+            same = False
+        if not same:
+            self._load(before)
 
     def _compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
         """Halves the batch where the device's memory does not suffice."""
@@ -165,7 +185,10 @@ class Actor:
 
         try:
             return self.model.compute([p.to(self.device) for p in pixels])
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            # Apple's GPU has no class for it.
+            if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                raise
             half = len(pixels[0]) // 2
             if not half:
                 raise StageError(

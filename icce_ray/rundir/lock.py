@@ -42,10 +42,12 @@ def this_process() -> dict[str, Any]:
 def is_gone(process: Mapping[str, Any]) -> bool:
     """Whether a process of this host, as `this_process` described it, has ended.
 
-    False for a process of another host, of which nothing can be known here.
+    False for a process of another host, of which nothing can be known here, and on Windows.
     """
     pid = process.get("pid")
     if process.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    if fcntl is None:  # Windows, where os.kill ends a process, whatever the signal
         return False
     try:
         os.kill(pid, 0)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from icce_ray.errors import IcceError, printable_lines
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.lock import this_process
 from icce_ray.rundir.storage import hastily, listening
+from icce_ray.rundir.tracking import Tracker, Tracking, numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
 STATUS_EVERY = 3.0  # seconds between writes of status.json
 REMOTE_EVERY = 30.0  # the same on object stores, where each write costs
+LOSS = re.compile(r"loss (-?\d+\.?\d*)")  # how the note of a training begins
 LOG_EVERY = 60.0  # seconds between writes of the log on object stores
 
 
@@ -79,12 +82,19 @@ class Reporter:
         quiet: nothing in the terminal.
         silent: no log and no status.json either, as inside a sweep's trial, where many write at
             once and the sweep itself reports.
+        tracking: an experiment tracker that is to know the same.
     """
 
-    def __init__(self, run: RunDirectory, quiet: bool = False, silent: bool = False) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        quiet: bool = False,
+        silent: bool = False,
+        tracking: Tracking | None = None,
+    ) -> None:
         from rich.console import Console
 
-        self.run = run
+        self.run, self.tracking = run, tracking
         self.quiet, self.silent = quiet or silent, silent
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.stage = ""
@@ -112,6 +122,7 @@ class Reporter:
         """A line that the report shows again: a lost worker, a resumed stage."""
         self.events.append(text)
         self.say(f"! {text}")
+        self._track(lambda tracker: tracker.note(text))
 
     def log(self, text: str) -> None:
         """A line for the log only; on object stores it is written with later ones."""
@@ -149,6 +160,30 @@ class Reporter:
                 del self._lines[:count]
         finally:
             self._lock.release()
+
+    # an experiment tracker
+
+    @contextlib.contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Meanwhile the tracker, if there is one, gets what is reported; then how it ended."""
+        if self.tracking is None:
+            yield
+            return
+        with self.tracking.open(self.event):
+            yield
+
+    def measured(self, values: Mapping[str, Any], step: int = 0) -> None:
+        """Results of the current stage, for the tracker alone. What is no number is left out."""
+        named = {f"{self.stage}/{key}": value for key, value in numbers(values).items()}
+        self._track(lambda tracker: tracker.measure(named, step))
+
+    def trial(self, name: str, settings: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
+        """The result of one trial of a sweep, for the tracker alone."""
+        self._track(lambda tracker: tracker.trial(name, settings, numbers(scores)))
+
+    def _track(self, call: Callable[[Tracker], None]) -> None:
+        if self.tracking is not None:
+            self.tracking.send(call)
 
     # a storage that fails for a while
 
@@ -213,6 +248,8 @@ class Reporter:
                 unit=bar.unit,
                 remaining_seconds=bar.remaining(),
             )
+            if loss := LOSS.match(note):
+                self.measured({"loss": float(loss[1])}, bar.done)
 
     def _line(self, bar: Bar, note: str) -> None:
         left = bar.remaining()

@@ -20,26 +20,23 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray import config as configs
-from icce_ray.config.schema import LABEL_MODES, BackboneConfig, Config
+from icce_ray.config.schema import LABEL_MODES, Config
 from icce_ray.core.evaluation import truth as metrics
-from icce_ray.core.samples import levels_in
 from icce_ray.data import labels, listing
 from icce_ray.data.formats import IMAGES, suffix_of
 from icce_ray.distributed.cluster import Cluster, NodeWatch
 from icce_ray.distributed.inference import (
     CLASSIFIER,
-    DESCRIPTION,
-    Embedder,
     Inference,
-    Loaded,
-    Predictor,
-    preparations,
+    Opened,
+    finished_classifier,
+    open_classifier,
 )
 from icce_ray.distributed.shards import Arrays, Shards
 from icce_ray.distributed.stream import Columns, Job
 from icce_ray.errors import ArtifactError, ConfigError, DataError, printable
 from icce_ray.rundir import addresses, storage
-from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint, stored
+from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter, duration
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
 
@@ -130,7 +127,8 @@ def predict_one(
         kept = ("image_id", "cluster", "confidence", "novelty")
         return {name: batch[name] for name in kept}, np.ones(1, bool)
 
-    Inference(None, reporter, table, answers, accept, loaded=task.loaded).run(task.job, "")
+    loaded = task.classifier.loaded
+    Inference(None, reporter, table, answers, accept, loaded=loaded).run(task.job, "")
     found = answers.columns
     sure = bool(found["confidence"][0] >= min_confidence)
     confidence, novelty = float(found["confidence"][0]), float(found["novelty"][0])
@@ -155,29 +153,13 @@ class _Task:
     run: RunDirectory
     trained: Manifest
     config: Config
-    description: Mapping[str, Any]
-    backbones: tuple[BackboneConfig, ...]
+    classifier: Opened
     min_confidence: float
 
     @property
-    def finetuned(self) -> bool:
-        return self.description["kind"] == "finetune"
-
-    @property
-    def loaded(self) -> Loaded:
-        """Backbones with the hash of their weights, as the run had them."""
-        described = self.description["backbone"]
-        if self.finetuned or not all("sha256" in one for one in described):
-            return Loaded()
-        return Loaded([{k: v for k, v in one.items() if k != "precision"} for one in described])
-
-    @property
     def job(self) -> Job:
-        preprocess, slots = preparations(self.backbones)
-        levels = levels_in(self.description["backbone"])
-        embedder = Embedder(self.backbones, slots, self.config.embed.precision, levels)
-        model = Predictor(self.run, embedder, self.finetuned)
-        return Job(model, preprocess, self.config.embed, levels)
+        one = self.classifier
+        return Job(one.model, one.preprocess, self.config.embed, one.levels)
 
 
 def _task(
@@ -187,18 +169,13 @@ def _task(
     if not 0 <= min_confidence <= 1:
         raise ConfigError(f"min_confidence={min_confidence:g} must lie between 0 and 1")
     storage.check(run.uri)
-    trained = run.manifest(CLASSIFIER)
-    if trained is None:
-        raise ArtifactError(f"{run.uri} has no finished classifier; run it first: icce-ray run")
+    trained = finished_classifier(run)
     if not images:
         raise ConfigError("images is empty: name a folder, Parquet files or tars")
     listing.check_exists("images", images)
-    description = run.read_json(CLASSIFIER, DESCRIPTION)
     config = _config(run, images, overrides)
-    with stored(run.path(CLASSIFIER, DESCRIPTION)):
-        backbones = _backbones(description)
-        levels_in(description["backbone"])
-    return _Task(run, trained, config, description, backbones, min_confidence)
+    classifier = open_classifier(run, config.embed.precision)
+    return _Task(run, trained, config, classifier, min_confidence)
 
 
 def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
@@ -218,20 +195,6 @@ def _config(run: RunDirectory, images: str, overrides: Sequence[str]) -> Config:
     tree["data"] = {**kept, "path": images}
     tree["evaluate"] = {}
     return configs.load(tree, list(overrides))
-
-
-def _backbones(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
-    described = description.get("backbone") or []
-    if not described:
-        raise ConfigError(
-            "this run was made from given embeddings: it knows no backbone for new images. "
-            "Classify their embeddings with classifier.safetensors (see core/classifier.py)."
-        )
-    fields = BackboneConfig.model_fields
-    each = [{key: value for key, value in one.items() if key in fields} for one in described]
-    if description["kind"] == "finetune":  # its weights are the classifier's own
-        each = [{**one, "pretrained": False, "weights": None} for one in each]
-    return tuple(BackboneConfig.model_validate(one) for one in each)
 
 
 def _target(out: str) -> tuple[str, RunDirectory]:
@@ -341,7 +304,8 @@ class _Work:
     def _classify(self) -> float:
         """Returns images per second."""
         work = (self.cluster, self.reporter, self.table, self.shards, self._accept)
-        return Inference(*work, loaded=self.task.loaded).run(self.task.job, "classifying")
+        loaded = self.task.classifier.loaded
+        return Inference(*work, loaded=loaded).run(self.task.job, "classifying")
 
     def _accept(self, batch: Columns) -> tuple[Columns, np.ndarray]:
         """Every image gets a row; a bad one has a reason in it."""

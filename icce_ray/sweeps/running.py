@@ -69,7 +69,9 @@ def run(
     chosen, name = space.load(source)
     draws = space.draw(chosen, config.model_dump(mode="json"), config.seed)
     directory = RunDirectory(config.run_dir)
-    reporter = Reporter(RunDirectory(f"{directory.uri}/{SWEEPS}/{name}"), quiet)
+    own = RunDirectory(f"{directory.uri}/{SWEEPS}/{name}")
+    tracking = pipeline.tracking_of(config, own, space=space.describe(chosen))
+    reporter = Reporter(own, quiet, tracking=tracking)
     wide = config.heads.num_workers not in (None, 0)
     cluster = Cluster(config.ray, dashboard=wide)
     snapshot = Snapshot()
@@ -108,6 +110,8 @@ def _run_phases(sweep: Sweep) -> dict[str, Any]:
     if not ranked:
         raise StageError(_all_failed(sweep))
     add_accuracy(sweep)
+    for trial in ranked:
+        reporter.trial(trial.id, trial.settings, {**trial.scores, **(trial.accuracy or {})})
     results = collect(sweep, ranked, made, time.monotonic() - started)
     results["best_config"] = write_best(sweep, ranked[0])
     sweep.run.write_json(results, sweep.folder, "results.json")

@@ -18,6 +18,7 @@ from icce_ray.config.loading import load
 from icce_ray.config.schema import Config
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ArtifactError, ConfigError, StageError
+from icce_ray.rundir import tracking
 from icce_ray.rundir.directory import Manifest, RunDirectory, Snapshot
 from icce_ray.rundir.lock import exclusive
 from icce_ray.rundir.progress import Reporter
@@ -355,3 +356,35 @@ def test_every_stage_has_a_file_and_its_folder() -> None:
     for one in pipeline.STAGES:
         module = importlib.import_module(f"icce_ray.stages.{one.name}")
         assert callable(module.run) and one.folder == module.FOLDER
+
+
+# --- an experiment tracker -----------------------------------------------------------------------
+
+
+def test_a_tracker_gets_the_results_of_each_stage_and_the_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Recorder:
+        def __init__(self, run: RunDirectory, settings: Any) -> None:
+            calls.append(("begin", run.uri, settings["num_classes"]))
+
+        def measure(self, values: Any, step: int) -> None:
+            calls.append(("measure", values["index/rows"]))
+
+        def end(self, state: str) -> None:
+            calls.append(("end", state))
+
+    monkeypatch.setitem(tracking._START, "tensorboard", Recorder)
+    pipeline.run(config(folder, "track=tensorboard"), last="index", quiet=True)
+    assert calls == [("begin", str(folder / "run"), 3), ("measure", 30.0), ("end", "done")]
+
+
+def test_a_tracker_that_cannot_be_used_is_seen_before_anything_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(tracking.SERVER, raising=False)
+    with pytest.raises(ConfigError, match="track=mlflow"):
+        pipeline.run(config(folder, "track=mlflow"), quiet=True)
+    assert not (folder / "run").exists()

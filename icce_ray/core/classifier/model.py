@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core.constants import HIDDEN
 from icce_ray.core.tensors import below, plain
-from icce_ray.errors import ArtifactError, one_line
+from icce_ray.errors import ArtifactError, ConfigError, one_line
 
 FORMAT = 1  # of classifier.json
 
@@ -196,11 +196,36 @@ def _load_finetuned(
 ) -> FineTuned:
     from icce_ray.core import backbone as backbones
 
-    known = {k: v for k, v in backbone.items() if k in BackboneConfig.model_fields}
-    config = BackboneConfig.model_validate({**known, "pretrained": False, "weights": None})
-    loaded = backbones.load(config)
+    loaded = backbones.load(_without_weights(_settings_of(backbone)))
     load_weights(loaded.model, tensors)
     return FineTuned(loaded, head).eval()
+
+
+def backbones_of(description: Mapping[str, Any]) -> tuple[BackboneConfig, ...]:
+    """The backbones whose features a described classifier takes. Those of a fine-tuned one have no
+    weights of their own: they are the classifier's.
+
+    Raises:
+        ConfigError: it was made from given embeddings, and knows no backbone.
+        LookupError, TypeError, ValueError: a damaged description.
+    """
+    described = description.get("backbone") or []
+    if not described:
+        raise ConfigError(
+            "this run was made from given embeddings: it knows no backbone for new images. "
+            "Classify their embeddings with classifier.safetensors (see core/classifier/model.py)."
+        )
+    each = tuple(_settings_of(one) for one in described)
+    return tuple(map(_without_weights, each)) if description["kind"] == "finetune" else each
+
+
+def _settings_of(backbone: Mapping[str, Any]) -> BackboneConfig:
+    known = {k: v for k, v in backbone.items() if k in BackboneConfig.model_fields}
+    return BackboneConfig.model_validate(known)
+
+
+def _without_weights(backbone: BackboneConfig) -> BackboneConfig:
+    return backbone.model_copy(update={"pretrained": False, "weights": None})
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

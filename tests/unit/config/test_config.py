@@ -290,6 +290,7 @@ RUNTIME = {
     "ray.min_workers",
     "ray.max_failures",
     "ray.worker_wait",
+    "track",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from icce_ray import config as configs
@@ -80,3 +81,16 @@ def test_a_sweep_reports_storage_that_does_not_answer(
     running.run(config, SPACE, quiet=True)
     log = Path(config.run_dir, "sweeps", "test", "log").read_text()
     assert "! the storage does not answer: waiting" in log
+
+
+def test_a_tracker_gets_every_ranked_trial(
+    tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = make.finished(tmp_path, np.arange(make.rows) // (make.rows // 3))
+    for phase in ("prepare", "train_heads", "make_ensembles"):
+        monkeypatch.setattr(running, phase, lambda sweep: None)
+    got: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(sweep.context.reporter, "trial", lambda *trial: got.append(trial))
+    running._run_phases(sweep)
+    assert [settings["consensus.method"] for _, settings, _ in got] == ["mcla", "voting"]
+    assert got[0][2]["neighbor_information"] == 0.7 and "acc" in got[0][2]
