@@ -114,7 +114,7 @@ def head_data(
 
 def head_steps(settings: MethodConfig) -> int:
     """Steps of the heads' training."""
-    return settings.heads.steps or constants.default_steps(settings.head_clusters)
+    return settings.heads.steps_of(settings.head_clusters)
 
 
 def head_trainer(

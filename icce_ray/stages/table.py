@@ -120,7 +120,8 @@ def _heads_settings(config: Config) -> dict[str, Any]:
     heads, clusters = config.heads, config.head_clusters
     resolved = {
         "clusters": clusters,
-        "steps": heads.steps or constants.default_steps(clusters),
+        "steps": heads.steps_of(clusters),
+        "start": heads.start_of(clusters),
         "batch_size": heads.batch_size or constants.default_batch(clusters),
         "balance": settings(heads.balances),
     }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from icce_ray.config.schema import HeadsConfig
 from icce_ray.core.collective import Alone, Collective
-from icce_ray.core.constants import default_batch, default_start
+from icce_ray.core.constants import default_batch
 from icce_ray.core.evaluation.labelfree import neighbor_consistency
 from icce_ray.core.heads import closed_form
 from icce_ray.core.heads.closed_form import Running, Target, Terms
@@ -144,16 +144,15 @@ class HeadTrainer:
     def start(self) -> None:
         """Give linear heads their first clusters. Not needed before `restore`."""
         clusters = self.clusters
-        kind = self.settings.start
-        if kind == "random" or self.settings.hidden:
+        kind = self.settings.start_of(clusters)
+        if kind == "random":
             return
-        by_tree = (default_start(clusters) if kind == "auto" else kind) == "ward"
         generator = np.random.default_rng(seed_of(self.seed, "start rows"))
         most = min(len(self.data), max(START_ROWS, 50 * clusters))
         rows = np.sort(generator.choice(len(self.data), most, replace=False))
         sample, smooth = self.data.rows(torch.from_numpy(rows)), None
         trees: dict[int, Tensor] = {}
-        if by_tree and most >= FEWEST_PER_CLUSTER * clusters:
+        if kind == "ward" and most >= FEWEST_PER_CLUSTER * clusters:
             smooth = self._smoothed(rows).to(sample.device).float()
             for tree in sorted({number % TREES for number in self.numbers}):
                 trees[tree] = ward_tree(smooth, clusters, seed_of(self.seed, "tree", tree))

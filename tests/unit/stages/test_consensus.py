@@ -123,7 +123,7 @@ def test_other_defaults_make_other_artifacts(monkeypatch):
     )
     assert trained["heads"]["balance"] == list(schema.BALANCES)
     for module, name, value in (
-        (constants, "default_steps", lambda clusters: 7),
+        (constants, "default_steps", lambda clusters, start: 7),
         (constants, "default_batch", lambda clusters: 7),
         (schema, "BALANCES", (1.0,)),
     ):
