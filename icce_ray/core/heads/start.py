@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 SEEDED = 100  # clusters up to which k-means is seeded with care
 SMOOTHED = 10  # neighbors that an image is averaged with, fewer where classes are small
-ROUNDS = 30  # times that this is done: far along chains of neighbors, as diffusion does
+ROUNDS = 100  # times that this is done: far along chains of neighbors, as diffusion does
 SMOOTHED_ROWS = 8192  # rows at a time
-POINTS = 2000  # images that the tree is made of, or ...
-POINTS_PER_CLUSTER = 6
+POINTS = 6000  # images that a tree is made of: 2 s on one core; or ...
+POINTS_PER_CLUSTER = 3
 FEWEST_PER_CLUSTER = 4  # rows that a tree needs; of fewer, k-means makes the start
 TREES = 4  # different ones; heads of each balance share them evenly
 FEW = 10  # rounds of k-means after the tree
