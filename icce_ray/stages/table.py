@@ -142,7 +142,11 @@ def _heads_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4)
     assigned = images * config.heads.count * 2
     # student, teacher, gradient and AdamW's two moments: five copies of the weights, float32
-    memory = matrix + 5 * 4 * weights + activations + assigned
+    training = 5 * 4 * weights + activations
+    # Before it, images are averaged with their neighbors, from one array into another.
+    by_tree = config.heads.start_of(config.head_clusters) == "ward"
+    averaging = images * (2 * 2 * inputs + 40) if by_tree else 0
+    memory = matrix + max(training, averaging) + assigned
     disk = assigned + 4 * 4 * weights
     return Need(memory=memory, disk=disk, cache=16.0 * images, where="train workers")
 
