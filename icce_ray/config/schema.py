@@ -195,7 +195,7 @@ class HeadsConfig(Node):
     batch_norm: bool = True
     """Batch normalization after each hidden layer (linear heads have none)."""
     steps: Positive | None = None
-    """Training steps. Default: 1,000 from k-means; from Ward's clusters 300, or 0.6 per cluster
+    """Training steps. Default: 1,000 from k-means; from Ward's clusters 150, or 0.3 per cluster
     where that is more; from a random start 2,000, and 2,000 x (L / 10)^0.4 for L > 10 clusters."""
     batch_size: Positive | None = None
     """Pairs per step, over all workers. Default: 8 per cluster of a head, between 1,024 and
