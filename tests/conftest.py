@@ -25,6 +25,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two cores serve many processes: none of them needs threads, nor workers before there is work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+# Where Python may leave no bytecode beside its sources, as in many a container, each of about a
+# hundred processes would compile torch and Ray anew: half of the time that they take to start.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    cache = Path(__file__).parent.parent / ".pytest_cache" / "bytecode"
+    sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(cache))
+    sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session")

@@ -193,7 +193,7 @@ def test_a_changed_setting_names_what_it_invalidates(here: Here) -> None:
     done = here("run", "quickstart", "run_dir=run", *SMALL, "consensus.method=mcla")
     assert done.returncode == ArtifactError.exit_code
     assert "consensus.method: 'dawid-skene' -> 'mcla'" in done.stderr
-    assert "This invalidates: consensus, classify, evaluate, report" in done.stderr
+    assert "This invalidates: consensus, answer, classify, evaluate, report" in done.stderr
     assert "--overwrite" in done.stderr
     assert "Traceback" not in done.stderr
 

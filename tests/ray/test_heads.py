@@ -143,19 +143,21 @@ def test_one_image_has_no_neighbors(tmp_path: Path) -> None:
 def test_training_in_process_finds_the_blobs_and_writes_all(tmp_path: Path) -> None:
     from safetensors.torch import load
 
-    context = with_neighbors(tmp_path)
+    # After 60 steps, heads still show where they began; sizes left free, one of them merges blobs.
+    steps = 200
+    context = with_neighbors(tmp_path, [f"heads.steps={steps}", "heads.balance=0.5"])
     assignments, outcome = trained(context)
     run, (_, labels) = context.run, blobs()
     assert assignments.shape == (ROWS, HEADS) and assignments.dtype == np.int16
     tables = [np.histogram2d(column, labels, bins=CLUSTERS)[0] for column in assignments.T]
     purity = [table.max(1).sum() / ROWS for table in tables]
-    assert np.median(purity) > 0.9, purity
+    assert min(purity) > 0.9, purity
     assert outcome.rows == ROWS and outcome.results["workers"] == 0
     assert outcome.results["clusters_used"] == [CLUSTERS] * HEADS
     assert len(outcome.results["final_loss"]) == HEADS
     history = json.loads(run.read_bytes("heads", "_history.json"))
-    assert history["step"] == list(range(1, STEPS + 1))
-    assert np.array(history["loss"]).shape == (STEPS, HEADS)
+    assert history["step"] == list(range(1, steps + 1))
+    assert np.array(history["loss"]).shape == (steps, HEADS)
     assert (run.matrix("heads", "image_id") == np.arange(2, ROWS + 2)).all()
     assert run.list("heads") == ["_heads.safetensors", "_history.json", "_manifest.json",
                                  "part-00000.parquet"]  # fmt: skip

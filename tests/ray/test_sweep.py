@@ -154,7 +154,7 @@ def test_the_best_config_reuses_the_sweep(finished: Path) -> None:
     assert best.heads.beta == settings["heads.beta"]
     assert best.consensus.method == settings["consensus.method"]
     steps = pipeline.make_steps(best, RunDirectory(best.run_dir))
-    assert [step.state for step in steps] == ["done"] * 6 + ["run"] * 3
+    assert [step.state for step in steps] == ["done"] * 6 + ["run"] * 4
 
 
 def test_a_second_run_does_nothing_and_a_wider_space_only_what_is_new(
