@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
+from icce_ray.rundir.curated import Naming, naming
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.schemas import QUARANTINE
 
@@ -48,6 +49,7 @@ class RunFacts:
     names: list[str] = field(default_factory=list)  # of the classes, [C]
     contingency: np.ndarray | None = None  # images per class and cluster, int64 [C, K]
     outlier: np.ndarray | None = None  # float32 [N]; None in a run without an answer
+    naming: Naming = field(default_factory=lambda: Naming(()))  # of curated clusters
     first: np.ndarray | None = None  # row of the first image that shows the same, int64 [N]
 
     @property
@@ -60,8 +62,14 @@ class RunFacts:
         return "" if code is None or code < 0 else self.names[code]
 
     def cluster_name(self, cluster: int) -> str:
-        """The class matched to a cluster, else its number."""
-        return self.class_name(self.table["matched"][cluster]) or f"cluster {cluster}"
+        """What a person called a cluster, else the class matched to it, else its number."""
+        return self.given_name(cluster) or f"cluster {cluster}"
+
+    def given_name(self, cluster: int) -> str:
+        """The name of a cluster; empty where it has none."""
+        if cluster == self.naming.dropped:
+            return "(dropped)"
+        return self.naming.of(cluster) or self.class_name(self.table["matched"][cluster])
 
 
 def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) -> RunFacts:
@@ -98,6 +106,7 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         contingency=contingency,
         outlier=outlier,
         first=first,
+        naming=naming(files),
     )
 
 

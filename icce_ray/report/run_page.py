@@ -54,10 +54,11 @@ def _card(facts: RunFacts, galleries: Galleries, cluster: int) -> dict[str, Any]
     sure, unsure = galleries.of(cluster)
     mix = run_numbers.mix(facts, cluster)
     matched, majority = facts.class_name(row["matched"]), facts.class_name(row["majority"])
+    given = facts.given_name(cluster)
     return {
         "id": cluster,
-        "name": matched or f"Cluster {cluster}",
-        "named": bool(matched),
+        "name": given or f"Cluster {cluster}",
+        "named": bool(given),
         "size": row["size"],
         "confidence": row["confidence"],
         "purity": row["purity"],
@@ -65,7 +66,7 @@ def _card(facts: RunFacts, galleries: Galleries, cluster: int) -> dict[str, Any]
         "mix": mix,
         "sure": sure,
         "unsure": unsure,
-        "search": " ".join([str(cluster), matched, *(m["name"] for m in mix)]).lower(),
+        "search": " ".join([str(cluster), given, matched, *(m["name"] for m in mix)]).lower(),
     }
 
 
