@@ -1,4 +1,4 @@
-"""The command line: icce-ray run | sweep | predict | export | status | report | config.
+"""The command line: icce-ray run | sweep | predict | curate | export | status | report | config.
 
 Each command imports what it needs, so that help and status appear at once.
 """
@@ -148,12 +148,13 @@ def run(
         _print_end(config.run_dir, time.monotonic() - started)
 
 
-def _print_end(run_dir: str, seconds: float) -> None:
+def _print_end(run_dir: str, seconds: float | None = None) -> None:
+    from icce_ray.rundir import curated
     from icce_ray.rundir.directory import RunDirectory
     from icce_ray.rundir.progress import duration
     from icce_ray.rundir.results import LABELS, LABELS_CSV
 
-    directory = RunDirectory(run_dir)
+    directory = curated.current(RunDirectory(run_dir))
     if directory.exists("evaluation", "metrics.json"):
         metrics = directory.read_json("evaluation", "metrics.json")
         if metrics.get("acc") is not None:
@@ -163,7 +164,8 @@ def _print_end(run_dir: str, seconds: float) -> None:
     labeled = directory.manifest("answer") is not None
     if labeled:
         print(f"labels    {directory.address(LABELS_CSV)}, and {LABELS}")
-    print(f"time      {duration(seconds)}")
+    if seconds is not None:
+        print(f"time      {duration(seconds)}")
     if labeled:
         print(f"next      icce-ray export {shlex.quote(run_dir)} --to folders")
 
@@ -251,7 +253,10 @@ def predict(
 
 def _prediction_line(found: Any) -> str:
     """A line for one stages.predict.Prediction."""
-    text = f"cluster {found.cluster}, confidence {found.confidence:.2f}"
+    text = f"cluster {found.cluster}{f' ({found.name})' if found.name else ''}"
+    if found.cluster < 0:
+        text = "no cluster: it is like images that were dropped"
+    text += f", confidence {found.confidence:.2f}"
     if not found.is_sure:
         text = f"no cluster is sure enough: the likeliest is {text}"
     if not math.isnan(found.novelty):
@@ -266,6 +271,39 @@ def _take_out(overrides: list[str]) -> tuple[str | None, list[str]]:
     outs = [text[4:] for text in overrides if text.startswith("out=")]
     rest = [text for text in overrides if not text.startswith("out=")]
     return (outs[-1] if outs else None) or None, rest
+
+
+@app.command()
+def curate(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A finished run.")],
+    edits: Annotated[
+        str | None,
+        typer.Argument(metavar="EDITS", help="A YAML file with names, merge, split, drop, images."),
+    ] = None,
+    back: Annotated[
+        bool, typer.Option("--undo", help="Make the run's own clusters count again.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Name, merge, split and drop clusters of a run, and correct single images.
+
+    Makes new labels, a new classifier and a new report, in RUN_DIR/curated; no head is trained
+    again. EDITS is about the run's own clusters: to change more, extend it and give it again. The
+    run's report helps to write it.
+    """
+    from icce_ray.curation import running
+
+    if back == (edits is not None):
+        raise ConfigError("curate needs a file of edits, or --undo")
+    if edits is None:
+        done = running.undo(run_dir)
+        print("the run's own clusters count again" if done else "nothing was curated")
+        return
+    for one in running.curate(run_dir, edits, quiet=quiet).results["clusters"]:
+        number = "dropped" if one["cluster"] is None else f"cluster {one['cluster']}"
+        made_of = f"was {' + '.join(one['made_of'])}"
+        print(f"{number:<12} {one['images']:>9,} images  {one['name'] or '-':<24} {made_of}")
+    _print_end(run_dir)
 
 
 @app.command()

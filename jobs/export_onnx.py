@@ -10,6 +10,7 @@ from icce_ray.core.classifier import onnx
 from icce_ray.distributed.inference import DESCRIPTION, finished_classifier
 from icce_ray.errors import ConfigError, IcceError, printable_lines
 from icce_ray.rundir import storage
+from icce_ray.rundir.curated import current
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.results import Result
 
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("python jobs/export_onnx.py RUN_DIR model.onnx")
     run_dir, out = arguments[0], Path(arguments[1])
     storage.check(run_dir)
-    run = RunDirectory(run_dir)
+    run = current(RunDirectory(run_dir))
     finished_classifier(run)
     onnx.export(Result(run_dir).classifier, run.read_json("classifier", DESCRIPTION), out)
     print(out)

@@ -28,6 +28,7 @@ from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.inference import finished_classifier, open_classifier
 from icce_ray.errors import ConfigError, IcceError, StageError, printable_lines
 from icce_ray.rundir import storage
+from icce_ray.rundir.curated import current
 from icce_ray.rundir.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Classifier:
     def __init__(self, run_dir: str, gpu: bool = False) -> None:
         import torch
 
-        opened = open_classifier(RunDirectory(run_dir), EmbedConfig().precision)
+        opened = open_classifier(current(RunDirectory(run_dir)), EmbedConfig().precision)
         self.model, self.preprocess, self.levels = opened.model, opened.preprocess, opened.levels
         self.device = torch.device("cuda" if gpu else "cpu")
         note = json.dumps({"backbones": self.model.load(self.device)})
@@ -140,7 +141,7 @@ def check(options: Options) -> None:
     except ImportError:
         raise ConfigError("Ray Serve is not installed: pip install '.[serve]'") from None
     storage.check(options.run_dir)
-    run = RunDirectory(options.run_dir)
+    run = current(RunDirectory(options.run_dir))
     finished_classifier(run)
     open_classifier(run, EmbedConfig().precision)
 

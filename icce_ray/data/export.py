@@ -24,14 +24,13 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from icce_ray.core.preprocess import BadImage
 from icce_ray.data.formats import IMAGES, suffix_of
 from icce_ray.data.places import Names, Place, safe_name
 from icce_ray.data.reading import is_row, read_many, tar_of
 from icce_ray.errors import ConfigError, DataError, printable
-from icce_ray.rundir import storage
+from icce_ray.rundir import curated, storage
 from icce_ray.rundir.addresses import is_remote, split_options
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.results import Result
@@ -99,13 +98,13 @@ def export(
         raise ConfigError(f"no export to {kind!r}; there are {', '.join(KINDS)}")
     if not 0 <= min_confidence <= 1:
         raise ConfigError(f"min_confidence={min_confidence:g} must lie between 0 and 1")
-    run = RunDirectory(run_uri)
-    storage.check(run.uri)
+    storage.check(run_uri)
+    run = curated.current(RunDirectory(run_uri))
     settings, table = run.read_settings(), Result(run_uri).table
     given = (settings.get("data") or {}).get("embeddings")
     if given and kind != "csv":
         raise ConfigError("this run was made from given embeddings: it has no images, only csv")
-    every = _every_label(table, int(settings["num_classes"]))
+    every = _every_label(curated.naming(run), int(settings["num_classes"]))
     chosen = _chosen(table, len(every), clusters, min_confidence)
     if out is None and not run.is_local:
         raise ConfigError("this run is not on this machine: say where to, by out=FOLDER")
@@ -120,12 +119,12 @@ def export(
     return result
 
 
-def _every_label(table: pa.Table, num_clusters: int) -> list[str]:
-    """What each cluster is called: its name where it has one, else its number, [K]."""
-    width = len(str(num_clusters - 1))
-    named = table.filter(pc.is_valid(table["name"])).select(["cluster", "name"])
-    names = dict(zip(named["cluster"].to_pylist(), named["name"].to_pylist(), strict=True))
-    return [names.get(k) or f"{k:0{width}d}" for k in range(num_clusters)]
+def _every_label(known: curated.Naming, num_clusters: int) -> list[str]:
+    """What each cluster is called: its name where it has one, else its number, [K]. num_clusters:
+    of a run that was not curated."""
+    names = [*known.names[: known.dropped]] if known.names else [None] * num_clusters
+    width = len(str(len(names) - 1))
+    return [name or f"{k:0{width}d}" for k, name in enumerate(names)]
 
 
 def _chosen(

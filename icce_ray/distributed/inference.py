@@ -23,6 +23,7 @@ from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.stream import Columns, Job
 from icce_ray.errors import ArtifactError, StageError
 from icce_ray.rundir import copies
+from icce_ray.rundir.curated import Naming
 from icce_ray.rundir.directory import Manifest, RunDirectory, stored
 from icce_ray.rundir.progress import Reporter
 
@@ -115,6 +116,7 @@ class Predictor:
     def __init__(self, run: RunDirectory, embedder: Embedder, finetuned: bool) -> None:
         self.run, self.embedder, self.finetuned = run, embedder, finetuned
         self.classifier: Any = None
+        self.dropped: int | None = None  # the cluster of images that nobody wants
         self.reference: Any = None
 
     def load(self, device: torch.device) -> list[dict[str, Any]]:
@@ -123,7 +125,8 @@ class Predictor:
         from icce_ray.core.classifier import model as core
 
         weights = self.run.read_bytes(CLASSIFIER, WEIGHTS)
-        self.classifier = core.load(weights, self.run.read_json(CLASSIFIER, DESCRIPTION))
+        description = self.run.read_json(CLASSIFIER, DESCRIPTION)
+        self.classifier, self.dropped = core.load(weights, description), description.get("dropped")
         self.classifier = self.classifier.to(device).eval()
         if not self.finetuned:
             self.reference = self._reference(device)
@@ -145,7 +148,8 @@ class Predictor:
                 raise ValueError(str(error)) from None
 
     def compute(self, pixels: Sequence[torch.Tensor]) -> Columns:
-        """`cluster` int32 [B], `confidence` float32 [B], `novelty` float32 [B] (see core.outliers;
+        """`cluster` int32 [B], -1 for images like those that were dropped when the clusters were
+        curated, `confidence` float32 [B], `novelty` float32 [B] (see core.outliers;
         NaN from a fine-tuned backbone, which has moved the images), and `valid`: finite."""
         import torch
 
@@ -158,9 +162,10 @@ class Predictor:
                 features = self.embedder.embed(pixels)
                 logits, new = self.classifier(features), novelty(self.reference, features)
             largest, cluster = logits.float().softmax(dim=1).max(dim=1)
+            named = cluster if self.dropped is None else cluster.where(cluster != self.dropped, -1)
         confidence = largest.cpu().numpy()
         return {
-            "cluster": cluster.cpu().numpy().astype(np.int32),
+            "cluster": named.cpu().numpy().astype(np.int32),
             "confidence": confidence,
             "novelty": np.full_like(confidence, np.nan) if new is None else new.cpu().numpy(),
             "valid": np.isfinite(confidence),
@@ -238,6 +243,7 @@ class Opened(NamedTuple):
     preprocess: tuple[Preprocess, ...]  # distinct ones, in the order that the model takes
     levels: Levels
     loaded: Loaded  # knows the backbones' weights, as the run had them
+    naming: Naming  # of its clusters
 
 
 def finished_classifier(run: RunDirectory) -> Manifest:
@@ -263,7 +269,9 @@ def open_classifier(run: RunDirectory, precision: str) -> Opened:
         levels, finetuned = levels_in(description["backbone"]), description["kind"] == "finetune"
     preprocess, slots = preparations(backbones)
     model = Predictor(run, Embedder(backbones, slots, precision, levels), finetuned)
-    return Opened(model, preprocess, levels, Loaded(() if finetuned else _as_made(description)))
+    loaded = Loaded(() if finetuned else _as_made(description))
+    known = Naming(description.get("names", ()), description.get("dropped"))
+    return Opened(model, preprocess, levels, loaded, known)
 
 
 def _as_made(description: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -33,6 +33,7 @@ from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, WEIGHTS
 from icce_ray.distributed.tasks import run_task
 from icce_ray.distributed.worker import PROGRESS_EVERY, REMOTE_PROGRESS_EVERY, Worker
 from icce_ray.errors import ArtifactError
+from icce_ray.rundir.curated import naming
 from icce_ray.rundir.directory import RunDirectory
 
 HISTORY = "_history.json"
@@ -196,7 +197,9 @@ def write_classifier(
     """Write the artifact; `origin` says which backbones its features come from."""
     head = model.head if isinstance(model, core.FineTuned) else model
     sizes = np.bincount(run.matrix("consensus", "cluster"), minlength=head.num_clusters).tolist()
-    weights, description = core.save(model, {**origin, "clusters": sizes})
+    known = naming(run)
+    named = {"names": [*known.names], "dropped": known.dropped} if known.names else {}
+    weights, description = core.save(model, {**origin, "clusters": sizes, **named})
     run.write_bytes(weights, CLASSIFIER, WEIGHTS)
     run.write_json(history, CLASSIFIER, HISTORY)
     run.write_json(description, CLASSIFIER, DESCRIPTION)

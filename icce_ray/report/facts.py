@@ -5,6 +5,7 @@ Shapes: N images, C classes, K clusters, S logged training steps, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
+from icce_ray.core import proposals
+from icce_ray.rundir.curated import Naming, naming
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.schemas import QUARANTINE
 
@@ -48,7 +51,11 @@ class RunFacts:
     names: list[str] = field(default_factory=list)  # of the classes, [C]
     contingency: np.ndarray | None = None  # images per class and cluster, int64 [C, K]
     outlier: np.ndarray | None = None  # float32 [N]; None in a run without an answer
+    naming: Naming = field(default_factory=lambda: Naming(()))  # of curated clusters
     first: np.ndarray | None = None  # row of the first image that shows the same, int64 [N]
+    links: np.ndarray | None = None  # see core.proposals.links, [K, K]
+    merges: Sequence[proposals.Merge] = ()
+    splits: Sequence[proposals.Split] = ()
 
     @property
     def num_clusters(self) -> int:
@@ -60,8 +67,14 @@ class RunFacts:
         return "" if code is None or code < 0 else self.names[code]
 
     def cluster_name(self, cluster: int) -> str:
-        """The class matched to a cluster, else its number."""
-        return self.class_name(self.table["matched"][cluster]) or f"cluster {cluster}"
+        """What a person called a cluster, else the class matched to it, else its number."""
+        return self.given_name(cluster) or f"cluster {cluster}"
+
+    def given_name(self, cluster: int) -> str:
+        """The name of a cluster; empty where it has none."""
+        if cluster == self.naming.dropped:
+            return "(dropped)"
+        return self.naming.of(cluster) or self.class_name(self.table["matched"][cluster])
 
 
 def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) -> RunFacts:
@@ -76,6 +89,8 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
     image_ids = np.asarray(files.matrix("embeddings", "image_id"))
     outlier, first = _answer(files, image_ids)
     table = files.read_table("evaluation", "clusters.parquet").to_pydict()
+    clusters, count = np.asarray(files.matrix("consensus", "cluster")), len(table["cluster"])
+    links = proposals.links(clusters, files.matrix("neighbors", "ids"), count)
     names: list[str] = []
     contingency = None
     if codes is not None and "acc" in scores:
@@ -87,7 +102,7 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         manifests={name: done for name, _ in PARTS if (done := files.manifest(name))},
         scores=scores,
         image_ids=image_ids,
-        clusters=np.asarray(files.matrix("consensus", "cluster")),
+        clusters=clusters,
         confidence=np.asarray(files.matrix("consensus", "confidence")),
         table=table,
         history=_history(files),
@@ -98,7 +113,19 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         contingency=contingency,
         outlier=outlier,
         first=first,
+        naming=naming(files),
+        links=links,
+        merges=proposals.merges(links),
+        splits=_splits(files, clusters, count),
     )
+
+
+def _splits(files: RunDirectory, clusters: np.ndarray, count: int) -> list[proposals.Split]:
+    """By the heads that were merged."""
+    done, heads = files.manifest("consensus"), files.matrix("heads", "assignments")
+    kept = done.results.get("kept") if done else None
+    chosen = heads if kept is None else heads[:, kept]
+    return proposals.splits(clusters, chosen, count)
 
 
 def _answer(

@@ -8,6 +8,7 @@ import numpy as np
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
+from icce_ray.core import proposals
 from icce_ray.report import oddities, run_charts, run_numbers
 from icce_ray.report.facts import RunFacts, read_facts
 from icce_ray.report.galleries import Galleries
@@ -33,10 +34,12 @@ def render(config: Config, files: RunDirectory, codes: np.ndarray | None) -> tup
     limit = config.report.max_megabytes * 10**6
     listed = _listed(facts, limit)
     galleries = Galleries(facts, listed, limit - FIXED - PER_CLUSTER * len(listed))
-    content = _content(facts) | {"listed": listed} | oddities.sections(facts, galleries)
+    content = _content(facts) | {"listed": listed, "proposals": _proposals(facts, listed)}
+    content |= oddities.sections(facts, galleries)
     galleries.fill()
+    near = {k: _near(facts, k, listed) for k in listed}
     while True:  # the budget is an estimate: images go, rank by rank, until the page fits
-        cards = [_card(facts, galleries, k) for k in listed]
+        cards = [_card(facts, galleries, k) | {"near": near[k]} for k in listed]
         text = page.render(**content, clusters=cards, side=galleries.side).encode()
         if len(text) <= limit or not galleries.drop():
             return text, galleries.count
@@ -54,10 +57,11 @@ def _card(facts: RunFacts, galleries: Galleries, cluster: int) -> dict[str, Any]
     sure, unsure = galleries.of(cluster)
     mix = run_numbers.mix(facts, cluster)
     matched, majority = facts.class_name(row["matched"]), facts.class_name(row["majority"])
+    given = facts.given_name(cluster)
     return {
         "id": cluster,
-        "name": matched or f"Cluster {cluster}",
-        "named": bool(matched),
+        "name": given or f"Cluster {cluster}",
+        "named": bool(given),
         "size": row["size"],
         "confidence": row["confidence"],
         "purity": row["purity"],
@@ -65,8 +69,41 @@ def _card(facts: RunFacts, galleries: Galleries, cluster: int) -> dict[str, Any]
         "mix": mix,
         "sure": sure,
         "unsure": unsure,
-        "search": " ".join([str(cluster), matched, *(m["name"] for m in mix)]).lower(),
+        "search": " ".join([str(cluster), given, matched, *(m["name"] for m in mix)]).lower(),
     }
+
+
+def _near(facts: RunFacts, cluster: int, listed: list[int]) -> list[tuple[int, str]]:
+    """Number and name of the clusters near one, of those that the page lists."""
+    near = [] if facts.links is None else proposals.nearest(facts.links, cluster)
+    return [(k, facts.cluster_name(k)) for k in near if k in listed]
+
+
+def _proposals(facts: RunFacts, listed: list[int]) -> list[dict[str, Any]]:
+    """Merges and splits with their evidence; `edit` is the line of edits.yaml."""
+    name = facts.cluster_name
+    pairs = [
+        {
+            "kind": "merge",
+            "clusters": [one.first, one.second],
+            "names": [name(one.first), name(one.second)],
+            "why": f"{one.there:.0%} of the neighbors of #{one.first} are in #{one.second}, and "
+            f"{one.back:.0%} of those of #{one.second} are in #{one.first}",
+            "edit": f"merge: [[{one.first}, {one.second}]]",
+        }
+        for one in facts.merges
+    ]
+    cuts = [
+        {
+            "kind": "split",
+            "clusters": [one.cluster],
+            "names": [name(one.cluster)],
+            "why": f"a head puts {one.share:.0%} of its images together elsewhere, on average",
+            "edit": f"split: {{{one.cluster}: 2}}",
+        }
+        for one in facts.splits
+    ]
+    return [one for one in (*pairs, *cuts) if set(one["clusters"]) <= set(listed)]
 
 
 def _content(facts: RunFacts) -> dict[str, Any]:
@@ -86,6 +123,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "methods": run_numbers.methods(facts.scores),
         "small": facts.num_clusters <= OPEN,
         "labeled": facts.contingency is not None,
+        "of": None if facts.naming.names else facts.manifests["consensus"].id,
         "notes": run_numbers.notes(facts),
         "charts": run_charts.draw(facts),
         "confusion": run_charts.confusion(facts),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from icce_ray.errors import ArtifactError, ConfigError
+from icce_ray.rundir import curated
 from icce_ray.rundir.addresses import split_options
 from icce_ray.rundir.directory import RunDirectory
 
@@ -24,7 +25,7 @@ LABELS, LABELS_CSV = "labels.parquet", "labels.csv"  # the answer, at the top of
 @dataclass(frozen=True)
 class Result:
     """A run directory. Rows are images in the order of the listing; images that could not be read
-    have none.
+    have none. Clusters are the curated ones, where there are any (`icce-ray curate`).
 
     Each attribute raises ArtifactError while the stage that makes it is not finished.
     """
@@ -33,8 +34,16 @@ class Result:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Cluster of each image: int32 [N], 0..K-1, by decreasing size."""
-        return self._consensus["cluster"].to_numpy()
+        """Cluster of each image: int32 [N], 0..K-1, by decreasing size; -1 where it was dropped."""
+        return self._without_dropped(self._consensus["cluster"].to_numpy())
+
+    @cached_property
+    def names(self) -> list[str | None]:
+        """What each cluster is called, [K]; None while it has no name."""
+        known = curated.naming(self._directory)
+        if not known.names:
+            return [None] * (int(self.labels.max()) + 1)
+        return [*known.names[: known.dropped]]
 
     @cached_property
     def confidence(self) -> np.ndarray:
@@ -95,11 +104,17 @@ class Result:
                 f"the classifier of {self.run_dir} was fine-tuned and takes images, not "
                 "embeddings; use icce_ray.predict(run_dir, images)"
             )
-        return method.predict(self.classifier, embeddings)
+        labels, confidence = method.predict(self.classifier, embeddings)
+        return self._without_dropped(labels), confidence
+
+    def _without_dropped(self, clusters: np.ndarray) -> np.ndarray:
+        """Clusters, with -1 in place of the one of the images that were dropped."""
+        dropped = curated.naming(self._directory).dropped
+        return clusters if dropped is None else np.where(clusters == dropped, -1, clusters)
 
     @cached_property
     def _directory(self) -> RunDirectory:
-        return RunDirectory(self.run_dir)
+        return curated.current(RunDirectory(self.run_dir))
 
     @cached_property
     def _consensus(self) -> pa.Table:

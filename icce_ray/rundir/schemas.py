@@ -47,13 +47,13 @@ ANSWER_SCHEMA = pa.schema(
 LABELS_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
-        ("cluster", pa.int32()),  # -1 where the image could not be read
+        ("cluster", pa.int32()),  # -1 where the image could not be read, or was dropped
         ("name", pa.string()),  # of the cluster; null while it has none
         ("confidence", pa.float32()),  # 0..1; from here on null where there is nothing to say
         ("second_choice", pa.int32()),
         ("outlier", pa.float32()),
         ("duplicate_of", pa.string()),  # uri of the first image that shows the same
-        ("reason", pa.string()),  # why the image could not be read
+        ("reason", pa.string()),  # why the image has no cluster
     ]
 )
 
@@ -61,9 +61,10 @@ PREDICTIONS_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
         ("cluster", pa.int32()),  # -1 where it could not be decoded, or was not sure enough
+        ("name", pa.string()),  # of the cluster; null where it has none
         ("confidence", pa.float32()),
         ("novelty", pa.float32()),  # share of the run's images that lie nearer to the others
-        ("reason", pa.string()),  # why it could not be decoded, else null
+        ("reason", pa.string()),  # why it could not be decoded, or is left out; else null
     ]
 )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from icce_ray.core import duplicates
 from icce_ray.core.ensemble.second import second_choice
@@ -21,7 +22,8 @@ from icce_ray.core.outliers import outlier_scores
 from icce_ray.distributed.cluster import Request
 from icce_ray.distributed.tasks import run_task
 from icce_ray.errors import ArtifactError
-from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir import curated
+from icce_ray.rundir.directory import MANIFEST, RunDirectory
 from icce_ray.rundir.results import LABELS, LABELS_CSV
 from icce_ray.rundir.schemas import ANSWER_SCHEMA, LABELS_SCHEMA, QUARANTINE, as_csv
 from icce_ray.stages.base import Context, Outcome
@@ -37,15 +39,28 @@ def run(context: Context) -> Outcome:
     work = (files, config.num_classes, config.seed)
     found, threshold = run_task(context, _find, *work, request=request, advice=ADVICE)
     files.write_table(found, FOLDER, "part-00000.parquet")
-    labels = _labels(files, found)
-    files.write_table(labels, LABELS)
-    files.write_bytes(as_csv(labels), LABELS_CSV)
+    if not files.places and files.exists(curated.FOLDER, MANIFEST):
+        files.delete_file(curated.FOLDER, MANIFEST)
+        context.reporter.event(
+            "the labels are made anew: they are not curated any more. Edits that still fit are "
+            f"applied by icce-ray curate RUN {files.address(curated.FOLDER, curated.EDITS)}"
+        )
+    labels = write_labels(files, found)
     copies = int((found["duplicate_of"].to_numpy() >= 0).sum())
     context.reporter.say(
         f"labels of {labels.num_rows:,} images: {files.address(LABELS)}, and {LABELS_CSV}"
         + (f"; {copies:,} of them repeat another" if copies else "")
     )
     return Outcome(found.num_rows, {"duplicates": copies, "duplicate_distance": threshold})
+
+
+def write_labels(files: RunDirectory, found: pa.Table) -> pa.Table:
+    """Write labels.parquet and labels.csv of a run, or of its curated clusters. found: the table of
+    its answer. Returns LABELS_SCHEMA."""
+    labels = _labels(files, found)
+    files.write_table(labels, LABELS)
+    files.write_bytes(as_csv(labels), LABELS_CSV)
+    return labels
 
 
 def _find(files: RunDirectory, num_clusters: int, seed: int) -> tuple[pa.Table, float]:
@@ -79,19 +94,26 @@ def _labels(files: RunDirectory, found: pa.Table) -> pa.Table:
         out[rows] = values
         return out
 
-    consensus = files.read_table("consensus", columns=["cluster", "confidence"])
+    consensus, known = files.read_table("consensus"), curated.naming(files)
     cluster = spread(consensus["cluster"].to_numpy(), -1)
     second = spread(found["second_choice"].to_numpy(), -1)
+    unread, reasons = cluster < 0, _reasons(files, count)
+    if known.dropped is not None:
+        dropped = pa.array(cluster == known.dropped)
+        reasons = pc.if_else(dropped, "dropped", reasons)
+        cluster, second = (np.where(one == known.dropped, -1, one) for one in (cluster, second))
+    names = pa.array([*known.names, None], pa.string())
+    named = np.where(cluster < 0, len(known.names), cluster) if known.names else np.zeros(count)
     copied = spread(found["duplicate_of"].to_numpy(), -1)
     columns = {
         "uri": uris,
         "cluster": pa.array(cluster),
-        "name": pa.nulls(count, pa.string()),
-        "confidence": pa.array(spread(consensus["confidence"].to_numpy(), 0), mask=cluster < 0),
+        "name": names.take(pa.array(named.astype(np.int64))),
+        "confidence": pa.array(spread(consensus["confidence"].to_numpy(), 0), mask=unread),
         "second_choice": pa.array(second, mask=second < 0),
-        "outlier": pa.array(spread(found["outlier"].to_numpy(), 0), mask=cluster < 0),
+        "outlier": pa.array(spread(found["outlier"].to_numpy(), 0), mask=unread),
         "duplicate_of": uris.take(pa.array(copied, mask=copied < 0)),
-        "reason": _reasons(files, count),
+        "reason": reasons,
     }
     return pa.table(columns).cast(LABELS_SCHEMA)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from icce_ray import config as configs
 from icce_ray.config.schema import LABEL_MODES, Config
@@ -35,7 +36,7 @@ from icce_ray.distributed.inference import (
 from icce_ray.distributed.shards import Arrays, Shards
 from icce_ray.distributed.stream import Columns, Job
 from icce_ray.errors import ArtifactError, ConfigError, DataError, printable
-from icce_ray.rundir import addresses, storage
+from icce_ray.rundir import addresses, curated, storage
 from icce_ray.rundir.directory import MANIFEST, PARTIAL, Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter, duration
 from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
@@ -73,7 +74,7 @@ def predict(
         ConfigError, DataError: settings or images that cannot be used.
         StageError: workers failed; the same call again resumes.
     """
-    run = RunDirectory(run_uri)
+    run = curated.current(RunDirectory(run_uri))
     folder, target = _target(out or run.address("predictions"))
     storage.check(target.uri)
     task = _task(run, images, overrides, min_confidence)
@@ -102,7 +103,8 @@ def predict(
 class Prediction:
     """What a classifier says of one image."""
 
-    cluster: int  # the most probable one
+    cluster: int  # the most probable one; -1 where the image is like those that were dropped
+    name: str | None  # of the cluster
     is_sure: bool  # whether its confidence is at least min_confidence
     confidence: float  # its probability
     novelty: float  # share of the run's images that lie nearer to the others; NaN if fine-tuned
@@ -115,7 +117,7 @@ def predict_one(
 
     Arguments and errors as of `predict`. Raises DataError also where the image cannot be decoded.
     """
-    run = RunDirectory(run_uri)
+    run = curated.current(RunDirectory(run_uri))
     task = _task(run, image, overrides, min_confidence)
     table = listing.list_images(task.config.data, setting="images").table
     answers = Arrays(1)
@@ -132,7 +134,8 @@ def predict_one(
     found = answers.columns
     sure = bool(found["confidence"][0] >= min_confidence)
     confidence, novelty = float(found["confidence"][0]), float(found["novelty"][0])
-    return Prediction(int(found["cluster"][0]), sure, confidence, novelty)
+    number = int(found["cluster"][0])
+    return Prediction(number, task.classifier.naming.of(number), sure, confidence, novelty)
 
 
 def is_image(images: str) -> bool:
@@ -289,11 +292,16 @@ class _Work:
         bad = reasons.astype(bool)
         confidence = np.where(bad, 0, columns["confidence"]).astype(np.float32)
         novelty = columns["novelty"].astype(np.float32)
-        open_ = bad | (confidence < self.task.min_confidence)
+        dropped = ~bad & (columns["cluster"] < 0)
+        reasons = np.where(dropped, curated.DROPPED, reasons)
+        open_ = bad | dropped | (confidence < self.task.min_confidence)
+        cluster = np.where(open_, -1, columns["cluster"]).astype(np.int32)
+        names = map(self.task.classifier.naming.of, cluster.tolist())
         return pa.Table.from_arrays(
             [
                 self.table["uri"].take(pa.array(ids)).combine_chunks(),
-                pa.array(np.where(open_, -1, columns["cluster"]).astype(np.int32)),
+                pa.array(cluster),
+                pa.array(names, pa.string()),
                 pa.array(confidence),
                 pa.array(novelty, mask=bad | np.isnan(novelty)),
                 pa.array([reason or None for reason in reasons], pa.string()),
@@ -321,8 +329,9 @@ class _Work:
         run, total = self.target, self.table.num_rows
         made = run.read_table(self.folder, columns=["cluster", "reason"])
         clusters = made["cluster"].to_numpy()
-        bad = total - made["reason"].null_count
-        unsure = int((clusters < 0).sum()) - bad
+        dropped = pc.sum(pc.equal(made["reason"], curated.DROPPED)).as_py() or 0
+        bad = total - made["reason"].null_count - dropped
+        unsure = int((clusters < 0).sum()) - bad - dropped
         scores = _scores(self.task.config, self.table, clusters)
         manifest = Manifest(
             stage="predict",
@@ -334,6 +343,7 @@ class _Work:
             results={
                 "bad": bad,
                 "unsure": unsure,
+                "dropped": dropped,
                 "left_out": self.found.left.results(),
                 "images_per_second": round(rate, 1),
                 "run": self.task.run.uri,
@@ -344,6 +354,7 @@ class _Work:
         text = f"classified {total - bad:,} images in {duration(seconds)}"
         text += f", {bad:,} could not be decoded" if bad else ""
         text += f", {unsure:,} got no cluster, since they are not sure enough" if unsure else ""
+        text += f", {dropped:,} got none, {curated.DROPPED}" if dropped else ""
         self.reporter.say(f"{text}: {run.address(self.folder)}")
         if scores:
             self.reporter.say(

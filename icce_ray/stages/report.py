@@ -12,7 +12,7 @@ from icce_ray.config.schema import Config
 from icce_ray.errors import ArtifactError
 from icce_ray.report.pages import FOLDER, PAGE
 from icce_ray.report.run_page import render
-from icce_ray.rundir import storage
+from icce_ray.rundir import curated, storage
 from icce_ray.rundir.directory import RunDirectory, stored
 from icce_ray.stages import evaluate
 from icce_ray.stages.base import Context, Outcome
@@ -33,8 +33,8 @@ def build(run_uri: str) -> str:
         ArtifactError: `run_uri` is no run directory, or its evaluation is not finished.
     """
     storage.check(run_uri)
-    files = RunDirectory(run_uri)
-    config = configs.validate(dict(files.read_settings()))
+    files = curated.current(RunDirectory(run_uri))
+    config = curated.config_of(configs.validate(dict(files.read_settings())), files)
     from jinja2 import UndefinedError
 
     with stored(f"an artifact of {run_uri}"):

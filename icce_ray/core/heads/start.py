@@ -90,6 +90,15 @@ def ward_start(sample: Tensor, smooth: Tensor, tree: Tensor, seed: int) -> Tenso
     return _means(sample[rows], nearest, clusters).T.contiguous()
 
 
+def cluster_few(smooth: Tensor, clusters: int, seed: int) -> Tensor:
+    """Clusters of some smoothed rows: those of a tree, moved by k-means; of few rows, k-means
+    alone. float32 [N, P] -> int64 [N]; a cluster is empty only where rows repeat."""
+    generator = np.random.default_rng(seed)
+    enough = len(smooth) >= FEWEST_PER_CLUSTER * clusters
+    begin = ward_tree(smooth, clusters, seed) if enough else None
+    return _nearest(smooth, lloyd(smooth, clusters, generator, FEW, begin))
+
+
 def _half_of_rows(x: Tensor, clusters: int, generator: np.random.Generator) -> Tensor:
     """Numbers of a random half of the rows, or all of few."""
     count = len(x)
