@@ -15,7 +15,7 @@ NEIGHBORS = 10  # of an image that are looked at
 ROWS = 100_000  # images that are looked at
 MERGED = 0.08  # share of the neighbors, both ways, from which a merge is proposed
 CUT = 0.15  # share that heads take away on average, from which a split is proposed
-MOST = 8  # proposals of each kind
+MOST = 4  # proposals of each kind
 
 
 class Merge(NamedTuple):

@@ -5,6 +5,7 @@ Shapes: C classes, K clusters.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,36 @@ def methods(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = scores["kmeans"]["acc"]
         bars.append({"name": "k-means, same features", "value": value, "kind": "base"})
     return bars
+
+
+def words(facts: RunFacts) -> list[tuple[str, str]]:
+    """The run in words: what was found, how far to trust it, what to do next. (heading, text)"""
+    free, sizes = facts.scores["label_free"], facts.scores["label_free"]["sizes"]
+    filled = facts.num_clusters - sizes["empty"]
+    found = (
+        f"{len(facts.clusters):,} images fell into {filled:,} clusters "
+        f"of {sizes['smallest']:,} to {sizes['largest']:,} images."
+    )
+    repeats = 0 if facts.first is None else int((facts.first != np.arange(len(facts.first))).sum())
+    if repeats:
+        found += f" {repeats:,} of the images repeat another one."
+    trust = (
+        f"{free['confident']:.0%} of the images have a confidence of 90% or more; trust these "
+        "first. Confidence ranks images. It is not the probability of being right."
+    )
+    known = [(sure, k) for k, sure in enumerate(facts.table["confidence"]) if sure is not None]
+    if len(known) > 1:
+        sure, cluster = min(known)
+        trust += (
+            f" The least sure cluster is {facts.cluster_name(cluster)} (#{cluster}, {sure:.0%})."
+        )
+    where, kind = shlex.quote(facts.uri), "csv" if facts.config.data.embeddings else "folders"
+    then = f"then icce-ray export {where} --to {kind}."
+    if facts.naming.names:
+        todo = f"Look whether the clusters are what you want; {then}"
+    else:
+        todo = f"Look at each cluster, name it, and mend what is wrong, under “Change it”; {then}"
+    return [("What was found", found), ("How far to trust it", trust), ("What to do next", todo)]
 
 
 def notes(facts: RunFacts) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,8 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "small": facts.num_clusters <= OPEN,
         "labeled": facts.contingency is not None,
         "of": None if facts.naming.names else facts.manifests["consensus"].id,
+        "words": run_numbers.words(facts),
+        "quoted": shlex.quote(facts.uri),
         "notes": run_numbers.notes(facts),
         "charts": run_charts.draw(facts),
         "confusion": run_charts.confusion(facts),

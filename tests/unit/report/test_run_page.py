@@ -44,6 +44,19 @@ def test_page_is_well_formed_and_loads_nothing(make_run, page_of):
     assert "Undefined" not in text
 
 
+def test_the_first_screen_says_it_in_words_without_labels(make_run, page_of):
+    made = make_run(200, 5, names=None)
+    page, text = page_of(made)
+    free = made.run.read_json("evaluation", "metrics.json")["label_free"]
+    low, high = np.bincount(made.clusters).min(), np.bincount(made.clusters).max()
+    assert f"200 images fell into 5 clusters of {low} to {high} images" in page.text
+    assert f"{free['confident']:.0%} of the images have a confidence of 90% or more" in page.text
+    least = min(range(5), key=lambda k: made.confidence[made.clusters == k].mean())
+    assert f"The least sure cluster is cluster {least}" in page.text
+    assert f"icce-ray export {made.run.uri} --to folders" in page.text
+    assert text.index("What was found") < text.index('class="tiles"')
+
+
 def test_page_says_what_the_scores_say(make_run, page_of):
     made = make_run(200, 5, errors=0.2, bad=3, overrides=["report.cost_per_hour=3600"])
     page, _ = page_of(made)
