@@ -21,7 +21,7 @@ def test_characters_are_drawn_once_per_way_of_drawing_them(
     assert "U+0026" in counts  # an ampersand, which every Latin font has
     assert "U+3042" not in counts  # a Hiragana letter, which this font lacks
     assert {path.name for path in tmp_path.iterdir()} == set(counts)
-    ink = np.asarray(Image.open(tmp_path / "U+0026" / "copy.png")) < 128
+    ink = np.asarray(Image.open(tmp_path / "U+0026" / "one.png")) < 128
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     inner = fonts.SIDE - 2 * fonts.MARGIN
     assert abs(max(np.ptp(rows), np.ptp(columns)) + 1 - inner) <= 2  # it fills all but the margin
@@ -35,7 +35,7 @@ def test_a_twin_without_blur_is_easy_and_one_of_noise_is_not() -> None:
     np.testing.assert_allclose(np.linalg.norm(x.astype(np.float32), axis=1), 1, atol=2e-3)
     assert np.bincount(y).tolist() == [60] * 12
     found = twin.figures(x, y)
-    assert min(found["knn"], found["linear"], found["purity@1"]) > 99 and found["kmeans"] > 75
+    assert min(found["knn"], found["linear"], found["purity@1"]) > 99 and found["kmeans"] > 60
     again, _ = twin.make(easy, classes=12, per_class=60, features=64, seed=1)
     assert (again == x).all()
     noise = twin.figures(*twin.make(replace(easy, noise=20.0), 12, 60, 64, 1))
