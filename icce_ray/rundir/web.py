@@ -1,15 +1,13 @@
 """Files at http:// and https:// addresses: one request each, a few tries.
 
 Of a list of many sites, some do not answer. Unlike a storage, they are not waited for.
+urllib is imported when it is needed: a command that only looks at a run waits for no import.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import IO, TypeVar
 
@@ -41,6 +39,9 @@ def load(uri: str, work: Callable[[IO[bytes]], T]) -> T:
         FileNotFoundError: there is nothing.
         OSError: no answer, or no access.
     """
+    import http.client
+    import urllib.error
+
     for number in range(TRIES):
         try:
             with _opened(uri) as answer:
@@ -58,6 +59,8 @@ def load(uri: str, work: Callable[[IO[bytes]], T]) -> T:
 
 @contextlib.contextmanager
 def _opened(uri: str) -> Iterator[IO[bytes]]:
+    import urllib.request
+
     request = urllib.request.Request(uri, headers=AGENT)
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         yield answer
