@@ -291,15 +291,15 @@ def curate(
     again. EDITS is about the run's own clusters: to change more, extend it and give it again. The
     run's report helps to write it.
     """
-    from icce_ray.curation import running
+    from icce_ray.pipeline import curation
 
     if back == (edits is not None):
         raise ConfigError("curate needs a file of edits, or --undo")
     if edits is None:
-        done = running.undo(run_dir)
+        done = curation.undo(run_dir)
         print("the run's own clusters count again" if done else "nothing was curated")
         return
-    for one in running.curate(run_dir, edits, quiet=quiet).results["clusters"]:
+    for one in curation.curate(run_dir, edits, quiet=quiet).results["clusters"]:
         number = "dropped" if one["cluster"] is None else f"cluster {one['cluster']}"
         made_of = f"was {' + '.join(one['made_of'])}"
         print(f"{number:<12} {one['images']:>9,} images  {one['name'] or '-':<24} {made_of}")

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from icce_ray.curation import edits
+from icce_ray.pipeline import edits
 from icce_ray.stages import evaluate, report
 
 # What a person does: both kinds of proposals, a name, a drop, then the download, which is caught.

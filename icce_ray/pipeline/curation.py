@@ -23,10 +23,10 @@ from icce_ray import pipeline
 from icce_ray.config.schema import Config
 from icce_ray.core.classifier.probe import probe_settings
 from icce_ray.core.regroup import Plan, Regrouped, regroup
-from icce_ray.curation import edits as edits_
 from icce_ray.distributed.cluster import Cluster, Request
 from icce_ray.distributed.tasks import run_task
 from icce_ray.errors import ArtifactError
+from icce_ray.pipeline import edits as edits_
 from icce_ray.rundir import curated, storage
 from icce_ray.rundir.directory import Manifest, RunDirectory, fingerprint
 from icce_ray.rundir.lock import exclusive
@@ -48,7 +48,7 @@ def curate(
 
     Args:
         run_uri: a finished run. What was curated before is replaced.
-        source: a YAML file, see curation/edits.py.
+        source: a YAML file, see pipeline/edits.py.
 
     Returns: a manifest whose results are `clusters`: number, name, images, and what it was made of.
 

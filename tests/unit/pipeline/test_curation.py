@@ -12,9 +12,9 @@ import pytest
 import icce_ray
 from icce_ray import cli
 from icce_ray.core import method
-from icce_ray.curation import running
 from icce_ray.data import export
 from icce_ray.errors import ArtifactError, ConfigError
+from icce_ray.pipeline import curation
 from icce_ray.rundir import curated
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.stages import answer, evaluate, report
@@ -47,7 +47,7 @@ def curate(finished, make_context, tmp_path):
     tasks.stop = lambda: None
     tasks.used = dict
     tasks.gpus_each = lambda wanted=None: 0.0
-    return lambda: running.curate(
+    return lambda: curation.curate(
         finished.run.uri, tmp_path / "edits.yaml", quiet=True, cluster=tasks
     )
 
@@ -98,11 +98,11 @@ def test_the_run_itself_stays_and_comes_back(finished, curate):
     changed = content(finished.run)
     differ = {name for name in before if changed[name] != before[name]}
     assert differ == {"labels.parquet", "labels.csv"} and set(changed) == set(before)
-    assert running.undo(finished.run.uri) is True
+    assert curation.undo(finished.run.uri) is True
     assert content(finished.run) == before
     assert not Path(finished.run.path(curated.FOLDER)).exists()
     assert np.array_equal(icce_ray.load(finished.run.uri).labels, finished.clusters)
-    assert running.undo(finished.run.uri) is False
+    assert curation.undo(finished.run.uri) is False
 
 
 def test_edits_are_about_the_own_clusters_each_time(finished, curate, tmp_path):
@@ -152,7 +152,7 @@ def test_a_new_answer_ends_the_curation_and_says_so(finished, curate, make_conte
     assert "not curated any more" in context.reporter.events[0]
     assert not curated.is_curated(finished.run)
     assert finished.run.exists("curated", "edits.yaml")
-    assert running.undo(finished.run.uri)
+    assert curation.undo(finished.run.uri)
 
 
 def test_clusters_of_an_earlier_consensus_do_not_count(finished, curate):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from icce_ray.curation import edits
 from icce_ray.errors import ConfigError
+from icce_ray.pipeline import edits
 
 
 @pytest.fixture
