@@ -28,7 +28,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-import yaml
 
 from icce_ray.errors import ArtifactError, one_line
 from icce_ray.rundir.cache import NodeCache, free_bytes
@@ -214,6 +213,8 @@ class RunDirectory:
 
     def read_settings(self) -> Mapping[str, Any]:
         """The tree of config.yaml. Raises ArtifactError: missing or damaged."""
+        import yaml  # not before: most commands that look at a run need no settings
+
         if not self.exists("config.yaml"):
             raise ArtifactError(f"{self.uri} is not a run directory: it has no config.yaml")
         with contextlib.suppress(yaml.YAMLError):
