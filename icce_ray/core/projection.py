@@ -89,7 +89,6 @@ def _neighbor_scatter(components: Tensor, variance: Tensor) -> Tensor:
 def _inverse_root(matrix: Tensor) -> Tensor:
     """Symmetric inverse square root of a positive definite matrix [P, P]."""
     values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp_min(float(values[-1]) * LEAST**2)
     return (vectors * values.rsqrt()) @ vectors.T
 
 

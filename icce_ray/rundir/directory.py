@@ -346,20 +346,28 @@ class RunDirectory:
 
     # node files
 
-    def matrix(self, folder: str, column: str) -> np.ndarray:
+    def matrix(self, folder: str, column: str, embedded: int | None = None) -> np.ndarray:
         """A column of a finished stage as one read-only, memory-mapped array [N, ...].
 
         Built once per node from the Parquet shards, whose rows are in image_id order, and kept
         in the node's cache. Processes of one node share its pages.
 
+        embedded: rows of the embeddings, where the stage must have as many.
+
         Raises:
-            ArtifactError: the stage is not finished, or its shards do not fit its manifest.
+            ArtifactError: the stage is not finished, its shards do not fit its manifest, or it has
+                another number of rows than asked for.
             StageError: no space in the cache.
         """
         done = self.manifest(folder)
         if done is None:
             raise ArtifactError(f"{self.path(folder)} is not finished; run that stage first")
         rows, name = done.rows, f"{self.matrix_name(folder)}-{column}"
+        if embedded not in (None, rows):
+            raise ArtifactError(
+                f"{self.path(folder)} has {rows} rows, the embeddings {embedded}. "
+                "They are of different runs: use --overwrite, or another run_dir."
+            )
         return self.cache.array(name, done.id, rows, lambda: self._parts(folder, column, rows))
 
     def matrix_name(self, folder: str) -> str:

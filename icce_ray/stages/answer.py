@@ -21,7 +21,6 @@ from icce_ray.core.ensemble.second import second_choice
 from icce_ray.core.outliers import outlier_scores
 from icce_ray.distributed.cluster import Request
 from icce_ray.distributed.tasks import run_task
-from icce_ray.errors import ArtifactError
 from icce_ray.rundir import curated
 from icce_ray.rundir.directory import MANIFEST, RunDirectory
 from icce_ray.rundir.results import LABELS, LABELS_CSV
@@ -66,13 +65,9 @@ def write_labels(files: RunDirectory, found: pa.Table) -> pa.Table:
 def _find(files: RunDirectory, num_clusters: int, seed: int) -> tuple[pa.Table, float]:
     """Runs in the task: ANSWER_SCHEMA, and the distance up to which two are duplicates."""
     image_ids = np.asarray(files.matrix("embeddings", "image_id"))
-    ids, similarity = (files.matrix("neighbors", name) for name in ("ids", "similarity"))
-    clusters = np.asarray(files.matrix("consensus", "cluster"))
-    if not len(image_ids) == len(ids) == len(clusters):
-        raise ArtifactError(
-            f"{files.path('consensus')} has {len(clusters)} rows, the embeddings {len(image_ids)}. "
-            "They are of different runs: use --overwrite, or another run_dir."
-        )
+    rows = len(image_ids)
+    ids, similarity = (files.matrix("neighbors", name, rows) for name in ("ids", "similarity"))
+    clusters = np.asarray(files.matrix("consensus", "cluster", rows))
     same = duplicates.find(files.matrix("embeddings", "embedding"), ids, seed)
     columns = [
         image_ids,

@@ -28,7 +28,7 @@ from icce_ray.core.evaluation import labelfree
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.distributed.cluster import Request
 from icce_ray.distributed.tasks import run_task
-from icce_ray.errors import ArtifactError, DataError
+from icce_ray.errors import DataError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.stages.base import Context, Outcome
 
@@ -79,17 +79,6 @@ def truth(config: Config, run: RunDirectory, image_ids: np.ndarray) -> Truth | N
     return Truth(codes, [str(name) for name in names]) if (codes >= 0).any() else None
 
 
-def column(run: RunDirectory, folder: str, name: str, rows: int) -> np.ndarray:
-    """A column of a finished stage, checked to have one row per embedding."""
-    values = run.matrix(folder, name)
-    if len(values) != rows:
-        raise ArtifactError(
-            f"{run.path(folder)} has {len(values)} rows, the embeddings {rows}. "
-            "They are of different runs: use --overwrite, or another run_dir."
-        )
-    return values
-
-
 def run(context: Context) -> Outcome:
     """Score the run.
 
@@ -104,8 +93,8 @@ def run(context: Context) -> Outcome:
     config, files = context.config, context.run
     known = truth(config, files, files.matrix("embeddings", "image_id"))
     rows = len(files.matrix("embeddings", "image_id"))
-    clusters = np.asarray(column(files, "consensus", "cluster", rows))
-    confidence = np.asarray(column(files, "consensus", "confidence", rows))
+    clusters = np.asarray(files.matrix("consensus", "cluster", rows))
+    confidence = np.asarray(files.matrix("consensus", "confidence", rows))
     probe = _probe(files, rows)
     result: dict[str, Any] = {"rows": rows, "num_classes": config.num_classes}
     result["label_free"] = _label_free(context, clusters, confidence, probe)
@@ -149,15 +138,15 @@ def _probe(files: RunDirectory, rows: int) -> np.ndarray | None:
     """The classifier's own prediction per row, where that stage has written one."""
     if files.manifest("classifier") is None or not files.list("classifier", ".parquet"):
         return None
-    return np.asarray(column(files, "classifier", "cluster", rows))
+    return np.asarray(files.matrix("classifier", "cluster", rows))
 
 
 def _label_free(
     context: Context, clusters: np.ndarray, confidence: np.ndarray, probe: np.ndarray | None
 ) -> dict[str, Any]:
     files, rows = context.run, len(clusters)
-    assignments = merged_heads(files, column(files, "heads", "assignments", rows))
-    ids, counts = column(files, "neighbors", "ids", rows), column(files, "selection", "count", rows)
+    assignments = merged_heads(files, files.matrix("heads", "assignments", rows))
+    ids, counts = files.matrix("neighbors", "ids", rows), files.matrix("selection", "count", rows)
     sizes = labelfree.spread_of_sizes(clusters, context.config.num_classes)
     return {
         "head_agreement": mean_nmi(assignments),

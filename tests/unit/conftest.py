@@ -5,10 +5,14 @@ Shapes: N images, D features, M neighbors, H heads, K clusters.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import http.server
 import json
 import pickle
+import threading
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +239,24 @@ class LocalTasks:
 def context_of(made: SyntheticRun) -> Context:
     reporter = Reporter(made.run, quiet=True)
     return Context(made.config, made.run, reporter, LocalTasks())  # type: ignore[arg-type]
+
+
+Handler = type[http.server.SimpleHTTPRequestHandler]
+
+
+@pytest.fixture
+def serve() -> Callable[[Handler, Path], contextlib.AbstractContextManager[str]]:
+    """A function that serves a folder by HTTP from this process; gives the address."""
+
+    @contextlib.contextmanager
+    def serving(kind: Handler, folder: Path) -> Iterator[str]:
+        handler = functools.partial(kind, directory=str(folder))
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+            server.shutdown()
+
+    return serving
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,14 +119,11 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def site(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def site(folder: Path, monkeypatch: pytest.MonkeyPatch, serve: Any) -> Iterator[str]:
     monkeypatch.setattr(web, "PAUSE", 0.0)
     monkeypatch.setattr(Server, "tries", 0)
-    handler = functools.partial(Server, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with serve(Server, folder) as address:
+        yield address
 
 
 def test_urls_and_paths_in_one_list(folder: Path, site: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Any) -> Iterator[str]:
     """A site with weights of a tiny model; a cache of its own."""
     monkeypatch.setenv("ICCE_RAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(web, "PAUSE", 0.0)
@@ -42,11 +40,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     model = backbone.load(BackboneConfig(name="test_vit", pretrained=False)).model
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, tmp_path / "w.safetensors")
-    handler = functools.partial(Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with serve(Quiet, tmp_path) as address:
+        yield address
 
 
 def test_weights_of_the_web(site: str, tmp_path: Path) -> None:
