@@ -3,7 +3,7 @@
 A sweep over numbers of classes, on the run's own embeddings and neighbors. Its score is the
 modularity of the clusters on the graph of nearest neighbors, which rises with each further cluster
 that costs fewer agreements between neighbors than it takes from chance. The run then continues from
-the heads of the best number. README says how close it came, and how far to trust it.
+the heads of the best number. .github/docs/search.md says how close it came.
 """
 
 from __future__ import annotations
