@@ -21,6 +21,8 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from icce_ray.core import importing
+
 # --- the terminal of the command line ------------------------------------------------------------
 
 # Every actor pool of Ray Data makes Ray's C++ core print the first with severity "E"; it concerns
@@ -114,7 +116,7 @@ def silenced_data() -> Iterator[None]:
     Ray Data sets up its logger when it is imported, which has to come first.
     """
     with contextlib.suppress(ImportError):
-        import ray.data  # noqa: F401
+        importing.whole("ray.data")
     logger = logging.getLogger("ray.data")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
