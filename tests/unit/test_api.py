@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import icce_ray
-from icce_ray.errors import ArtifactError
+from icce_ray.errors import ArtifactError, ConfigError
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
@@ -39,6 +39,12 @@ def test_the_version_is_that_of_the_package(repository: Path) -> None:
     text = (repository / "pyproject.toml").read_text()
     declared = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
     assert declared and declared[1] == icce_ray.__version__
+
+
+@pytest.mark.parametrize("images", [["a.jpg", "b.jpg"], None, 3])
+def test_what_is_no_address_is_said_so(images: Any) -> None:
+    with pytest.raises(ConfigError, match=r"not (list|NoneType|int): give a folder, a pattern"):
+        icce_ray.cluster_images(images, k=2)
 
 
 def test_what_is_not_there_is_named(make_run: Any, tmp_path: Path) -> None:
