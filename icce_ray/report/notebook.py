@@ -46,7 +46,7 @@ def report(files: RunDirectory) -> Shown:
     what it shows are other people's images and names."""
     page = files.read_bytes(FOLDER, PAGE).decode()
     frame = (
-        f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts allow-popups" '
+        f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-scripts allow-downloads" '
         f'style="width:100%;height:{HEIGHT}px;border:0"></iframe>'
     )
     return Shown(frame, printable(files.address(FOLDER, PAGE)))
