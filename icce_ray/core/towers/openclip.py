@@ -77,7 +77,11 @@ def split(name: str) -> tuple[str, str]:
 
 def build(config: BackboneConfig, pretrained: bool, file: str | None = None) -> Tower:
     """The image tower. See `whole`."""
-    both = whole(config, pretrained, file)
+    return image_tower(whole(config, pretrained, file), config)
+
+
+def image_tower(both: Any, config: BackboneConfig) -> Tower:
+    """The one of two towers that takes images."""
     about = described(config).to_dict()
     return _ImageTower(both.visual, about, getattr(both.visual, "output_dim", 0))
 
@@ -111,6 +115,29 @@ def whole(config: BackboneConfig, pretrained: bool, file: str | None = None) -> 
         if path is None:
             raise
         raise ConfigError(f"{place} does not fit {config.name}: {one_line(error)}") from None
+
+
+def tokenizer(model: str) -> Any:
+    """What turns a list of texts into tokens for a model's text tower. Some need transformers, and
+    a download: errors are theirs."""
+    import open_clip
+
+    with quiet():
+        return open_clip.get_tokenizer(model)
+
+
+def timm_towers() -> dict[str, str]:
+    """The timm models that are image towers of open_clip models without a projection, by model."""
+    import open_clip
+
+    visions = {
+        name: open_clip.get_model_config(name)["vision_cfg"] for name in open_clip.list_models()
+    }
+    return {
+        name: vision["timm_model_name"]
+        for name, vision in visions.items()
+        if vision.get("timm_proj") == "none"
+    }
 
 
 def source(config: BackboneConfig, cfg: Any) -> str:
