@@ -18,6 +18,7 @@ from icce_ray.errors import ConfigError, one_line
 NOUNS = Path(__file__).with_name("nouns.txt")
 PROMPT = "a photo of a {}."
 BEST = 3  # words per cluster
+LEAST = 10  # times the mean score that the best word must have, or half of all
 HUB = 10  # clusters over which a word's nearness is averaged
 LONGEST = 200  # characters of a line of a vocabulary
 ROWS = 1 << 16  # read at a time
@@ -72,7 +73,8 @@ def means(features: np.ndarray, clusters: np.ndarray, confidence: np.ndarray, co
 
 
 def suggest(centers: Tensor, texts: Tensor, scale: float, words: Sequence[str]) -> list[list[Word]]:
-    """The best words of each cluster, best first; none for an empty cluster.
+    """The best words of each cluster, best first; none for an empty cluster, nor where even the
+    best word is hardly better than any.
 
     From the cosine of cluster and word, half the word's mean cosine with its HUB nearest clusters
     is subtracted, as in CSLS (Conneau et al. 2018): else a few words would be near to all. The
@@ -85,9 +87,10 @@ def suggest(centers: Tensor, texts: Tensor, scale: float, words: Sequence[str]) 
     nearest = cosine[there].topk(min(HUB, int(there.sum())), dim=0).values.mean(0)
     shares = (scale * (cosine - nearest / 2)).softmax(1)
     best = shares.topk(min(BEST, len(words)), dim=1)
+    clear = there & (best.values[:, 0] >= min(0.5, LEAST / len(words)))
     return [
         [Word(words[v], round(s, 4)) for v, s in zip(places, scores, strict=True)] if filled else []
         for filled, places, scores in zip(
-            there.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+            clear.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
         )
     ]

@@ -141,7 +141,8 @@ def _words(context: Context) -> naming.Names:
     if why := naming.lacks(config):
         context.reporter.say(f"no names in words: {why}")
         return []
-    request = Request(context.cluster.cpus_each(1, 0), 0)
+    gpus = context.cluster.gpus_each()
+    request = Request(context.cluster.cpus_each(1, gpus), gpus)
     work = (files, config.backbone, config.answer.vocabulary, config.num_classes, request.cpus)
     try:
         return run_task(context, _near, *work, request=request, advice=ADVICE)

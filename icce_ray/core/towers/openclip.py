@@ -5,6 +5,8 @@ Their features lie in the space that images and texts share.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,28 @@ def tokenizer(model: str) -> Any:
 
     with quiet():
         return open_clip.get_tokenizer(model)
+
+
+@contextlib.contextmanager
+def shortened(whole: Any, length: int) -> Iterator[bool]:
+    """Meanwhile, a text tower takes texts of `length` tokens. Yields whether it does.
+
+    Only where a text is read up to its end: there, what fills up all texts to one length takes most
+    of the time and changes nothing.
+    """
+    import open_clip
+
+    plain = isinstance(whole, open_clip.CLIP) and whole.text_pool_type in ("argmax", "eos")
+    if not plain or whole.attn_mask is None:
+        yield False
+        return
+    mask, places = whole.attn_mask, whole.positional_embedding
+    whole.attn_mask = mask[:length, :length]
+    whole.positional_embedding = nn.Parameter(places[:length], requires_grad=False)
+    try:
+        yield True
+    finally:
+        whole.attn_mask, whole.positional_embedding = mask, places
 
 
 def timm_towers() -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core import backbone, towers
+from icce_ray.core.device import default_device
 from icce_ray.core.towers import openclip
 from icce_ray.errors import ConfigError, one_line
 
@@ -22,7 +23,7 @@ SIGLIP = re.compile(r"vit_\w+_siglip_\d+\.(v2_)?webli")
 
 
 class TextTower:
-    """Texts in the space of a backbone's features.
+    """Texts in the space of a backbone's features, on this process's GPU or the CPU.
 
     Attributes:
         scale: what the model was trained to multiply cosines with before a softmax.
@@ -30,16 +31,18 @@ class TextTower:
     """
 
     def __init__(self, whole: Any, tokenize: Any, sha256: str) -> None:
-        self._whole, self._tokenize, self.sha256 = whole, tokenize, sha256
+        self._whole, self._tokenize, self.sha256 = whole.to(default_device()), tokenize, sha256
         self.scale = float(whole.logit_scale.detach().exp())
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Unit rows, float32 [V, D]."""
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(texts), BATCH):
-                tokens = self._tokenize(list(texts[start : start + BATCH]))
-                parts.append(backbone.normalize(self._whole.encode_text(tokens)))
+        tokens = self._tokenize(list(texts)).to(default_device())
+        length = int(tokens.ne(0).any(0).nonzero().max()) + 1
+        with torch.inference_mode(), openclip.shortened(self._whole, length) as shorter:
+            parts = [
+                backbone.normalize(self._whole.encode_text(part)).cpu()
+                for part in (tokens[:, :length] if shorter else tokens).split(BATCH)
+            ]
         return torch.cat(parts)
 
 
@@ -54,7 +57,7 @@ def lacks(config: BackboneConfig) -> str:
 
 
 def load(config: BackboneConfig, file: str | None = None) -> TextTower:
-    """The text tower of a backbone that `lacks` nothing, on the CPU.
+    """The text tower of a backbone that `lacks` nothing.
 
     file: the copy of `config.weights` on this node, where these are elsewhere.
 
@@ -74,7 +77,8 @@ def load(config: BackboneConfig, file: str | None = None) -> TextTower:
             f"the text tower of {asked.name} cannot be had ({one_line(error, 150)})"
         ) from None
     image = openclip.image_tower(whole, asked) if own else whole.visual.trunk
-    return TextTower(whole, tokenize, backbone.state_hash(image.state_dict()))
+    sha256 = backbone.state_hash(image.state_dict())
+    return TextTower(whole, tokenize, sha256)
 
 
 def _of_siglip(config: BackboneConfig) -> BackboneConfig:

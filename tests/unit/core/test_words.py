@@ -77,6 +77,18 @@ def test_the_right_word_comes_first_and_a_hub_does_not() -> None:
         assert 0.5 < scores[0] <= sum(scores) <= 1.001
 
 
+def test_a_word_that_is_hardly_better_than_others_is_none() -> None:
+    """As with random weights: the best of many is then still one of many."""
+    generator = torch.Generator().manual_seed(0)
+    texts = F.normalize(torch.randn(2000, 64, generator=generator), dim=1)
+    names = [f"word-{v}" for v in range(2000)]
+    found = words.suggest(texts[:3], texts, 2.0, names)
+    assert found == [[], [], []]
+    assert [one[0].text for one in words.suggest(texts[:3], texts, 50.0, names)] == names[:3]
+    few = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.5], [0.0, 1.0]]), dim=1)
+    assert words.suggest(few[:1], few, 1.0, names[:3]) == [[]]  # a third is what each would get
+
+
 def test_an_empty_cluster_gets_no_word_and_changes_no_other() -> None:
     centers = torch.cat([torch.eye(3)[:2], torch.zeros(1, 3)])
     texts = torch.eye(3)

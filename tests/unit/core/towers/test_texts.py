@@ -52,6 +52,24 @@ def test_batches_change_nothing(clip: Any, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(tower.encode(prompts), whole)
 
 
+def test_what_fills_up_texts_is_left_out_where_it_changes_nothing(clip: Any) -> None:
+    tower, seen = texts.load(BackboneConfig(name="open_clip:tiny/tag")), []
+    hook = tower._whole.transformer.register_forward_hook(
+        lambda module, given, found: seen.append(found.shape[1])
+    )
+    short, long = "a photo of a cat.", "a photo of a cat beside a dog and a cow."
+    both = tower.encode([short, long])
+    torch.testing.assert_close(tower.encode([short]), both[:1])
+    torch.testing.assert_close(tower.encode([long]), both[1:])
+    assert seen == [14, 8, 14]
+    hook.remove()
+    clip.tiny.text_pool_type = tower._whole.text_pool_type = "last"  # which needs the filling
+    tokens = clip.get_tokenizer("tiny")([short])
+    with torch.inference_mode():
+        expected = clip.tiny.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(tower.encode([short]), expected)
+
+
 def test_weights_from_a_file_bring_their_own_texts(clip: Any) -> None:
     given = BackboneConfig(name="open_clip:tiny/tag", weights="s3://bucket/tiny.pt")
     assert texts.load(given, clip.tiny_file).sha256 == core.state_hash(
