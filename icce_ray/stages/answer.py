@@ -133,22 +133,29 @@ def _labels(files: RunDirectory, found: pa.Table, known: curated.Naming) -> pa.T
 
 def _words(context: Context) -> naming.Names:
     """Suggested names, [K]; empty where there are none. That costs no run: a line says why."""
-    files, config = context.run, context.config
-    if config.answer.namer is not None:
-        return _called(context, naming.namer(config.answer.namer))
-    if config.answer.vocabulary == "none":
+    chosen = context.config.answer
+    if chosen.namer is None and chosen.vocabulary == "none":
         return []
-    if why := naming.lacks(config):
+    if chosen.namer is None and (why := naming.lacks(context.config)):
         context.reporter.say(f"no names in words: {why}")
         return []
-    gpus = context.cluster.gpus_each()
-    request = Request(context.cluster.cpus_each(1, gpus), gpus)
-    work = (files, config.backbone, config.answer.vocabulary, config.num_classes, request.cpus)
     try:
-        return run_task(context, _near, *work, request=request, advice=ADVICE)
+        if chosen.namer is not None:
+            return _called(context, naming.namer(chosen.namer))
+        return _compared(context)
     except ConfigError as error:
         context.reporter.event(f"no names in words: {error}")
         return []
+
+
+def _compared(context: Context) -> naming.Names:
+    """The nearest words of a vocabulary, found in one task."""
+    files, config = context.run, context.config
+    gpus = context.cluster.gpus_each()
+    request = Request(context.cluster.cpus_each(1, gpus), gpus)
+    work = (files, config.backbone, config.answer.vocabulary, config.num_classes, request.cpus)
+    found: naming.Names = run_task(context, _near, *work, request=request, advice=ADVICE)
+    return found
 
 
 def _near(files: RunDirectory, backbones: Any, vocabulary: str, count: int, cpus: int) -> Any:

@@ -222,6 +222,15 @@ def test_a_function_of_the_user_gets_the_surest_images(make_run, make_context, m
         assert colors == [Image.open(uri).getpixel((0, 0)) for uri in uris]
 
 
+def test_a_function_that_is_gone_costs_no_answer(make_run, make_context):
+    """As where clusters are edited in another working directory than the run's."""
+    made = make_run(30, 3, overrides=["answer.namer=no_such_module:name"])
+    context = make_context(made)
+    assert answer.run(context).results["words"] == []
+    (event,) = context.reporter.events
+    assert event.startswith("no names in words: answer.namer=no_such_module:name cannot be")
+
+
 def test_what_names_are_taken_from_changes_the_answer_alone(make_run):
     """And only where it was chosen: earlier runs stay finished."""
     made = make_run(30, 3)
