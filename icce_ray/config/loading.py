@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from icce_ray.config import backbones, places
 from icce_ray.config.removed import REMOVED
-from icce_ray.config.schema import LABEL_MODES, Config, Node, describe, fields
+from icce_ray.config.schema import LABEL_MODES, NAMING_MODES, Config, Node, describe, fields
 from icce_ray.errors import ArtifactError, ConfigError, one_line
 from icce_ray.rundir.addresses import absolute, split_options
 
@@ -116,12 +116,14 @@ def _paths(config: Config) -> list[tuple[str, str | None]]:
     """Settings that name a file or folder; None where there is none."""
     data = config.data
     labels = None if data.labels in LABEL_MODES else data.labels
+    words = config.answer.vocabulary
     weights = [(f"backbone.{i}.weights", one.weights) for i, one in enumerate(config.backbone)]
     return [
         ("run_dir", config.run_dir),
         ("data.path", data.path),
         ("data.embeddings", data.embeddings),
         ("data.labels", labels),
+        ("answer.vocabulary", None if words in NAMING_MODES else words),
         *weights,
     ]
 

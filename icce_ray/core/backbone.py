@@ -1,4 +1,4 @@
-"""timm models as feature extractors: uint8 images in, one vector per image out.
+"""Pretrained models as feature extractors: uint8 images in, one vector per image out.
 
 Shapes: B images, S side of the input, D features, T tokens, C channels.
 """
@@ -12,18 +12,18 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from icce_ray.config import backbones
 from icce_ray.config.schema import BackboneConfig
-from icce_ray.core import hub, importing, weights
+from icce_ray.core import hub, importing, towers, weights
 from icce_ray.core.preprocess import Preprocess, preprocess_from
+from icce_ray.core.towers.tower import Tower
 from icce_ray.errors import ConfigError, DataError, one_line
 
 TRIED = 4  # images of noise on which bfloat16 is tried
@@ -75,10 +75,10 @@ def join(spaces: Sequence[Tensor]) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """A timm model with its own preparation of images.
+    """A timm model, or another library's (see `towers`), with its own preparation of images.
 
     Attributes:
-        model: the timm model, without a classification layer.
+        model: without a classification layer.
         transform: RGB image -> uint8 array [3, S, S]; needs no torch and can be pickled.
         features: D.
         source: where the weights came from.
@@ -226,6 +226,8 @@ def _pooling(model: Any, config: BackboneConfig) -> Callable[[Tensor], Tensor]:
     """The function from a normalized batch [B, 3, S, S] to features [B, D]."""
 
     def auto(x: Tensor) -> Tensor:
+        if isinstance(model, Tower):
+            return model.pooled(x)
         return model.forward_head(model.forward_features(x), pre_logits=True)
 
     def features(x: Tensor) -> Tensor:
@@ -299,7 +301,7 @@ def check(config: BackboneConfig, download: bool = False) -> None:
     wanted = download and config.pretrained and not config.weights
     if wanted and config.name in backbones.HUB:
         hub.check(config.name, backbones.HUB[config.name])  # before timm's import, which takes long
-    cfg = _pretrained_cfg(config.name)
+    cfg = _pretrained_cfg(config)
     weights.check(config, cfg.has_weights)
     if wanted and cfg.hf_hub_id and config.name not in backbones.HUB:
         hub.check(config.name, cfg.hf_hub_id)
@@ -347,7 +349,7 @@ def preprocess(config: BackboneConfig) -> Preprocess:
     Raises:
         ConfigError: an unknown model, or one whose input is not square.
     """
-    return _preprocess(config, _data_config(config, _pretrained_cfg(config.name)))
+    return _preprocess(config, _data_config(config, _pretrained_cfg(config)))
 
 
 def load(config: BackboneConfig, file: str | None = None) -> Backbone:
@@ -360,41 +362,32 @@ def load(config: BackboneConfig, file: str | None = None) -> Backbone:
             size or pooling it does not support. Never leaves a weight at random unless
             `pretrained` is false.
     """
-    cfg = _pretrained_cfg(config.name)
+    cfg = _pretrained_cfg(config)
     weights.check(config, cfg.has_weights)
     if not config.pretrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same weights in every process
             model, source = _build(config, pretrained=False), "random weights"
+    elif library := towers.of(config.name):
+        with weights.NoRandomWeights():
+            model = _download(config, partial(library.build, config, True, file))
+        source = library.source(config, cfg)
     elif config.weights:
-        with NoRandomWeights():
+        with weights.NoRandomWeights():
             model = _build(config, pretrained=False)
         source = weights.load(model, config, file)
     else:
-        with NoRandomWeights():
-            model = _download(config)
+        with weights.NoRandomWeights():
+            model = _download(config, partial(_build, config, True))
         source = f"timm hub {cfg.hf_hub_id or cfg.url}"
     model = model.eval().to(memory_format=torch.channels_last)
     return Backbone(model, config, _data_config(config, cfg), source)
 
 
-class NoRandomWeights(TorchFunctionMode):
-    """Meanwhile models get NaN where they would draw weights that are loaded from a file later.
-
-    To draw them takes longer than all else of loading a large model. A weight that a file does not
-    hold shows by features that are not finite.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
-            return args[0].fill_(math.nan)
-        return func(*args, **(kwargs or {}))
-
-
-def _pretrained_cfg(name: str) -> Any:
-    timm = _timm()
+def _pretrained_cfg(config: BackboneConfig) -> Any:
+    timm, name = _timm(), config.name
+    if library := towers.of(name):
+        return library.described(config)
     if name.startswith(hub.PREFIX):
         return hub.pretrained_cfg(name)
     try:
@@ -426,10 +419,12 @@ def _preprocess(config: BackboneConfig, data_config: Mapping[str, Any]) -> Prepr
 
 
 def _build(config: BackboneConfig, pretrained: bool) -> nn.Module:
-    """timm's model without a classifier; transformers get image_size as their own size.
+    """The model without a classifier; timm's transformers get image_size as their own size.
 
-    The arguments are kept as `icce_args`.
+    timm's arguments are kept as `icce_args`.
     """
+    if library := towers.of(config.name):
+        return library.build(config, pretrained)
     timm = _timm()
     tries: list[dict[str, Any]] = [{"img_size": config.image_size}] if config.image_size else []
     for args in [*tries, {}]:
@@ -454,10 +449,10 @@ def _build(config: BackboneConfig, pretrained: bool) -> nn.Module:
 # --- from the hub --------------------------------------------------------------------------------
 
 
-def _download(config: BackboneConfig) -> nn.Module:
+def _download(config: BackboneConfig, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         with _hub_errors():
-            return _build(config, pretrained=True)
+            return build()
     except _HubError as error:
         raise ConfigError(
             f"download of the weights of {config.name} failed ({error}). {hub.remedies()}"
@@ -481,7 +476,7 @@ def _hub_errors() -> Iterator[None]:
 
 @lru_cache(maxsize=16)
 def width(config: BackboneConfig) -> int | None:
-    """D as far as timm says it without building the model; None where it does not."""
+    """D as far as the library says it without building the model; None where it does not."""
     try:
         model = _shapes(config)
     except Exception:  # the estimate does without

@@ -35,7 +35,7 @@ def check(name: str, repository: str) -> None:
     except EntryNotFoundError:  # an answer as well: the repository is there, and may be read
         return
     except Exception as error:  # the hub's client raises errors of many libraries
-        raise _unreachable(name, error) from None
+        raise unreachable(name, error) from None
 
 
 @lru_cache(maxsize=16)
@@ -50,10 +50,11 @@ def pretrained_cfg(name: str) -> Any:
         found, *_ = load_model_config_from_hf(name.removeprefix(PREFIX))
         return PretrainedCfg(**found)
     except Exception as error:
-        raise _unreachable(name, error) from None
+        raise unreachable(name, error) from None
 
 
-def _unreachable(name: str, error: Exception) -> ConfigError:
+def unreachable(name: str, error: Exception) -> ConfigError:
+    """The error for weights, or files beside them, that did not come from the hub."""
     reason = f"{type(error).__name__}: {one_line(error, 150)}"
     return ConfigError(f"the weights of {name} cannot be downloaded ({reason}). {remedies()}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from icce_ray.config.schema import BackboneConfig
 from icce_ray.core import weight_files
@@ -26,6 +28,21 @@ State = dict[str, Tensor]
 # Of two copies of a network, self-supervised methods keep the better one under such a name.
 _AVERAGED = re.compile(r"(?:^|[._])(teacher|ema|momentum|target|averaged?|swa|k)(?=[._]|$)", re.I)
 _TRAINING = re.compile(r"decoder|mask_token|head|proj|predict|queue|prototype|center", re.I)
+
+
+class NoRandomWeights(TorchFunctionMode):
+    """Meanwhile models get NaN where they would draw weights that are loaded from a file later.
+
+    To draw them takes longer than all else of loading a large model. A weight that a file does not
+    hold shows by features that are not finite.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_):
+            return args[0].fill_(math.nan)
+        return func(*args, **(kwargs or {}))
 
 
 def check(config: BackboneConfig, hub: bool) -> None:

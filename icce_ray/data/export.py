@@ -122,7 +122,7 @@ def export(
 def _every_label(known: curated.Naming, num_clusters: int) -> list[str]:
     """What each cluster is called: its name where it has one, else its number, [K]. num_clusters:
     of a run that was not curated."""
-    names = [*known.names[: known.dropped]] if known.names else [None] * num_clusters
+    names = known.all(len(known.names[: known.dropped]) or num_clusters)
     width = len(str(len(names) - 1))
     return [name or f"{k:0{width}d}" for k, name in enumerate(names)]
 

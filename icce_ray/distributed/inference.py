@@ -23,7 +23,7 @@ from icce_ray.distributed.cluster import Cluster
 from icce_ray.distributed.stream import Columns, Job
 from icce_ray.errors import ArtifactError, StageError
 from icce_ray.rundir import copies
-from icce_ray.rundir.curated import Naming
+from icce_ray.rundir.curated import Naming, naming
 from icce_ray.rundir.directory import Manifest, RunDirectory, stored
 from icce_ray.rundir.progress import Reporter
 
@@ -270,7 +270,8 @@ def open_classifier(run: RunDirectory, precision: str) -> Opened:
     preprocess, slots = preparations(backbones)
     model = Predictor(run, Embedder(backbones, slots, precision, levels), finetuned)
     loaded = Loaded(() if finetuned else _as_made(description))
-    known = Naming(description.get("names", ()), description.get("dropped"))
+    suggested = naming(run).words  # not the classifier's: it may be older than they are
+    known = Naming(description.get("names", ()), description.get("dropped"), suggested)
     return Opened(model, preprocess, levels, loaded, known)
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.core import importing
+from icce_ray.data import naming
 from icce_ray.distributed.cluster import Cluster, NodeWatch, shared_memory_hint
 from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError, one_line
 from icce_ray.rundir import storage, tracking
@@ -268,6 +269,8 @@ def preflight(
             from icce_ray.stages import embed
 
             embed.preflight(config)
+        if any(step.stage.name == "answer" and step.state != "done" for step in steps):
+            naming.preflight(config)
     return steps
 
 

@@ -59,11 +59,11 @@ class Result:
 
     @cached_property
     def names(self) -> list[str | None]:
-        """What each cluster is called, [K]; None while it has no name."""
+        """What each cluster is called, [K], by a person or else in words that were suggested for
+        it; None while it has no name."""
         known = curated.naming(self._directory)
-        if not known.names:
-            return [None] * (int(self.clusters.max()) + 1)
-        return [*known.names[: known.dropped]]
+        count = len(known.names[: known.dropped]) or int(self.clusters.max()) + 1
+        return known.all(count)
 
     @cached_property
     def confidence(self) -> np.ndarray:

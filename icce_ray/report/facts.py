@@ -67,14 +67,16 @@ class RunFacts:
         return "" if code is None or code < 0 else self.names[code]
 
     def cluster_name(self, cluster: int) -> str:
-        """What a person called a cluster, else the class matched to it, else its number."""
+        """What a person called a cluster, else the class matched to it, else what was suggested,
+        else its number."""
         return self.given_name(cluster) or f"cluster {cluster}"
 
     def given_name(self, cluster: int) -> str:
         """The name of a cluster; empty where it has none."""
         if cluster == self.naming.dropped:
             return "(dropped)"
-        return self.naming.of(cluster) or self.class_name(self.table["matched"][cluster])
+        matched = self.class_name(self.table["matched"][cluster])
+        return self.naming.given(cluster) or matched or self.naming.of(cluster) or ""
 
 
 def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) -> RunFacts:

@@ -58,7 +58,8 @@ def _card(facts: RunFacts, galleries: Galleries, cluster: int) -> dict[str, Any]
     sure, unsure = galleries.of(cluster)
     mix = run_numbers.mix(facts, cluster)
     matched, majority = facts.class_name(row["matched"]), facts.class_name(row["majority"])
-    given = facts.given_name(cluster)
+    given, words = facts.given_name(cluster), facts.naming.suggested(cluster)
+    found_by = [str(cluster), given, matched, *(m["name"] for m in mix), *(w for w, _ in words)]
     return {
         "id": cluster,
         "name": given or f"Cluster {cluster}",
@@ -68,9 +69,10 @@ def _card(facts: RunFacts, galleries: Galleries, cluster: int) -> dict[str, Any]
         "purity": row["purity"],
         "majority": majority if majority != matched else "",
         "mix": mix,
+        "words": words,
         "sure": sure,
         "unsure": unsure,
-        "search": " ".join([str(cluster), given, matched, *(m["name"] for m in mix)]).lower(),
+        "search": " ".join(found_by).lower(),
     }
 
 
@@ -124,6 +126,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "methods": run_numbers.methods(facts.scores),
         "small": facts.num_clusters <= OPEN,
         "labeled": facts.contingency is not None,
+        "worded": any(facts.naming.words),
         "of": None if facts.naming.names else facts.manifests["consensus"].id,
         "words": run_numbers.words(facts),
         "quoted": shlex.quote(facts.uri),

@@ -182,8 +182,12 @@ def _consensus_needs(config: Config, size: Size, cluster: Cluster) -> Need:
 
 
 def _answer_settings(config: Config) -> dict[str, Any]:
-    """Only the seed: it draws the images that the distance of duplicates is taken from."""
-    return {"seed": config.seed}
+    """The seed, which draws the images that the distance of duplicates is taken from. And what the
+    names are taken from, where it was chosen: runs of earlier versions stay finished."""
+    from icce_ray.config.schema import AnswerConfig
+
+    chosen = {} if config.answer == AnswerConfig() else {"answer": settings(config.answer)}
+    return {"seed": config.seed, **chosen}
 
 
 def _answer_needs(config: Config, size: Size, cluster: Cluster) -> Need:

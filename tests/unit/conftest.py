@@ -229,7 +229,7 @@ class LocalTasks:
     def wait(self, refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
         return refs, []
 
-    def gpus_each(self, wanted: float | None) -> float:
+    def gpus_each(self, wanted: float | None = None) -> float:
         return 0.0
 
     def cpus_each(self, workers: int, gpus: float) -> float:

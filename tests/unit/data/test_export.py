@@ -47,6 +47,17 @@ def files(folder) -> list[str]:
     )
 
 
+def test_folders_are_called_by_the_words_that_were_suggested(answered, tmp_path):
+    made = answered(40, 3)
+    inputs = {"consensus": made.run.manifest("consensus").id}
+    words = [[["cat", 0.6]], [["ice cream", 0.5]], [["cat", 0.4]]]
+    made.finish(answer.FOLDER, 40, {"words": words}, inputs=inputs)
+    exports.export(made.run.uri, "folders", str(tmp_path / "out"))
+    names = ["cat 0", "ice cream", "cat 2"]
+    for uri, cluster in zip(made.uris, made.clusters, strict=True):
+        assert (tmp_path / "out" / names[cluster] / Path(uri).name).exists()
+
+
 @pytest.mark.parametrize("copy", [False, True])
 def test_folders_hold_the_images_of_their_clusters(answered, tmp_path, copy):
     made = answered(40, 11, bad=3)

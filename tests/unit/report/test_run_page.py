@@ -13,7 +13,7 @@ from PIL import Image
 from icce_ray.errors import ArtifactError
 from icce_ray.report import facts, galleries, run_page
 from icce_ray.rundir.schemas import QUARANTINE_SCHEMA
-from icce_ray.stages import evaluate, report
+from icce_ray.stages import answer, evaluate, report
 
 
 @pytest.fixture
@@ -184,3 +184,47 @@ def test_build_needs_a_run_with_an_evaluation(make_run, tmp_path):
         report.build(str(tmp_path / "nowhere"))
     with pytest.raises(ArtifactError, match="evaluation is not finished"):
         report.build(make_run(20, 2).run.uri)
+
+
+# --- names in words ------------------------------------------------------------------------------
+
+
+def suggest(made, words):
+    """Say that the answer suggests these words for the clusters."""
+    made.finish(
+        "answer",
+        len(made.rows),
+        {"words": words},
+        inputs={"consensus": made.run.manifest("consensus").id},
+    )
+
+
+@pytest.mark.parametrize("clusters", [3, run_page.OPEN + 1])
+def test_suggested_words_are_shown_with_their_scores(make_run, make_context, page_of, clusters):
+    made = make_run(4 * clusters, clusters, names=None)
+    answer.run(make_context(made))
+    rest = [[] for _ in range(clusters - 2)]
+    suggest(made, [[["<b>cat", 0.61], ["kitten", 0.2]], [["a caption", None]], *rest])
+    page, text = page_of(made)
+    assert re.search(r"[Ii]n words: <b>cat 61%, kitten 20%", page.text)
+    assert re.search(r"[Ii]n words: a caption ", page.text)
+    assert page.text.lower().count("in words:") == 2
+    assert "Words are suggestions" in page.text and "<b>cat" not in text
+    found = dict(re.findall(r'data-t="([^"]*)" data-s="([^"]*)"', text))
+    assert found["&lt;b&gt;cat"].startswith("0 ") and "kitten" in found["&lt;b&gt;cat"]
+    assert found["Cluster 2"].strip() == "2"
+
+
+def test_a_class_names_a_cluster_before_a_word(make_run, make_context, page_of):
+    made = make_run(60, 3)
+    answer.run(make_context(made))
+    suggest(made, [[["cat", 0.6]], [["dog", 0.6]], [["cow", 0.6]]])
+    page, _ = page_of(made)
+    titles = [value for name, value in page.attributes if name == "data-t"]
+    assert all(title.startswith("class-") for title in titles) and len(titles) == 3
+    assert "in words: dog 60%" in page.text
+
+
+def test_without_words_the_page_does_not_speak_of_them(make_run, page_of):
+    page, _ = page_of(make_run(60, 3))
+    assert "in words" not in page.text.lower() and "Words are" not in page.text

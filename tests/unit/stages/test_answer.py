@@ -10,13 +10,16 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import icce_ray
 from icce_ray import pipeline
-from icce_ray.errors import ArtifactError
+from icce_ray.core.words import Word
+from icce_ray.data import naming
+from icce_ray.errors import ArtifactError, ConfigError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import LABELS_SCHEMA
-from icce_ray.stages import answer
+from icce_ray.stages import answer, table
 
 
 @pytest.fixture
@@ -140,3 +143,101 @@ def test_parquet_holds_plain_columns(make_run, answered):
     made = make_run(30, 3)
     answered(made)
     assert pq.read_schema(made.run.path("labels.parquet")).names == LABELS_SCHEMA.names
+
+
+# --- names in words ------------------------------------------------------------------------------
+
+WORDS = [[Word("cat", 0.6), Word("kitten", 0.1)], [Word("dog", 0.5)], []]
+
+
+@pytest.fixture
+def worded(monkeypatch, answered):
+    """worded(made) -> the run with its answer, where a text tower has words for its clusters."""
+    monkeypatch.setattr(naming, "lacks", lambda config: "")
+    monkeypatch.setattr(naming, "by_vocabulary", lambda *_: WORDS)
+    return answered
+
+
+def test_words_are_names_where_nobody_gave_one(make_run, worded):
+    made = make_run(60, 3, bad=4)
+    outcome = worded(made)
+    assert outcome.results["words"] == WORDS
+    rows = icce_ray.load(made.run.uri).table.to_pylist()
+    names = {0: "cat", 1: "dog", 2: None, -1: None}
+    assert [row["name"] for row in rows] == [names[row["cluster"]] for row in rows]
+    assert icce_ray.load(made.run.uri).names == ["cat", "dog", None]
+
+
+def test_words_of_an_earlier_consensus_are_no_names(make_run, worded):
+    made = make_run(60, 3)
+    worded(made)
+    made.finish("consensus", 60)
+    assert icce_ray.load(made.run.uri).names == [None] * 3
+
+
+def test_words_that_cannot_be_had_cost_no_answer(make_run, make_context, monkeypatch):
+    def fail(*_):
+        raise ConfigError("the text tower of x cannot be had")
+
+    monkeypatch.setattr(naming, "lacks", lambda config: "")
+    monkeypatch.setattr(naming, "by_vocabulary", fail)
+    made = make_run(60, 3)
+    context = make_context(made)
+    outcome = answer.run(context)
+    assert outcome.rows == 60 and outcome.results["words"] == []
+    assert context.reporter.events == ["no names in words: the text tower of x cannot be had"]
+
+
+def test_a_backbone_without_texts_is_named_in_one_line(make_run, make_context):
+    made = make_run(60, 3)
+    context = make_context(made)
+    assert answer.run(context).results["words"] == []
+    assert not context.reporter.events
+    log = made.run.read_bytes("log").decode()
+    assert f"no names in words: {made.config.backbone[0].name} has no text tower" in log
+
+
+def test_a_function_of_the_user_gets_the_surest_images(make_run, make_context, monkeypatch):
+    """Images are of one color each, so the function can say which ones it saw."""
+    made = make_run(60, 3, bad=2, overrides=["answer.namer=mine:name"])
+    seen = []
+
+    def name(images):
+        seen.append([image.getpixel((0, 0)) for image in images])
+        if len(seen) == 2:
+            raise ValueError("no idea")
+        return f"name {len(seen)}"
+
+    monkeypatch.setattr(naming, "namer", lambda setting: name)
+    context = make_context(made)
+    outcome = answer.run(context)
+    assert outcome.results["words"] == [[Word("name 1", None)], [], [Word("name 3", None)]]
+    assert context.reporter.events == [
+        "answer.namer failed for 1 of 3 clusters; the first is cluster 1: ValueError: no idea"
+    ]
+    for cluster, colors in enumerate(seen):
+        rows = np.flatnonzero(made.clusters == cluster)
+        best = rows[np.argsort(-made.confidence[rows], kind="stable")][: answer.SHOWN]
+        uris = [made.uris[made.rows[row]] for row in best]
+        assert colors == [Image.open(uri).getpixel((0, 0)) for uri in uris]
+
+
+def test_a_function_that_is_gone_costs_no_answer(make_run, make_context):
+    """As where clusters are edited in another working directory than the run's."""
+    made = make_run(30, 3, overrides=["answer.namer=no_such_module:name"])
+    context = make_context(made)
+    assert answer.run(context).results["words"] == []
+    (event,) = context.reporter.events
+    assert event.startswith("no names in words: answer.namer=no_such_module:name cannot be")
+
+
+def test_what_names_are_taken_from_changes_the_answer_alone(make_run):
+    """And only where it was chosen: earlier runs stay finished."""
+    made = make_run(30, 3)
+    before = pipeline.fingerprints(made.config)
+    update = made.config.answer.model_copy(update={"vocabulary": "none"})
+    after = pipeline.fingerprints(made.config.model_copy(update={"answer": update}))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"answer", "report"}
+    assert made.config.answer.vocabulary == "auto"
+    assert table.stage("answer").settings(made.config) == {"seed": made.config.seed}
