@@ -43,8 +43,7 @@ def cluster(
     Args:
         embeddings: numbers [N, D], one row per image: a numpy array of any number type (also a
             memory map) or a torch tensor on any device. Rows are normalized.
-        num_classes: K, at least 2; or "auto", or a range such as "50-200", to have it estimated:
-            it is `found.config.num_classes` then.
+        num_classes: K, at least 2; or "auto", or a range such as "50-200", to have it estimated.
         device: of the heads and the classifier, such as "cuda:1". Default: a GPU if there is one.
         progress: called as progress(part, done, total), with part classes (where
             they are estimated), search, heads or classifier.

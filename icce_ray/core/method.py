@@ -344,7 +344,7 @@ def cluster(
     x = unit_rows(embeddings)
     say = _Parts(progress)
     if between:
-        found = classes.estimate(x, between, config, chosen, say.steps("classes"))
+        found = classes.estimate(x, between, config, say.steps("classes"))
         config = check(MethodConfig, {**tree, "num_classes": found.best})
     if len(x) < config.num_classes:
         raise DataError(

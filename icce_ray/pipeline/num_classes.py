@@ -80,14 +80,13 @@ def _known(run: RunDirectory, key: str) -> int | None:
 
 def _estimate(config: Config, run: RunDirectory, key: str, between: Range, quiet: bool) -> int:
     from icce_ray.core import num_classes
-    from icce_ray.core.device import default_device
 
     reporter = Reporter(run, quiet)
     with pipeline.running(run, reporter, Cluster(config.ray), "done until embed"):
         with reporter.bar("number of classes", num_classes.TREES, "trees") as bar:
             embeddings = run.matrix("embeddings", "embedding")
             found = num_classes.estimate(
-                embeddings, between, config, default_device(), lambda done, _: bar.update(done)
+                embeddings, between, config, lambda done, _: bar.update(done)
             )
         run.write_json({"key": key, **asdict(found)}, FILE)
         reporter.say(

