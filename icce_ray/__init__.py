@@ -1,8 +1,9 @@
 """Unsupervised image classification at ImageNet scale, distributed by Ray.
 
-`cluster` groups embeddings in memory. `run` takes images or embeddings of any size through the
-whole chain, on this machine or a cluster, and keeps everything in a run directory; `load` reads
-one, `predict` labels new images with it, and `sweep` tries settings.
+`cluster_images` sorts images into classes, `cluster` embeddings in memory. `run` takes images or
+embeddings of any size through the whole chain, on this machine or a cluster, and keeps everything
+in a run directory; `load` reads one, `predict` labels new images with it, and `sweep` tries
+settings.
 
 Importing this package loads neither torch nor Ray.
 """
@@ -15,10 +16,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icce_ray.core.method import Clustering
-    from icce_ray.rundir.results import Predictions, Result
+    from icce_ray.pipeline.results import Predictions, Result
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "cluster", "load", "predict", "run", "sweep"]
+__all__ = ["__version__", "cluster", "cluster_images", "load", "predict", "run", "sweep"]
+
+
+def cluster_images(images: str | Path, k: int | str, **settings: Any) -> Result:
+    """Sort images into `k` classes, as `icce-ray run IMAGES -k K` does.
+
+    >>> import icce_ray
+    >>> found = icce_ray.cluster_images("photos", k=20)
+    >>> found.labels                                # a data frame: uri, cluster, confidence, ...
+    >>> found.show(3)                               # images of cluster 3, in a notebook
+    >>> found.predict(["new/a.jpg", "new/b.jpg"])   # a data frame of the same form
+    >>> found.embeddings, found.report              # float16 [N, D], the page
+
+    The same call resumes what was interrupted, and reads what is finished.
+
+    Args:
+        images: a folder, a pattern, or another path or address, as data.path.
+        k: the number of classes, a range such as "50-200", or "auto".
+        settings: as of `run`, such as run_dir="runs/photos", backbone="dinov2-small", quiet=True.
+
+    Returns: what `load` returns.
+
+    Raises:
+        icce_ray.errors.IcceError: settings, images or artifacts that do not fit, a failed stage.
+    """
+    return run(images, num_classes=k, **settings)
 
 
 def cluster(
@@ -79,7 +105,7 @@ def run(
     >>> import icce_ray
     >>> found = icce_ray.run("photos", num_classes=20, backbone="dinov2-small")
     >>> found = icce_ray.run("quickstart", "heads.count=8", "run_dir=runs/eight")
-    >>> found.labels, found.confidence, found.uris
+    >>> found.labels, found.metrics, found.report
 
     Finished stages are skipped and half-done ones resumed, so the same call resumes a run that was
     interrupted.
@@ -101,7 +127,7 @@ def run(
     from icce_ray import config as configs
     from icce_ray import pipeline
     from icce_ray.pipeline import num_classes
-    from icce_ray.rundir.results import Result
+    from icce_ray.pipeline.results import Result
 
     given = [*configs.as_overrides(settings), *overrides]
     resolved = num_classes.resolve(config, given, overwrite=overwrite, quiet=quiet)
@@ -115,10 +141,10 @@ def load(run_dir: str | Path) -> Result:
 
     >>> import icce_ray
     >>> found = icce_ray.load("runs/quickstart")
-    >>> found.labels, found.confidence, found.uris  # int32 [N], float32 [N], [N]
-    >>> found.table.to_pandas()                     # all of labels.parquet
+    >>> found.labels                                # a data frame: labels.parquet
+    >>> found.clusters, found.confidence            # int32 [N], float32 [N]
     >>> found.metrics["acc"]                        # where there was ground truth
-    >>> labels, confidence = found.predict(new_embeddings)
+    >>> found.predict("photos/new.jpg")             # or new embeddings
 
     Args:
         run_dir: a folder, s3:// or gs://.
@@ -126,11 +152,12 @@ def load(run_dir: str | Path) -> Result:
     Raises:
         icce_ray.errors.ArtifactError: it has no finished consensus.
     """
-    from icce_ray.rundir.results import Result
+    from icce_ray.pipeline.results import Result
+    from icce_ray.rundir import results
+    from icce_ray.rundir.directory import RunDirectory
 
-    result = Result(str(run_dir))
-    result.require("consensus")
-    return result
+    results.require(RunDirectory(str(run_dir)), "consensus")
+    return Result(str(run_dir))
 
 
 def predict(
@@ -141,11 +168,12 @@ def predict(
     min_confidence: float = 0.0,
     quiet: bool = False,
 ) -> Predictions:
-    """Label new images with the classifier of a finished run.
+    """Label any number of new images with the classifier of a finished run, distributed by Ray.
 
     >>> import icce_ray
     >>> new = icce_ray.predict("runs/mine", "photos/new", out="runs/new-labels")
-    >>> new.labels, new.confidence, new.uris        # int32 [B], float32 [B], [B]
+    >>> new.labels                                  # a data frame: uri, cluster, confidence, ...
+    >>> new.clusters, new.confidence                # int32 [B], float32 [B]
     >>> new.novelty                                 # float32 [B], near 1: unlike the run's images
 
     Args:
@@ -159,9 +187,9 @@ def predict(
     Raises:
         icce_ray.errors.IcceError: settings, images or artifacts that do not fit, a failed stage.
     """
+    from icce_ray.pipeline.results import Predictions
     from icce_ray.rundir.addresses import absolute
     from icce_ray.rundir.directory import RunDirectory
-    from icce_ray.rundir.results import Predictions
     from icce_ray.stages import predict as stage
 
     run_uri = str(run_dir)

@@ -484,7 +484,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         compat.leave(130)
     except SystemExit as end:
-        compat.leave(end.code)
+        compat.leave(end.code, at_once=arguments is None)  # else a caller lives on
 
 
 if __name__ == "__main__":

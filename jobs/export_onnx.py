@@ -6,13 +6,13 @@ icce_ray/core/classifier/onnx.py says what goes in and comes out. Needs `pip ins
 import sys
 from pathlib import Path
 
+import icce_ray
 from icce_ray.core.classifier import onnx
 from icce_ray.distributed.inference import DESCRIPTION, finished_classifier
 from icce_ray.errors import ConfigError, IcceError, printable_lines
 from icce_ray.rundir import storage
 from icce_ray.rundir.curated import current
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.rundir.results import Result
 
 
 def main(arguments: list[str]) -> None:
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     storage.check(run_dir)
     run = current(RunDirectory(run_dir))
     finished_classifier(run)
-    onnx.export(Result(run_dir).classifier, run.read_json("classifier", DESCRIPTION), out)
+    onnx.export(icce_ray.load(run_dir).classifier, run.read_json("classifier", DESCRIPTION), out)
     print(out)
 
 

@@ -175,6 +175,11 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """The tree and the name of a config; data in place of one have no name."""
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source)), ""
+    if not isinstance(source, str | Path):
+        raise ConfigError(
+            f"data or a config, not {type(source).__name__}: give a folder, a pattern such as "
+            "photos/**/*.jpg, or for single images a CSV file with a column of their paths"
+        )
     text, known = str(source), golden_configs()
     if text not in known and (data := places.data_group(text)):
         return {"data": data}, ""

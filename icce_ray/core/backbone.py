@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from icce_ray.config import backbones
 from icce_ray.config.schema import BackboneConfig
-from icce_ray.core import hub, weights
+from icce_ray.core import hub, importing, weights
 from icce_ray.core.preprocess import Preprocess, preprocess_from
 from icce_ray.errors import ConfigError, DataError, one_line
 
@@ -281,8 +281,7 @@ def _final_norm(model: Any, pooled: Tensor) -> Tensor:
 
 
 def _timm() -> Any:
-    import timm
-
+    timm = importing.whole("timm")
     for name in ("timm", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return timm

@@ -33,7 +33,7 @@ from icce_ray.errors import ConfigError, DataError, printable
 from icce_ray.rundir import curated, storage
 from icce_ray.rundir.addresses import is_remote, split_options
 from icce_ray.rundir.directory import RunDirectory
-from icce_ray.rundir.results import Result
+from icce_ray.rundir.results import read_labels
 from icce_ray.rundir.schemas import as_csv
 
 BLOCK = 512  # images whose bytes are in memory at once
@@ -100,7 +100,7 @@ def export(
         raise ConfigError(f"min_confidence={min_confidence:g} must lie between 0 and 1")
     storage.check(run_uri)
     run = curated.current(RunDirectory(run_uri))
-    settings, table = run.read_settings(), Result(run_uri).table
+    settings, table = run.read_settings(), read_labels(run)
     given = (settings.get("data") or {}).get("embeddings")
     if given and kind != "csv":
         raise ConfigError("this run was made from given embeddings: it has no images, only csv")

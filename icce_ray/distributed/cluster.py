@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from icce_ray.config.schema import RayConfig
+from icce_ray.core import importing
 from icce_ray.distributed import compat, reach
 from icce_ray.errors import StageError
 
@@ -136,8 +137,7 @@ class Cluster:
 
     def start(self) -> Any:
         """Return the `ray` module, connected."""
-        import ray
-
+        ray = importing.whole("ray")
         if not ray.is_initialized():
             self._connect(ray)
         return ray

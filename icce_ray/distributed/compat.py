@@ -21,6 +21,8 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from icce_ray.core import importing
+
 # --- the terminal of the command line ------------------------------------------------------------
 
 # Every actor pool of Ray Data makes Ray's C++ core print the first with severity "E"; it concerns
@@ -114,7 +116,7 @@ def silenced_data() -> Iterator[None]:
     Ray Data sets up its logger when it is imported, which has to come first.
     """
     with contextlib.suppress(ImportError):
-        import ray.data  # noqa: F401
+        importing.whole("ray.data")
     logger = logging.getLogger("ray.data")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -245,13 +247,16 @@ def local_ray_ended() -> bool:
     return False
 
 
-def leave(code: int | str | None) -> NoReturn:
+def leave(code: int | str | None, at_once: bool = False) -> NoReturn:
     """End this process, with an exit code as `sys.exit` takes it.
 
     Where Ray's processes have ended before us, without Ray's own clean-up at exit, which would wait
     for them for a minute and then end the process with a code of its own.
+
+    at_once: leave the memory to the operating system, too, where Ray was never there: Python takes
+        a second to free what torch and timm hold, object by object.
     """
-    if not local_ray_ended():
+    if not (local_ray_ended() or (at_once and "ray" not in sys.modules)):
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
+from icce_ray.core import importing
 from icce_ray.distributed.cluster import Cluster, NodeWatch, shared_memory_hint
 from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError, one_line
 from icce_ray.rundir import storage, tracking
@@ -326,6 +327,7 @@ def _run_chain(context: Context, chosen: Sequence[str], snapshot: Snapshot) -> N
             _show_and_check(context, steps, snapshot)  # `index` has counted the images
             shown = True
         if steps[position].todo:
+            importing.whole("torch")
             run_stage(context, steps[position])
             snapshot.forget(run, stage.folder)
             steps = make_steps(config, run, chosen, snapshot)

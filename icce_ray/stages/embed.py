@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from icce_ray.config.schema import Config
+from icce_ray.core import importing
 from icce_ray.core.preprocess import levels_of
 from icce_ray.core.samples import AS_IS, Levels, levels_in
 from icce_ray.core.unit_rows import UnitRows
@@ -41,6 +42,7 @@ def preflight(config: Config) -> None:
     """Check names, sizes and pooling, and that weights are there. Raises ConfigError."""
     if config.data.embeddings:
         return
+    importing.whole("torch")
     from icce_ray.core import backbone as core
 
     local = Cluster(config.ray).is_local  # else others download the weights

@@ -9,9 +9,11 @@ Shapes: N images, B batch, K clusters.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,6 +45,7 @@ from icce_ray.rundir.schemas import PREDICTIONS_SCHEMA
 
 GROUPS = ("embed", "ray", "data")  # settings that a call may change
 SOURCES = ("data.path", "data.embeddings", "data.dataset")  # ... but not which images it is for
+SAID = ("image_id", "cluster", "confidence", "novelty", "reason")  # of each image
 SHOW = 3  # reasons of bad images that are shown
 
 
@@ -117,25 +120,60 @@ def predict_one(
 
     Arguments and errors as of `predict`. Raises DataError also where the image cannot be decoded.
     """
-    run = curated.current(RunDirectory(run_uri))
-    task = _task(run, image, overrides, min_confidence)
-    table = listing.list_images(task.config.data, setting="images").table
-    answers = Arrays(1)
-    reporter = Reporter(run, silent=True)
-
-    def accept(batch: Columns) -> tuple[Columns, np.ndarray]:
-        if reason := batch["reason"][0]:
-            raise DataError(f"{printable(image)} cannot be classified: {reason}")
-        kept = ("image_id", "cluster", "confidence", "novelty")
-        return {name: batch[name] for name in kept}, np.ones(1, bool)
-
-    loaded = task.classifier.loaded
-    Inference(None, reporter, table, answers, accept, loaded=loaded).run(task.job, "")
-    found = answers.columns
+    with _uncollected():
+        task = _task(curated.current(RunDirectory(run_uri)), image, overrides, min_confidence)
+        found = _here(task, listing.list_images(task.config.data, setting="images").table)
+    if reason := found["reason"][0]:
+        raise DataError(f"{printable(image)} cannot be classified: {reason}")
     sure = bool(found["confidence"][0] >= min_confidence)
     confidence, novelty = float(found["confidence"][0]), float(found["novelty"][0])
     number = int(found["cluster"][0])
     return Prediction(number, task.classifier.naming.of(number), sure, confidence, novelty)
+
+
+def predict_here(run_uri: str, images: Sequence[str]) -> pa.Table:
+    """Classify images in this process, without Ray. Nothing is written.
+
+    images: one or several, each as `predict` takes them. Errors as of `predict`.
+
+    Returns: PREDICTIONS_SCHEMA, in the order given.
+    """
+    run = curated.current(RunDirectory(run_uri))
+    for each in images:
+        listing.check_exists("images", each)
+    with _uncollected():
+        task = _task(run, images[0], ())
+        places = [task.config.data.model_copy(update={"path": each}) for each in images]
+        tables = [listing.list_images(place, setting="images").table for place in places]
+        table = pa.concat_tables(tables)
+        ids = pa.array(np.arange(table.num_rows))
+        table = table.set_column(0, table.schema.field("image_id"), ids)
+        return _rows(task, table, _here(task, table))
+
+
+def _here(task: _Task, table: pa.Table) -> Columns:
+    """What the classifier says of the images of a table, by row; `reason` where one is bad."""
+    answers, reporter = Arrays(table.num_rows), Reporter(task.run, silent=True)
+
+    def accept(batch: Columns) -> tuple[Columns, np.ndarray]:
+        return {name: batch[name] for name in SAID}, np.ones(len(batch["reason"]), bool)
+
+    loaded = task.classifier.loaded
+    Inference(None, reporter, table, answers, accept, loaded=loaded).run(task.job, "")
+    return answers.columns
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Meanwhile no garbage collection: torch and timm bring a million objects when they are first
+    imported, none of them garbage, and to look at these again and again takes half a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def is_image(images: str) -> bool:
@@ -287,27 +325,7 @@ class _Work:
         return Shards.open(self.target, self.folder, total, size, self._build, read, resumed)
 
     def _build(self, columns: Columns) -> pa.Table:
-        ids = columns["image_id"]
-        reasons = columns["reason"]
-        bad = reasons.astype(bool)
-        confidence = np.where(bad, 0, columns["confidence"]).astype(np.float32)
-        novelty = columns["novelty"].astype(np.float32)
-        dropped = ~bad & (columns["cluster"] < 0)
-        reasons = np.where(dropped, curated.DROPPED, reasons)
-        open_ = bad | dropped | (confidence < self.task.min_confidence)
-        cluster = np.where(open_, -1, columns["cluster"]).astype(np.int32)
-        names = map(self.task.classifier.naming.of, cluster.tolist())
-        return pa.Table.from_arrays(
-            [
-                self.table["uri"].take(pa.array(ids)).combine_chunks(),
-                pa.array(cluster),
-                pa.array(names, pa.string()),
-                pa.array(confidence),
-                pa.array(novelty, mask=bad | np.isnan(novelty)),
-                pa.array([reason or None for reason in reasons], pa.string()),
-            ],
-            schema=PREDICTIONS_SCHEMA,
-        )
+        return _rows(self.task, self.table, columns)
 
     def _classify(self) -> float:
         """Returns images per second."""
@@ -322,8 +340,7 @@ class _Work:
             uri = self.table["uri"][int(batch["image_id"][row])].as_py()
             self.reporter.say(f"! {printable(uri)}: {batch['reason'][row]}")
         self.bad += int(bad.sum())
-        kept = ("image_id", "cluster", "confidence", "novelty", "reason")
-        return {name: batch[name] for name in kept}, np.ones(len(bad), bool)
+        return {name: batch[name] for name in SAID}, np.ones(len(bad), bool)
 
     def _finish(self, mark: dict[str, Any], seconds: float, rate: float) -> Manifest:
         run, total = self.target, self.table.num_rows
@@ -365,6 +382,31 @@ class _Work:
         self.reporter.flush()
         run.finish(self.folder, manifest)
         return manifest
+
+
+def _rows(task: _Task, table: pa.Table, columns: Columns) -> pa.Table:
+    """PREDICTIONS_SCHEMA of some images of a table, from what the classifier said of them."""
+    ids = columns["image_id"]
+    reasons = columns["reason"]
+    bad = reasons.astype(bool)
+    confidence = np.where(bad, 0, columns["confidence"]).astype(np.float32)
+    novelty = columns["novelty"].astype(np.float32)
+    dropped = ~bad & (columns["cluster"] < 0)
+    reasons = np.where(dropped, curated.DROPPED, reasons)
+    open_ = bad | dropped | (confidence < task.min_confidence)
+    cluster = np.where(open_, -1, columns["cluster"]).astype(np.int32)
+    names = map(task.classifier.naming.of, cluster.tolist())
+    return pa.Table.from_arrays(
+        [
+            table["uri"].take(pa.array(ids)).combine_chunks(),
+            pa.array(cluster),
+            pa.array(names, pa.string()),
+            pa.array(confidence),
+            pa.array(novelty, mask=bad | np.isnan(novelty)),
+            pa.array([reason or None for reason in reasons], pa.string()),
+        ],
+        schema=PREDICTIONS_SCHEMA,
+    )
 
 
 def _scores(config: Config, table: pa.Table, clusters: np.ndarray) -> dict[str, Any]:

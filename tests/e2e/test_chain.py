@@ -262,14 +262,16 @@ def test_in_memory_the_same_comes_out(embeddings: Path, ray_session: None) -> No
     with one_thread():
         found = icce_ray.cluster(x, 3, seed=1, heads={"count": 4, "steps": 60})
     done = icce_ray.load(run)
-    assert (done.labels == found.labels).all()
+    assert (done.clusters == found.labels).all()
     np.testing.assert_allclose(done.confidence, found.confidence, atol=1e-6)
     kept = RunDirectory(str(run))
     assert (kept.matrix("neighbors", "ids") == found.neighbors.ids).all()
     assert (kept.matrix("heads", "assignments") == found.assignments).all()
-    for given, expected in zip(done.predict(x), found.predict(x), strict=True):
-        np.testing.assert_allclose(given, expected, atol=1e-4)
-    assert (done.predict(x)[0] == clusters(run, "classifier")).all()
+    given, expected = done.predict(x), found.predict(x)
+    assert (given["cluster"] == expected[0]).all()
+    np.testing.assert_allclose(given["confidence"], expected[1], atol=1e-4)
+    assert (given["cluster"] == clusters(run, "classifier")).all()
+    np.testing.assert_allclose(done.embeddings, x / np.linalg.norm(x, axis=1)[:, None], atol=1e-3)
     assert done.uris == [f"{embeddings / 'x.npy'}#{row}" for row in range(150)]
 
 

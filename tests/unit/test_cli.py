@@ -17,8 +17,8 @@ from icce_ray import cli, pipeline
 from icce_ray.config.loading import load
 from icce_ray.config.schema import Config
 from icce_ray.errors import ArtifactError, ConfigError, DataError
+from icce_ray.pipeline.results import Result
 from icce_ray.rundir.directory import Manifest, RunDirectory
-from icce_ray.rundir.results import Result
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -56,12 +56,14 @@ def test_one_line_starts_a_run(
     code, _, err = call(capsys, *line)
     assert code == 0 and err == "backbone dinov2-small is vit_small_patch14_dinov2.lvd142m\n"
     monkeypatch.setattr(Result, "__init__", lambda *_: None)
-    icce_ray.run("photos", num_classes=20, backbone="dinov2-small", run_dir="x", seed=3)
+    given = {"backbone": "dinov2-small", "run_dir": "x", "seed": 3}
+    icce_ray.run("photos", num_classes=20, **given)
+    icce_ray.cluster_images(Path("photos"), k=20, **given)
     (tmp_path / "x.yaml").write_text(
         "{num_classes: 20, data: {path: photos}, backbone: dinov2-small, run_dir: x, seed: 3}"
     )
     call(capsys, "run", "x.yaml")
-    assert ran == [ran[0]] * 3 and ran[0].num_classes == 20
+    assert ran == [ran[0]] * 4 and ran[0].num_classes == 20
 
 
 @pytest.mark.parametrize(

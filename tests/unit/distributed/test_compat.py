@@ -319,3 +319,22 @@ def test_without_a_coordinator_nothing_is_cancelled(
     compat.cancel_reservation("train-7")
     monkeypatch.setattr(ray, "get_actor", lambda *_, **__: object())  # without that method
     compat.cancel_reservation("train-7")
+
+
+@pytest.mark.parametrize(("ray_there", "torn_down"), [(False, ""), (True, "torn down\n")])
+def test_a_command_without_ray_leaves_its_memory_to_the_system(
+    ray_there: bool, torn_down: str
+) -> None:
+    code = (
+        "import atexit, sys, types\n"
+        "from icce_ray import cli\n"
+        "atexit.register(print, 'torn down')\n"
+        f"if {ray_there}: sys.modules['ray'] = types.ModuleType('ray')\n"
+        "sys.argv = ['icce-ray', '--version']\n"
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    version, _, rest = done.stdout.partition("\n")
+    assert version.startswith("icce-ray ") and rest == torn_down

@@ -72,23 +72,25 @@ def test_labels_classifier_and_numbers_agree(finished, curate):
 
     found = icce_ray.load(finished.run.uri)
     cats, dogs = by_pieces["0 1"]["cluster"], by_pieces["2"]["cluster"]
-    assert np.array_equal(found.labels == cats, np.isin(old, [0, 1]))
-    assert np.array_equal(found.labels == dogs, old == 2)
-    assert np.array_equal(found.labels == -1, old == 4)
+    assert np.array_equal(found.clusters == cats, np.isin(old, [0, 1]))
+    assert np.array_equal(found.clusters == dogs, old == 2)
+    assert np.array_equal(found.clusters == -1, old == 4)
     assert found.names == [one["name"] for one in clusters[:-1]]
     assert found.classifier.num_clusters == 5  # with the dropped ones, so that it knows them
 
     rows = found.table.to_pylist()[2:]
-    assert [row["cluster"] for row in rows] == found.labels.tolist()
+    assert [row["cluster"] for row in rows] == found.clusters.tolist()
     names = {cats: "cats", dogs: "dogs"}
-    assert [row["name"] for row in rows] == [names.get(k) for k in found.labels.tolist()]
+    assert [row["name"] for row in rows] == [names.get(k) for k in found.clusters.tolist()]
     assert {row["reason"] for row in rows if row["cluster"] < 0} == {"dropped"}
     assert {row["reason"] for row in rows if row["cluster"] >= 0} == {None}
     read = pyarrow.csv.read_csv(finished.run.path("labels.csv"))
     assert read["cluster"].to_pylist() == found.table["cluster"].to_pylist()
 
-    labels, _ = found.predict(finished.features)
-    assert {-1, cats, dogs} <= set(labels.tolist()) <= {-1, 0, 1, 2, 3}  # 4 is never said
+    new = found.predict(finished.features)
+    assert {-1, cats, dogs} <= set(new["cluster"]) <= {-1, 0, 1, 2, 3}  # 4 is never said
+    assert set(new["name"][new["cluster"] == cats]) == {"cats"}
+    assert new["name"][new["cluster"] == -1].isna().all()
     assert found.metrics["num_classes"] == 5
 
 
@@ -101,7 +103,7 @@ def test_the_run_itself_stays_and_comes_back(finished, curate):
     assert curation.undo(finished.run.uri) is True
     assert content(finished.run) == before
     assert not Path(finished.run.path(curated.FOLDER)).exists()
-    assert np.array_equal(icce_ray.load(finished.run.uri).labels, finished.clusters)
+    assert np.array_equal(icce_ray.load(finished.run.uri).clusters, finished.clusters)
     assert curation.undo(finished.run.uri) is False
 
 
@@ -111,7 +113,7 @@ def test_edits_are_about_the_own_clusters_each_time(finished, curate, tmp_path):
     curate()
     found = icce_ray.load(finished.run.uri)
     assert len(found.names) == 5 and found.names.count("birds") == 1
-    assert np.array_equal(found.labels == found.names.index("birds"), finished.clusters == 4)
+    assert np.array_equal(found.clusters == found.names.index("birds"), finished.clusters == 4)
     assert (tmp_path / "edits.yaml").read_bytes() == finished.run.read_bytes(
         "curated", "edits.yaml"
     )
@@ -125,7 +127,7 @@ def test_a_corrected_image_moves_alone(finished, curate, tmp_path):
     found = icce_ray.load(finished.run.uri)
     line = found.table.to_pylist()[row + 2]
     assert (line["uri"], line["name"], line["confidence"]) == (uri, "cats", 1.0)
-    assert (found.labels == found.names.index("cats")).sum() == (finished.clusters == 0).sum() + 1
+    assert (found.clusters == found.names.index("cats")).sum() == (finished.clusters == 0).sum() + 1
 
 
 def test_folders_have_the_names(finished, curate, tmp_path):
@@ -168,7 +170,7 @@ def test_a_stop_in_between_leaves_the_own_clusters(finished, curate, monkeypatch
     with pytest.raises(ZeroDivisionError):
         curate()
     assert content(finished.run) == before
-    assert np.array_equal(icce_ray.load(finished.run.uri).labels, finished.clusters)
+    assert np.array_equal(icce_ray.load(finished.run.uri).clusters, finished.clusters)
 
 
 def test_nothing_is_touched_by_wrong_edits_or_an_unfinished_run(finished, curate, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -26,6 +27,7 @@ from icce_ray.data.listing import list_images
 from icce_ray.distributed import stream
 from icce_ray.distributed.inference import CLASSIFIER, DESCRIPTION, NOVELTY, WEIGHTS
 from icce_ray.errors import ArtifactError, ConfigError, DataError
+from icce_ray.pipeline.results import Result
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.stages import predict
 
@@ -146,7 +148,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]
 @pytest.mark.usefixtures("without_ray")
 def test_predictions_say_what_is_new(trained: RunDirectory, tmp_path: Path) -> None:
     done = icce_ray.predict(trained.uri, tmp_path / "new", out=str(tmp_path / "out"), quiet=True)
-    assert done.labels.tolist()[:2] == [0, 1] and done.labels[3] == -1
+    assert done.clusters.tolist()[:2] == [0, 1] and done.clusters[3] == -1
     assert done.novelty[2] == 1 > done.novelty[:2].max()
     assert np.isnan(done.novelty[3])
     reason = pq.read_table(tmp_path / "out" / "part-00000.parquet")["reason"].to_pylist()
@@ -163,8 +165,8 @@ def test_images_that_are_not_sure_enough_get_no_cluster(
     chosen = icce_ray.predict(
         trained.uri, tmp_path / "new", out=out, min_confidence=least, quiet=True
     )
-    expected = np.where(before.confidence >= np.float32(least), before.labels, -1)
-    assert chosen.labels.tolist() == expected.tolist() and (chosen.labels[:3] < 0).sum() == 1
+    expected = np.where(before.confidence >= np.float32(least), before.clusters, -1)
+    assert chosen.clusters.tolist() == expected.tolist() and (chosen.clusters[:3] < 0).sum() == 1
     assert chosen.confidence.tolist() == before.confidence.tolist()
     results = json.loads((tmp_path / "out" / "_manifest.json").read_text())["results"]
     assert (results["bad"], results["unsure"]) == (1, 1)
@@ -184,6 +186,26 @@ def test_one_image_is_classified_at_once_and_leaves_nothing(
     out, _ = call(capsys, "predict", trained.uri, noise, "--min-confidence", "1")
     assert out.startswith("no cluster is sure enough: the likeliest is cluster ")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_images_are_classified_in_this_process(trained: RunDirectory, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    found, new = Result(trained.uri), tmp_path / "new"
+    every = found.predict(new)
+    names = ["a-red.png", "b-green.png", "c-noise.png", "d-broken.png"]
+    assert every["uri"].tolist() == [str(new / name) for name in names]
+    assert every["cluster"].tolist()[:2] == [0, 1] and every["cluster"][3] == -1
+    assert every["novelty"][2] == 1 and np.isnan(every["novelty"][3])
+    assert every["reason"].isna().tolist() == [True] * 3 + [False]
+    some = [new / names[1], str(new / names[0]), new / names[1]]
+    for given in (some, pd.Series(some), np.array(some)):
+        assert found.predict(given)["cluster"].tolist() == [1, 0, 1]
+    assert len(found.predict(str(new / names[0]))) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(DataError, match=r"gone\.png: there is no such file"):
+        found.predict([new / names[0], new / "gone.png"])
+    with pytest.raises(DataError, match="embeddings"):
+        found.predict([])
 
 
 def test_one_image_needs_no_ray(trained: RunDirectory, tmp_path: Path) -> None:
