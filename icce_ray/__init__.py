@@ -49,7 +49,7 @@ def cluster_images(images: str | Path, k: int | str, **settings: Any) -> Result:
 
 def cluster(
     embeddings: Any,
-    num_classes: int,
+    num_classes: int | str,
     *,
     device: Any = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -69,9 +69,10 @@ def cluster(
     Args:
         embeddings: numbers [N, D], one row per image: a numpy array of any number type (also a
             memory map) or a torch tensor on any device. Rows are normalized.
-        num_classes: K, at least 2.
+        num_classes: K, at least 2; or "auto", or a range such as "50-200", to have it estimated.
         device: of the heads and the classifier, such as "cuda:1". Default: a GPU if there is one.
-        progress: called as progress(part, done, total), with part search, heads or classifier.
+        progress: called as progress(part, done, total), with part classes (where
+            they are estimated), search, heads or classifier.
         settings: `seed`, and the groups `neighbors`, `heads`, `consensus` and `classifier`, each a
             dictionary with the names of the YAML (`icce-ray config imagenet` prints them all).
 
@@ -125,8 +126,8 @@ def run(
     """
     from icce_ray import config as configs
     from icce_ray import pipeline
+    from icce_ray.pipeline import num_classes
     from icce_ray.pipeline.results import Result
-    from icce_ray.sweeps import num_classes
 
     given = [*configs.as_overrides(settings), *overrides]
     resolved = num_classes.resolve(config, given, overwrite=overwrite, quiet=quiet)

@@ -132,13 +132,13 @@ def run(
     command again.
     """
     from icce_ray import pipeline
-    from icce_ray.sweeps import num_classes as classes
+    from icce_ray.pipeline import num_classes
 
     pipeline.names_between(first, last)
     started = time.monotonic()
     short = {"num_classes": number, "backbone": backbone, "run_dir": out}
     given = [f"{key}={value}" for key, value in short.items() if value is not None]
-    config = classes.resolve(
+    config = num_classes.resolve(
         source, [*given, *(overrides or [])], overwrite=overwrite, plan_only=plan, quiet=quiet
     )
     if config is None:

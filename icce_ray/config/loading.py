@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -20,6 +21,8 @@ from icce_ray.errors import ArtifactError, ConfigError, one_line
 from icce_ray.rundir.addresses import absolute, split_options
 
 Tree = TypeVar("Tree", bound=Node)
+Range: TypeAlias = tuple[int, int | None]  # numbers of classes; None: no bound
+FEWEST_CLASSES = 2
 
 
 class _Loader(yaml.SafeLoader):
@@ -101,6 +104,25 @@ def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
         else:
             found.append(f"{prefix}{name}={scalar(_plain(value))}")
     return found
+
+
+def parse_range(num_classes: Any) -> Range | None:
+    """Lowest and highest number of `auto` and "LOW-HIGH"; None: it is a plain number.
+
+    Raises ConfigError: a range that is none.
+    """
+    if num_classes == "auto":
+        return FEWEST_CLASSES, None
+    text = num_classes if isinstance(num_classes, str) else ""
+    ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
+    if ends is None:
+        return None
+    low, high = int(ends[1]), int(ends[2])
+    if not FEWEST_CLASSES <= low < high:
+        raise ConfigError(
+            f"num_classes={text}: a range goes from 2 or more to a higher number, such as 4-30"
+        )
+    return low, high
 
 
 def validate(tree: Mapping[str, Any]) -> Config:

@@ -360,7 +360,7 @@ class MethodConfig(Node):
 
     num_classes: Annotated[int, Field(ge=2)]
     """K: number of clusters, at most the number of images. `icce-ray run` also accepts auto, or a
-    range such as 4-30, and takes the number with the highest modularity."""
+    range such as 4-30, and estimates it from the embeddings."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of all random numbers."""
     neighbors: NeighborsConfig = NeighborsConfig()

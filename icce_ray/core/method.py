@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from icce_ray.config.loading import check
+from icce_ray.config.loading import check, parse_range
 from icce_ray.config.schema import MethodConfig
 from icce_ray.core import constants, neighbors, projection
+from icce_ray.core import num_classes as classes
 from icce_ray.core.classifier import probe
 from icce_ray.core.classifier.model import Classifier
 from icce_ray.core.classifier.training import OnStep, pseudo_labels
@@ -313,7 +314,7 @@ class Clustering:
 
 def cluster(
     embeddings: Any,
-    num_classes: int,
+    num_classes: int | str,
     *,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
@@ -323,7 +324,7 @@ def cluster(
 
     Args:
         embeddings: [N, D], as `unit_rows` takes. Rows are normalized.
-        num_classes: K.
+        num_classes: K; or "auto" or a range such as "50-200": see core/num_classes.py.
         device: that heads and classifier are trained on. Default: a GPU if there is one.
         progress: called now and then with the part of the method, and what of it is done.
         settings: `seed`, and the groups `neighbors`, `heads`, `consensus` and `classifier` by the
@@ -334,17 +335,22 @@ def cluster(
         DataError: embeddings that cannot be used.
         StageError: a loss that is not finite.
     """
-    config = check(MethodConfig, {"num_classes": num_classes, **settings})
+    between = parse_range(num_classes)
+    tree = {"num_classes": between[0] if between else num_classes, **settings}
+    config = check(MethodConfig, tree)
     if config.classifier.kind == "finetune":
         raise ConfigError("classifier.kind=finetune needs images; embeddings take linear or mlp")
     chosen = default_device() if device is None else torch.device(device)
     x = unit_rows(embeddings)
+    say = _Parts(progress)
+    if between:
+        found = classes.estimate(x, between, config, say.steps("classes"))
+        config = check(MethodConfig, {**tree, "num_classes": found.best})
     if len(x) < config.num_classes:
         raise DataError(
             f"{len(x)} embeddings cannot make num_classes={config.num_classes} clusters; give more "
             "rows, or lower num_classes"
         )
-    say = _Parts(progress)
     ids, similarity = search(x, config, chosen, say.rows("search", len(x)))
     near = select(ids, similarity, config)
     assignments = train_heads(x, ids, near.counts, config, chosen, say.steps("heads"))

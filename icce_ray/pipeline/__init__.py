@@ -321,7 +321,7 @@ def _run_chain(context: Context, chosen: Sequence[str], snapshot: Snapshot) -> N
     config, run = context.config, context.run
     steps = make_steps(config, run, chosen, snapshot)
     text = configs.to_yaml(config).encode()
-    # Also where nothing is to do: num_classes=auto has put the artifacts of another number here.
+    # Also where nothing is to do: `num_classes=auto` was embedded with another number.
     if not run.exists("config.yaml") or run.read_bytes("config.yaml") != text:
         run.write_bytes(text, "config.yaml")
     shown = False

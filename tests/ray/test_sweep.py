@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -175,32 +174,6 @@ def test_a_second_run_does_nothing_and_a_wider_space_only_what_is_new(
     assert {path: after[path] for path in before} == before
     new = {path.parent.name.split("-")[0] for path in after.keys() - before.keys()}
     assert new == {"consensus", "trials"} and results(finished)["counts"]["done"] == 6
-
-
-def test_the_number_of_classes_is_found_and_the_run_goes_on_with_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = write_config(tmp_path, steps=60)
-    arguments = ["run", str(base), "num_classes=4-5", "--until", "consensus"]
-    cli.app(arguments, standalone_mode=False)
-    found = results(tmp_path, "classes")
-    assert found["objective"] == "neighbor_modularity" and found["counts"]["done"] == 2
-    tried = [trial["settings"]["num_classes"] for trial in found["trials"]]
-    assert sorted(tried) == [4, 5]
-    best = tried[0]
-    run = RunDirectory(str(tmp_path / "run"))
-    assert config.load(run.path("config.yaml")).num_classes == best
-    assert len(np.unique(run.matrix("consensus", "cluster"))) == best
-    store = tmp_path / "run" / "store"
-    kinds = {path.name.partition("-")[0] for path in store.iterdir()}
-    assert kinds == {"selection", "heads", "consensus"}  # index, embeddings, search: the run's own
-    sweep = tmp_path / "run" / "sweeps" / "classes"
-    logs = (tmp_path / "run" / "log").read_text() + (sweep / "log").read_text()
-    assert len(re.findall(r"search +done", logs)) == 1, "one search for all"
-    trained = [RunDirectory(str(path)).manifest("") for path in store.glob("heads-*")]
-    assert run.manifest("heads") in trained, "the sweep's heads of that number"
-    cli.app([*arguments, "--plan"], standalone_mode=False)
-    assert "2 of 2 head trainings" in capsys.readouterr().err
 
 
 def test_bad_heads_are_stopped_and_failed_ones_told(

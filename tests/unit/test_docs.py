@@ -20,7 +20,7 @@ from icce_ray import cli
 from icce_ray import config as configs
 from icce_ray.config import backbones
 from icce_ray.core.evaluation import labelfree
-from icce_ray.sweeps import num_classes as classes
+from icce_ray.pipeline import num_classes
 from icce_ray.sweeps import space as spaces
 
 GOLDEN = ("quickstart", "fashion-mnist", "cifar10", "cifar100", "stl10", "imagenet")
@@ -127,15 +127,14 @@ def test_run_commands_resolve(docs: str, tmp_path: Path, monkeypatch: pytest.Mon
     for file in ("photos.parquet", "features.npy", "list.csv"):
         Path(file).touch()
     resolved: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(classes, "resolve", lambda *given, **_: resolved.append(given))
+    monkeypatch.setattr(num_classes, "resolve", lambda *given, **_: resolved.append(given))
     for arguments in found:
         with pytest.raises(SystemExit):
             cli.main(["run", *arguments])
     assert len(resolved) == len(found)
     for name, overrides in resolved:
         given = configs.merge(name, overrides)["num_classes"]
-        tried = classes.numbers_to_try(given) or [given]  # auto is a sweep first
-        for number in tried:
+        for number in filter(None, configs.parse_range(given) or [given]):
             assert configs.load(name, [*overrides, f"num_classes={number}"]).num_classes == number
 
 

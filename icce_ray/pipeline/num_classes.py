@@ -1,0 +1,96 @@
+"""num_classes=auto: a run's number of classes, from its own embeddings.
+
+The run embeds its images, which depends on no number of classes. Then the number is estimated, in
+about a minute, and the run continues with it. RUN/num_classes.json keeps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from icce_ray import config as configs
+from icce_ray import pipeline
+from icce_ray.config import Config, Range
+from icce_ray.distributed.cluster import Cluster
+from icce_ray.errors import ArtifactError
+from icce_ray.rundir.directory import RunDirectory, fingerprint
+from icce_ray.rundir.progress import Reporter
+
+FILE = "num_classes.json"
+
+
+def resolve(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    plan_only: bool = False,
+    quiet: bool = False,
+) -> Config | None:
+    """`config.load`, but with num_classes estimated where it is `auto` or a range such as 4-30.
+
+    Runs the chain until embed, if it is not done. Returns None where only a plan was asked for and
+    the number is not known yet. overwrite: as of `pipeline.run`.
+
+    Raises:
+        ConfigError, DataError, ArtifactError, StageError: as `config.load` and `pipeline.run`.
+    """
+    tree = configs.merge(source, overrides, None if quiet else _say)
+    between = configs.parse_range(tree.get("num_classes"))
+    if between is None:
+        return configs.validate(tree)
+    base = configs.validate({**tree, "num_classes": between[0]})
+    directory = RunDirectory(base.run_dir)
+    steps = pipeline.make_steps(base, directory)
+    if any(step.stage.name == "embed" and step.state != "done" for step in steps):
+        pipeline.run(base, last="embed", overwrite=overwrite, plan_only=plan_only, quiet=quiet)
+    key = _key(base, directory, between)
+    best = _known(directory, key)
+    if best is None and plan_only:
+        _say("num_classes is estimated once the images are embedded, in about a minute")
+        return None
+    if best is None:
+        best = _estimate(base, directory, key, between, quiet)
+    return configs.validate({**tree, "num_classes": best})
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _key(config: Config, run: RunDirectory, between: Range) -> str:
+    """Of everything that the estimate depends on."""
+    heads, embedded = config.heads, run.look("embeddings").manifest
+    settings = {"between": between, "pca": heads.pca, "most": heads.clusters, "seed": config.seed}
+    return fingerprint("num_classes", settings, {"embed": embedded.id if embedded else ""})
+
+
+def _known(run: RunDirectory, key: str) -> int | None:
+    with contextlib.suppress(ArtifactError):
+        found = run.read_json(FILE)
+        if isinstance(found, dict) and found.get("key") == key:
+            return int(found["best"])
+    return None
+
+
+def _estimate(config: Config, run: RunDirectory, key: str, between: Range, quiet: bool) -> int:
+    from icce_ray.core import num_classes
+
+    reporter = Reporter(run, quiet)
+    with pipeline.running(run, reporter, Cluster(config.ray), "done until embed"):
+        with reporter.bar("number of classes", num_classes.TREES, "trees") as bar:
+            embeddings = run.matrix("embeddings", "embedding")
+            found = num_classes.estimate(
+                embeddings, between, config, lambda done, _: bar.update(done)
+            )
+        run.write_json({"key": key, **asdict(found)}, FILE)
+        reporter.say(
+            f"num_classes: {found.best:,}; {found.low:,} to {found.high:,} fit almost as well. It "
+            f"is an estimate: {run.path(FILE)} has the curve, and -k N sets another number"
+        )
+    return found.best
