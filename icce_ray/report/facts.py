@@ -5,12 +5,14 @@ Shapes: N images, C classes, K clusters, S logged training steps, H heads.
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from icce_ray.config.schema import Config
 from icce_ray.core import proposals
@@ -47,6 +49,7 @@ class RunFacts:
     history: dict[str, Any]  # of the heads: step [S], loss [S, H]; empty where there is none
     quarantine: pa.Table | None  # uri, reason of the images that could not be read
     index: pa.Table | None  # uri, offset, size by image_id
+    root: str  # what all addresses begin with, up to a folder
     codes: np.ndarray | None = None  # true classes, int64 [N], -1 where there is no label
     names: list[str] = field(default_factory=list)  # of the classes, [C]
     contingency: np.ndarray | None = None  # images per class and cluster, int64 [C, K]
@@ -91,6 +94,7 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
     table = files.read_table("evaluation", "clusters.parquet").to_pydict()
     clusters, count = np.asarray(files.matrix("consensus", "cluster")), len(table["cluster"])
     links = proposals.links(clusters, files.matrix("neighbors", "ids"), count)
+    index = _index(files)
     names: list[str] = []
     contingency = None
     if codes is not None and "acc" in scores:
@@ -107,7 +111,8 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         table=table,
         history=_history(files),
         quarantine=_quarantine(files),
-        index=_index(files),
+        index=index,
+        root=_root(index),
         codes=None if contingency is None else codes,
         names=names,
         contingency=contingency,
@@ -162,3 +167,13 @@ def _index(files: RunDirectory) -> pa.Table | None:
     if not files.list("index", ".parquet"):
         return None
     return files.read_table("index", columns=["uri", "offset", "size"])
+
+
+def _root(index: pa.Table | None) -> str:
+    """The folder that all images are below; empty where there is none. The first and the last
+    address in order differ as early as any two."""
+    if index is None:
+        return ""
+    ends = pc.min_max(index["uri"]).as_py()
+    common = os.path.commonprefix([ends["min"] or "", ends["max"] or ""])  # noqa: RUF071
+    return common[: common.rfind("/") + 1]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,9 @@ class Galleries:
     facts: RunFacts
     listed: Sequence[int]  # clusters
     budget: float  # bytes
+    earlier: Callable[[], Mapping[str, str]] = dict  # see earlier.shown; asked for when needed
     images: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown ones, by row
+    apart: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown outside of clusters
     ranks: list[np.ndarray] = field(default_factory=list)  # rows shown, one array per rank
     side: int = SIDE  # pixels
 
@@ -82,6 +84,17 @@ class Galleries:
         """Thumbnails shown; a name that stands for an unreadable image is none."""
         return sum(image["src"] is not None for image in self.images.values())
 
+    @property
+    def lost(self) -> tuple[int, int]:
+        """Images shown whose files can no longer be read: how many, and how many of them have the
+        thumbnail of an earlier report."""
+        lost = {r: i for part in (self.apart, self.images) for r, i in part.items() if i["lost"]}
+        return len(lost), sum(image["src"] is not None for image in lost.values())
+
+    @cached_property
+    def _kept(self) -> Mapping[str, str]:
+        return self.earlier()
+
     def beside(self, rows: np.ndarray, share: float) -> dict[int, dict[str, Any]]:
         """Images shown apart from the clusters', by row: the first ones that fit a share of the
         budget, which they take from it."""
@@ -94,6 +107,7 @@ class Galleries:
                 break
             kept[row] = made[row]
             self.budget -= _weight(made[row])
+        self.apart |= kept
         return kept
 
     def fill(self) -> None:
@@ -177,8 +191,11 @@ class Galleries:
         code = -1 if facts.codes is None else int(facts.codes[row])
         label = facts.class_name(code)
         expected = facts.table["matched"][int(facts.clusters[row])]
+        lost = source is None and not facts.config.data.embeddings
         return {
-            "src": source,
+            "src": self._kept.get(place["uri"]) if lost else source,
+            "lost": lost,
+            "rest": place["uri"][len(facts.root) :],
             "name": tail(place["uri"]),
             "confidence": float(facts.confidence[row]),
             "label": label,
@@ -188,7 +205,8 @@ class Galleries:
 
 def _weight(image: dict[str, Any]) -> int:
     """Bytes an image takes in the page: its name appears twice, and may grow when escaped."""
-    return PER_IMAGE + len(image["src"] or "") + 2 * len(image["name"]) + 2 * len(image["label"])
+    text = 2 * len(image["name"]) + 2 * len(image["label"]) + len(image["rest"])
+    return PER_IMAGE + len(image["src"] or "") + text
 
 
 def thumbnails(
@@ -196,7 +214,7 @@ def thumbnails(
 ) -> list[str | None]:
     """Square thumbnails as data URIs; None where there is no image, or it cannot be read.
 
-    A moved or deleted image must not prevent the report: the page shows its name instead.
+    A moved or deleted image must not prevent the report.
     """
     if config.data.embeddings:
         return [None] * len(places)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.core import proposals
-from icce_ray.report import oddities, run_charts, run_numbers
+from icce_ray.report import earlier, oddities, run_charts, run_numbers
 from icce_ray.report.facts import RunFacts, read_facts
 from icce_ray.report.galleries import Galleries
 from icce_ray.report.pages import template
@@ -22,8 +23,16 @@ PER_CLUSTER = 1_600  # bytes of markup around a cluster's images, generously
 FIXED = 350_000  # bytes of the page without any cluster
 
 
-def render(config: Config, files: RunDirectory, codes: np.ndarray | None) -> tuple[bytes, int]:
-    """The page, at most report.max_megabytes large, and how many thumbnails it holds.
+class Page(NamedTuple):
+    """The page of a run."""
+
+    content: bytes
+    shown: int  # thumbnails of clusters
+    lost: tuple[int, int]  # see Galleries.lost
+
+
+def render(config: Config, files: RunDirectory, codes: np.ndarray | None) -> Page:
+    """The page, at most report.max_megabytes large.
 
     files: a run whose evaluation is finished. codes: true classes, int64 [N], or None.
 
@@ -34,16 +43,22 @@ def render(config: Config, files: RunDirectory, codes: np.ndarray | None) -> tup
     page = template("report.html.j2")
     limit = config.report.max_megabytes * 10**6
     listed = _listed(facts, limit)
-    galleries = Galleries(facts, listed, limit - FIXED - PER_CLUSTER * len(listed))
+    budget = limit - FIXED - PER_CLUSTER * len(listed)
+    galleries = Galleries(facts, listed, budget, partial(earlier.shown, files))
     content = _content(facts) | {"listed": listed, "proposals": _proposals(facts, listed)}
     content |= oddities.sections(facts, galleries)
     galleries.fill()
     near = {k: _near(facts, k, listed) for k in listed}
     while True:  # the budget is an estimate: images go, rank by rank, until the page fits
         cards = [_card(facts, galleries, k) | {"near": near[k]} for k in listed]
-        text = page.render(**content, clusters=cards, side=galleries.side).encode()
+        made = {
+            "clusters": cards,
+            "side": galleries.side,
+            "lost": run_numbers.lost(*galleries.lost),
+        }
+        text = page.render(**content, **made).encode()
         if len(text) <= limit or not galleries.drop():
-            return text, galleries.count
+            return Page(text, galleries.count, galleries.lost)
 
 
 def _listed(facts: RunFacts, limit: int) -> list[int]:
@@ -115,6 +130,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "title": f"{facts.config.num_classes:,} clusters in {len(facts.clusters):,} images",
         "run": addresses.split_options(facts.uri)[0].rstrip("/").rsplit("/", 1)[-1],
         "uri": facts.uri,
+        "root": facts.root,
         "source": facts.config.data.path or facts.config.data.embeddings,
         "backbones": run_numbers.backbones(facts.config),
         "finished": run_numbers.moment(facts.manifests["evaluation"].finished),
