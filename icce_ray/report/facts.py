@@ -54,6 +54,7 @@ class RunFacts:
     names: list[str] = field(default_factory=list)  # of the classes, [C]
     contingency: np.ndarray | None = None  # images per class and cluster, int64 [C, K]
     outlier: np.ndarray | None = None  # float32 [N]; None in a run without an answer
+    second: np.ndarray | None = None  # next likely cluster, -1: none, int32 [N]
     naming: Naming = field(default_factory=lambda: Naming(()))  # of curated clusters
     first: np.ndarray | None = None  # row of the first image that shows the same, int64 [N]
     links: np.ndarray | None = None  # see core.proposals.links, [K, K]
@@ -90,7 +91,7 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
     """
     scores = files.read_json("evaluation", "metrics.json")
     image_ids = np.asarray(files.matrix("embeddings", "image_id"))
-    outlier, first = _answer(files, image_ids)
+    outlier, first, second = _answer(files, image_ids)
     table = files.read_table("evaluation", "clusters.parquet").to_pydict()
     clusters, count = np.asarray(files.matrix("consensus", "cluster")), len(table["cluster"])
     links = proposals.links(clusters, files.matrix("neighbors", "ids"), count)
@@ -118,6 +119,7 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         contingency=contingency,
         outlier=outlier,
         first=first,
+        second=second,
         naming=naming(files),
         links=links,
         merges=proposals.merges(links),
@@ -135,13 +137,15 @@ def _splits(files: RunDirectory, clusters: np.ndarray, count: int) -> list[propo
 
 def _answer(
     files: RunDirectory, image_ids: np.ndarray
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Outlier scores, and the row of the first image that shows the same; None without them."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | tuple[None, None, None]:
+    """Outlier scores, the row of the first image that shows the same, second choices; None without
+    them."""
     if files.manifest("answer") is None:
-        return None, None
+        return None, None, None
     copied = np.asarray(files.matrix("answer", "duplicate_of"))
     first = np.searchsorted(image_ids, np.where(copied < 0, image_ids, copied))
-    return np.asarray(files.matrix("answer", "outlier")), first
+    outlier, second = (files.matrix("answer", name) for name in ("outlier", "second_choice"))
+    return np.asarray(outlier), first, np.asarray(second)
 
 
 def _contingency(files: RunDirectory, classes: int, clusters: int) -> np.ndarray:

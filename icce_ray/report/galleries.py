@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,9 +25,12 @@ from icce_ray.data import reading
 from icce_ray.report.facts import RunFacts
 from icce_ray.report.pages import tail
 
-SIDE = 72  # of a thumbnail, pixels
+SIDE = 72  # of a thumbnail as the page shows it, pixels
 SIDE_MIN = 44  # pixels; smaller thumbnails show nothing
-PER_IMAGE = 190  # bytes of markup around a thumbnail, generously
+LARGE = 192  # pixels of a thumbnail, for the larger view, where few images are shown ...
+LARGE_SHARE = 0.2  # ... so that they take this share of the page's budget at most
+PER_PIXEL = 0.5  # bytes of a thumbnail, roughly; what is shown is measured
+PER_IMAGE = 270  # bytes of markup around a thumbnail, generously
 QUALITY = 72  # of the thumbnails
 READ = 512  # images whose encoded bytes are in memory at once
 
@@ -65,7 +69,7 @@ class Galleries:
     images: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown ones, by row
     apart: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown outside of clusters
     ranks: list[np.ndarray] = field(default_factory=list)  # rows shown, one array per rank
-    side: int = SIDE  # pixels
+    pixels: int = SIDE  # side of a thumbnail
 
     def __post_init__(self) -> None:
         picks = choose(
@@ -77,7 +81,15 @@ class Galleries:
         )
         self.picks = {cluster: picks[cluster] for cluster in self.listed}
         embedded = self.facts.manifests.get("embeddings")
+        shown = 2 * len(self.listed) * self.facts.config.report.images_per_cluster + 1
+        large = math.sqrt(LARGE_SHARE * max(0.0, self.budget) / (shown * PER_PIXEL))
+        self.pixels = int(np.clip(large, SIDE, LARGE))
         self.levels = levels_in(embedded.results.get("backbones") or () if embedded else ())
+
+    @property
+    def side(self) -> int:
+        """Of a thumbnail as the page shows it, pixels."""
+        return min(SIDE, self.pixels)
 
     @property
     def count(self) -> int:
@@ -162,9 +174,9 @@ class Galleries:
         sample = waiting[0][:: max(1, len(waiting[0]) // 32)]
         each = float(np.mean([_weight(image) for image in self._read(np.sort(sample)).values()]))
         share = self.budget / (each * sum(len(rows) for rows in waiting[:9]))
-        full = self.side
-        self.side = int(np.clip(full * min(1.0, share**0.7), min(SIDE_MIN, full), full))
-        each *= (self.side / full) ** 1.3
+        full = self.pixels
+        self.pixels = int(np.clip(full * min(1.0, share**0.7), SIDE_MIN, full))
+        each *= (self.pixels / full) ** 1.3
         total = np.cumsum([len(rows) for rows in waiting])
         return waiting[: int(np.searchsorted(total, 1.15 * self.budget / each, side="right"))]
 
@@ -175,7 +187,7 @@ class Galleries:
         for start in range(0, len(rows), READ):
             part = rows[start : start + READ]
             places = self._places(self.facts.image_ids[part])
-            sources = thumbnails(self.facts.config, places, self.side, self.levels)
+            sources = thumbnails(self.facts.config, places, self.pixels, self.levels)
             for row, place, source in zip(part, places, sources, strict=True):
                 made[int(row)] = self._image(int(row), place, source)
         return made
@@ -197,6 +209,8 @@ class Galleries:
             "lost": lost,
             "rest": place["uri"][len(facts.root) :],
             "name": tail(place["uri"]),
+            "cluster": int(facts.clusters[row]),
+            "second": None if facts.second is None else int(facts.second[row]),
             "confidence": float(facts.confidence[row]),
             "label": label,
             "wrong": code >= 0 and code != expected,
