@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from icce_ray.config.schema import Config
 from icce_ray.core import proposals
+from icce_ray.core.samples import Levels, levels_in
 from icce_ray.rundir.curated import Naming, naming
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.schemas import QUARANTINE
@@ -65,6 +66,12 @@ class RunFacts:
     def num_clusters(self) -> int:
         """K, empty clusters included."""
         return len(self.table["cluster"])
+
+    @property
+    def levels(self) -> Levels:
+        """The ranges of the run's images, as they were embedded."""
+        done = self.manifests.get("embeddings")
+        return levels_in(done.results.get("backbones") or () if done else ())
 
     def class_name(self, code: int | None) -> str:
         """The name of a class; empty where there is none (None or -1)."""

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from icce_ray import config as configs
-from icce_ray.config.schema import Config
 from icce_ray.core import proposals
 from icce_ray.report import earlier, oddities, run_charts, run_numbers
-from icce_ray.report.facts import RunFacts, read_facts
+from icce_ray.report.browse import Pages
+from icce_ray.report.facts import RunFacts
 from icce_ray.report.galleries import Galleries
 from icce_ray.report.pages import template
 from icce_ray.rundir import addresses
@@ -31,22 +31,15 @@ class Page(NamedTuple):
     lost: tuple[int, int]  # see Galleries.lost
 
 
-def render(config: Config, files: RunDirectory, codes: np.ndarray | None) -> Page:
-    """The page, at most report.max_megabytes large.
-
-    files: a run whose evaluation is finished. codes: true classes, int64 [N], or None.
-
-    Raises:
-        ArtifactError: an artifact is missing.
-    """
-    facts = read_facts(config, files, codes)
+def render(facts: RunFacts, files: RunDirectory, pages: Pages | None) -> Page:
+    """The page, at most report.max_megabytes large. pages: of all images, where there are any."""
     page = template("report.html.j2")
-    limit = config.report.max_megabytes * 10**6
+    limit = facts.config.report.max_megabytes * 10**6
     listed = _listed(facts, limit)
     budget = limit - FIXED - PER_CLUSTER * len(listed)
-    galleries = Galleries(facts, listed, budget, partial(earlier.shown, files))
+    galleries = Galleries(facts, listed, budget, partial(earlier.shown, files), pages)
     content = _content(facts) | {"listed": listed, "proposals": _proposals(facts, listed)}
-    content |= oddities.sections(facts, galleries)
+    content |= oddities.sections(facts, galleries) | {"browse": pages}
     galleries.fill()
     near = {k: _near(facts, k, listed) for k in listed}
     while True:  # the budget is an estimate: images go, rank by rank, until the page fits

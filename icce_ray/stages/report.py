@@ -3,6 +3,7 @@
 Reads the artifacts of every other stage and the images of the galleries. Writes report/index.html,
 which loads nothing from anywhere (styles, script, charts and thumbnails are inside) and stays below
 report.max_megabytes. Images that can no longer be read keep the thumbnails of the page before it.
+With report.browse, pages of all images lie beside it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.errors import ArtifactError
-from icce_ray.report import run_numbers
+from icce_ray.report import browse, run_numbers
+from icce_ray.report.facts import read_facts
 from icce_ray.report.pages import FOLDER, PAGE
 from icce_ray.report.run_page import Page, render
 from icce_ray.rundir import curated, storage
@@ -23,7 +25,13 @@ from icce_ray.stages.base import Context, Outcome
 
 def run(context: Context) -> Outcome:
     """Write the page. Raises ArtifactError where something it reads is missing."""
-    page = _write(context.config, context.run)
+    config, files = context.config, context.run
+    if config.report.browse and not config.data.embeddings:
+        rows = len(files.matrix("embeddings", "image_id"))
+        with context.reporter.bar("Pages of all images", rows, "images") as bar:
+            page = _write(config, files, bar.update)
+    else:
+        page = _write(config, files)
     if page.lost[0]:
         context.reporter.event(run_numbers.lost(*page.lost))
     size = len(page.content)
@@ -55,11 +63,16 @@ def build(run_uri: str, warn: Callable[[str], object] = lambda _: None) -> str:
     return files.address(FOLDER, PAGE)
 
 
-def _write(config: Config, files: RunDirectory) -> Page:
-    """Write the page, and return it."""
+def _write(
+    config: Config, files: RunDirectory, on_images: Callable[[int], object] = lambda _: None
+) -> Page:
+    """Write the page, after the pages of all images that it leads to, and return it."""
     if files.manifest(evaluate.FOLDER) is None:
         raise ArtifactError(f"{files.path(evaluate.FOLDER)} is not finished; run that stage first")
     known = evaluate.truth(config, files, files.matrix("embeddings", "image_id"))
-    page = render(config, files, None if known is None else known.codes)
+    facts = read_facts(config, files, None if known is None else known.codes)
+    pages = browse.write(facts, files, on_images)
+    page = render(facts, files, pages)
     files.write_bytes(page.content, FOLDER, PAGE)
+    browse.clean(files, pages)
     return page
