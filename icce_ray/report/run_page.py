@@ -10,7 +10,7 @@ import numpy as np
 
 from icce_ray import config as configs
 from icce_ray.core import proposals
-from icce_ray.report import earlier, oddities, run_charts, run_numbers
+from icce_ray.report import earlier, image_map, oddities, run_charts, run_numbers
 from icce_ray.report.browse import Pages
 from icce_ray.report.facts import RunFacts
 from icce_ray.report.galleries import Galleries
@@ -41,6 +41,7 @@ def render(facts: RunFacts, files: RunDirectory, pages: Pages | None) -> Page:
     content = _content(facts) | {"listed": listed, "proposals": _proposals(facts, listed)}
     content |= oddities.sections(facts, galleries) | {"browse": pages}
     galleries.fill()
+    content["points"] = image_map.points(facts, files, galleries)
     near = {k: _near(facts, k, listed) for k in listed}
     while True:  # the budget is an estimate: images go, rank by rank, until the page fits
         cards = [_card(facts, galleries, k) | {"near": near[k]} for k in listed]

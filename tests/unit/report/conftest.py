@@ -101,10 +101,11 @@ def in_browser(tmp_path):
     if not browser:
         pytest.skip("NOT TESTED: the page's buttons need Chromium (apt-get install chromium)")
 
-    def run(page, script, width=500, folder=None):
-        path = (folder or tmp_path) / "page.html"
+    def run(page, script, width=500):
+        path = tmp_path / "page.html"
         told = "document.getElementById('made').textContent = JSON.stringify(made)"
-        script = f"(async () => {{ const made = {{}}; {script}; {told}; }})();"
+        body = f"try {{ {script} }} catch (error) {{ made.error = String(error); }}"
+        script = f"(async () => {{ const made = {{}}; {body} {told}; }})();"
         path.write_text(
             page.replace("</body>", f"<pre id=made></pre><script>{script}</script></body>")
         )
@@ -119,6 +120,8 @@ def in_browser(tmp_path):
         )
         match = re.search(r'<pre id="made">(.+?)</pre>', done.stdout, re.DOTALL)
         assert match, done.stderr
-        return json.loads(html.unescape(match[1]))
+        made = json.loads(html.unescape(match[1]))
+        assert "error" not in made, made
+        return made
 
     return run
