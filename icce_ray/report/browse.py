@@ -29,6 +29,7 @@ from icce_ray.rundir.directory import RunDirectory, fingerprint
 PER_PAGE = 200  # images: a page of about 1 MB
 SIDE = 160  # pixels of an image's longer side
 READ = 64  # images whose encoded bytes are in memory at once; photos may have 10 MB each
+WHOLE = b'data-lost="0"'  # in index.html
 NAME = re.compile(r"browse-[0-9a-f]{16}")
 
 
@@ -65,7 +66,7 @@ def write(facts: RunFacts, files: RunDirectory, on_images: Callable[[int], objec
     starts = np.concatenate([[0], np.cumsum(sizes)])
     rank[order] = np.arange(len(order)) - np.repeat(starts[:-1], sizes)
     pages = Pages(_folder(facts), rank)
-    if files.exists(FOLDER, pages.folder, PAGE):  # with its last file
+    if _is_whole(files, pages.folder):
         return pages
     if not facts.config.report.browse or facts.config.data.embeddings:
         return None
@@ -80,9 +81,17 @@ def write(facts: RunFacts, files: RunDirectory, on_images: Callable[[int], objec
             for name, text in _cluster_pages(one, images, named, cluster, rows):
                 files.write_bytes(text.encode(), folder, name)
     listed = [(k, named[k], int(sizes[k])) for k in np.argsort(-sizes, kind="stable") if sizes[k]]
-    about = {"title": f"All {len(rank):,} images", "clusters": listed, "images": None}
+    lost = int((images.size == 0).sum())
+    title = f"All {len(rank):,} images"
+    about = {"title": title, "clusters": listed, "lost": lost, "images": None}
     files.write_bytes(template("browse.html.j2").render(about).encode(), folder, PAGE)
     return pages
+
+
+def _is_whole(files: RunDirectory, folder: str) -> bool:
+    """Whether all pages are there, with a picture of every image: those that were gone may be back.
+    The file that says so is written last."""
+    return files.exists(FOLDER, folder, PAGE) and WHOLE in files.read_bytes(FOLDER, folder, PAGE)
 
 
 def clean(files: RunDirectory, pages: Pages | None) -> None:
