@@ -5,7 +5,7 @@
 
 KEY stands for the clusters and their names. The page of the run, which is written after all these,
 leads to one folder; then folders of other keys go. So none is ever shown half written.
-Shapes: N images.
+Shapes: N images, K clusters.
 """
 
 from __future__ import annotations
@@ -60,17 +60,31 @@ def write(facts: RunFacts, files: RunDirectory, on_images: Callable[[int], objec
     Returns: the pages there are; None where there are none.
     Raises StageError: a full disk.
     """
+    name = _folder(facts)
+    whole = _is_whole(files, name)
+    if not whole and (not facts.config.report.browse or facts.config.data.embeddings):
+        return None
     order = np.lexsort((-facts.confidence, facts.clusters))
-    rank = np.empty(len(order), np.int64)
     sizes = np.bincount(facts.clusters, minlength=facts.num_clusters)
     starts = np.concatenate([[0], np.cumsum(sizes)])
+    rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order)) - np.repeat(starts[:-1], sizes)
-    pages = Pages(_folder(facts), rank)
-    if _is_whole(files, pages.folder):
-        return pages
-    if not facts.config.report.browse or facts.config.data.embeddings:
-        return None
-    folder = f"{FOLDER}/{pages.folder}"
+    if not whole:
+        _write(facts, files, name, order, starts, on_images)
+    return Pages(name, rank)
+
+
+def _write(
+    facts: RunFacts,
+    files: RunDirectory,
+    name: str,
+    order: np.ndarray,
+    starts: np.ndarray,
+    on_images: Callable[[int], object],
+) -> None:
+    """order: rows by cluster and confidence, int64 [N]. starts: of the clusters in it, [K + 1]."""
+    sizes = np.diff(starts)
+    folder = f"{FOLDER}/{name}"
     named = [facts.cluster_name(k) for k in range(facts.num_clusters)]
     images = _Spool(facts, files)
     with images.opened():
@@ -78,14 +92,13 @@ def write(facts: RunFacts, files: RunDirectory, on_images: Callable[[int], objec
         one = template("browse.html.j2")
         for cluster in np.flatnonzero(sizes).tolist():
             rows = order[starts[cluster] : starts[cluster + 1]]
-            for name, text in _cluster_pages(one, images, named, cluster, rows):
-                files.write_bytes(text.encode(), folder, name)
+            for file, text in _cluster_pages(one, images, named, cluster, rows):
+                files.write_bytes(text.encode(), folder, file)
     listed = [(k, named[k], int(sizes[k])) for k in np.argsort(-sizes, kind="stable") if sizes[k]]
     lost = int((images.size == 0).sum())
-    title = f"All {len(rank):,} images"
+    title = f"All {len(order):,} images"
     about = {"title": title, "clusters": listed, "lost": lost, "images": None}
     files.write_bytes(template("browse.html.j2").render(about).encode(), folder, PAGE)
-    return pages
 
 
 def _is_whole(files: RunDirectory, folder: str) -> bool:
@@ -104,7 +117,8 @@ def clean(files: RunDirectory, pages: Pages | None) -> None:
 def _folder(facts: RunFacts) -> str:
     """Named after what the pages show."""
     named = [facts.cluster_name(k) for k in range(facts.num_clusters)]
-    inputs = {name: done.id for name in ("index", "consensus") if (done := facts.manifests[name])}
+    shown = ("index", "consensus")
+    inputs = {name: done.id for name, done in facts.manifests.items() if name in shown}
     return f"browse-{fingerprint('browse', {'names': named, 'side': SIDE}, inputs)}"
 
 
@@ -147,6 +161,8 @@ def _second(facts: RunFacts, named: list[str], row: int) -> str:
 class _Spool:
     """Thumbnails on this node's disk, in the order in which they were read."""
 
+    _file: IO[bytes]  # while it is opened
+
     def __init__(self, facts: RunFacts, files: RunDirectory) -> None:
         self.facts, self.files = facts, files
         self.start = np.zeros(len(facts.clusters), np.int64)
@@ -159,8 +175,6 @@ class _Spool:
         path = self.files.node_file("browse")
         with self.files.writing(path), tempfile.TemporaryFile(dir=path.parent) as self._file:
             yield
-
-    _file: IO[bytes]
 
     def fill(self, on_images: Callable[[int], object]) -> None:
         """Read all images; for those that are gone, take what earlier pages hold."""
