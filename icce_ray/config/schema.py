@@ -330,6 +330,9 @@ class ReportConfig(Node):
     """Images of highest confidence shown per cluster, and half as many of lowest."""
     max_megabytes: Positive = 25
     """Largest size of the page. With many clusters, it shows fewer and smaller images."""
+    browse: bool = False
+    """Pages of all images of each cluster, in a folder beside the page: some 5 KB per photo. With
+    `icce-ray run RUN/config.yaml report.browse=true`, a finished run gets them."""
     cost_per_hour: Annotated[float, Field(ge=0)] | None = None
     """Price of all machines per hour, in any currency, to print a cost for each stage."""
 

@@ -27,6 +27,7 @@ from icce_ray.errors import ArtifactError, ConfigError, IcceError, StageError, o
 from icce_ray.rundir import storage, tracking
 from icce_ray.rundir.cache import free_bytes
 from icce_ray.rundir.directory import (
+    MANIFEST,
     Content,
     Manifest,
     RunDirectory,
@@ -303,11 +304,19 @@ def run(
     with running(directory, reporter, cluster, until):
         if first and overwrite:
             for name in chosen:
-                directory.delete(table.stage(name).folder)
+                _clear(directory, table.stage(name))
                 snapshot.forget(directory, table.stage(name).folder)
         _run_chain(context, chosen, snapshot)
     finished = {s.name: snapshot.look(directory, s.folder).manifest for s in STAGES}
     return {name: manifest for name, manifest in finished.items() if manifest}
+
+
+def _clear(run: RunDirectory, stage: Stage) -> None:
+    """Have a stage run again. What a view shows of images that are gone is nowhere else."""
+    if stage.is_view:
+        run.delete_file(stage.folder, MANIFEST)
+    else:
+        run.delete(stage.folder)
 
 
 def tracking_of(config: Config, where: RunDirectory, **more: Any) -> Tracking | None:
@@ -357,7 +366,7 @@ def run_stage(context: Context, step: Step) -> None:
         "settings": stage.settings(context.config),
         "inputs": dict(step.inputs),
     }
-    context.resumed = run.begin(stage.folder, mark)
+    context.resumed = run.begin(stage.folder, mark, keep=stage.is_view)
     reporter.status("running")
     if context.resumed:
         reporter.event(f"{stage.name} resumes from partial work")

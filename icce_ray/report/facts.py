@@ -5,15 +5,18 @@ Shapes: N images, C classes, K clusters, S logged training steps, H heads.
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from icce_ray.config.schema import Config
 from icce_ray.core import proposals
+from icce_ray.core.samples import Levels, levels_in
 from icce_ray.rundir.curated import Naming, naming
 from icce_ray.rundir.directory import Manifest, RunDirectory
 from icce_ray.rundir.schemas import QUARANTINE
@@ -47,10 +50,12 @@ class RunFacts:
     history: dict[str, Any]  # of the heads: step [S], loss [S, H]; empty where there is none
     quarantine: pa.Table | None  # uri, reason of the images that could not be read
     index: pa.Table | None  # uri, offset, size by image_id
+    root: str  # what all addresses begin with, up to a folder
     codes: np.ndarray | None = None  # true classes, int64 [N], -1 where there is no label
     names: list[str] = field(default_factory=list)  # of the classes, [C]
     contingency: np.ndarray | None = None  # images per class and cluster, int64 [C, K]
     outlier: np.ndarray | None = None  # float32 [N]; None in a run without an answer
+    second: np.ndarray | None = None  # next likely cluster, -1: none, int32 [N]
     naming: Naming = field(default_factory=lambda: Naming(()))  # of curated clusters
     first: np.ndarray | None = None  # row of the first image that shows the same, int64 [N]
     links: np.ndarray | None = None  # see core.proposals.links, [K, K]
@@ -61,6 +66,12 @@ class RunFacts:
     def num_clusters(self) -> int:
         """K, empty clusters included."""
         return len(self.table["cluster"])
+
+    @property
+    def levels(self) -> Levels:
+        """The ranges of the run's images, as they were embedded."""
+        done = self.manifests.get("embeddings")
+        return levels_in(done.results.get("backbones") or () if done else ())
 
     def class_name(self, code: int | None) -> str:
         """The name of a class; empty where there is none (None or -1)."""
@@ -89,10 +100,11 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
     """
     scores = files.read_json("evaluation", "metrics.json")
     image_ids = np.asarray(files.matrix("embeddings", "image_id"))
-    outlier, first = _answer(files, image_ids)
+    outlier, first, second = _answer(files, image_ids)
     table = files.read_table("evaluation", "clusters.parquet").to_pydict()
     clusters, count = np.asarray(files.matrix("consensus", "cluster")), len(table["cluster"])
     links = proposals.links(clusters, files.matrix("neighbors", "ids"), count)
+    index = _index(files)
     names: list[str] = []
     contingency = None
     if codes is not None and "acc" in scores:
@@ -109,12 +121,14 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         table=table,
         history=_history(files),
         quarantine=_quarantine(files),
-        index=_index(files),
+        index=index,
+        root=_root(index),
         codes=None if contingency is None else codes,
         names=names,
         contingency=contingency,
         outlier=outlier,
         first=first,
+        second=second,
         naming=naming(files),
         links=links,
         merges=proposals.merges(links),
@@ -132,13 +146,15 @@ def _splits(files: RunDirectory, clusters: np.ndarray, count: int) -> list[propo
 
 def _answer(
     files: RunDirectory, image_ids: np.ndarray
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Outlier scores, and the row of the first image that shows the same; None without them."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | tuple[None, None, None]:
+    """Outlier scores, the row of the first image that shows the same, second choices; None without
+    them."""
     if files.manifest("answer") is None:
-        return None, None
+        return None, None, None
     copied = np.asarray(files.matrix("answer", "duplicate_of"))
     first = np.searchsorted(image_ids, np.where(copied < 0, image_ids, copied))
-    return np.asarray(files.matrix("answer", "outlier")), first
+    outlier, second = (files.matrix("answer", name) for name in ("outlier", "second_choice"))
+    return np.asarray(outlier), first, np.asarray(second)
 
 
 def _contingency(files: RunDirectory, classes: int, clusters: int) -> np.ndarray:
@@ -164,3 +180,13 @@ def _index(files: RunDirectory) -> pa.Table | None:
     if not files.list("index", ".parquet"):
         return None
     return files.read_table("index", columns=["uri", "offset", "size"])
+
+
+def _root(index: pa.Table | None) -> str:
+    """The folder that all images are below; empty where there is none. The first and the last
+    address in order differ as early as any two."""
+    if index is None:
+        return ""
+    ends = pc.min_max(index["uri"]).as_py()
+    common = os.path.commonprefix([ends["min"] or "", ends["max"] or ""])  # noqa: RUF071
+    return common[: common.rfind("/") + 1]

@@ -1,33 +1,30 @@
-"""Galleries: which images of each cluster are shown, and their thumbnails within a budget.
+"""Galleries: which images of each cluster the page of a run shows, within a budget.
 
 Shapes: N images, K clusters.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from icce_ray.config.schema import Config
-from icce_ray.core import preprocess
-from icce_ray.core.samples import AS_IS, Levels, levels_in
-from icce_ray.data import reading
+from icce_ray.report.browse import Pages
 from icce_ray.report.facts import RunFacts
 from icce_ray.report.pages import tail
+from icce_ray.report.thumbnails import places_of, thumbnails
 
-SIDE = 72  # of a thumbnail, pixels
+SIDE = 72  # of a thumbnail as the page shows it, pixels
 SIDE_MIN = 44  # pixels; smaller thumbnails show nothing
-PER_IMAGE = 190  # bytes of markup around a thumbnail, generously
-QUALITY = 72  # of the thumbnails
+LARGE = 192  # pixels of a thumbnail, for the larger view, where few images are shown ...
+LARGE_SHARE = 0.2  # ... so that they take this share of the page's budget at most
+PER_PIXEL = 0.3  # bytes of a thumbnail, roughly; what is shown is measured
+PER_IMAGE = 270  # bytes of markup around a thumbnail, generously
 READ = 512  # images whose encoded bytes are in memory at once
 
 
@@ -61,9 +58,12 @@ class Galleries:
     facts: RunFacts
     listed: Sequence[int]  # clusters
     budget: float  # bytes
+    earlier: Callable[[], Mapping[str, str]] = dict  # see earlier.shown; asked for when needed
+    pages: Pages | None = None  # where all images of a cluster are
     images: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown ones, by row
+    apart: dict[int, dict[str, Any]] = field(default_factory=dict)  # shown outside of clusters
     ranks: list[np.ndarray] = field(default_factory=list)  # rows shown, one array per rank
-    side: int = SIDE  # pixels
+    pixels: int = SIDE  # side of a thumbnail
 
     def __post_init__(self) -> None:
         picks = choose(
@@ -74,13 +74,30 @@ class Galleries:
             self.facts.config.seed,
         )
         self.picks = {cluster: picks[cluster] for cluster in self.listed}
-        embedded = self.facts.manifests.get("embeddings")
-        self.levels = levels_in(embedded.results.get("backbones") or () if embedded else ())
+        shown = 2 * len(self.listed) * self.facts.config.report.images_per_cluster + 1
+        large = math.sqrt(LARGE_SHARE * max(0.0, self.budget) / (shown * PER_PIXEL))
+        self.pixels = int(np.clip(large, SIDE, LARGE))
+
+    @property
+    def side(self) -> int:
+        """Of a thumbnail as the page shows it, pixels."""
+        return min(SIDE, self.pixels)
 
     @property
     def count(self) -> int:
         """Thumbnails shown; a name that stands for an unreadable image is none."""
         return sum(image["src"] is not None for image in self.images.values())
+
+    @property
+    def lost(self) -> tuple[int, int]:
+        """Images shown whose files can no longer be read: how many, and how many of them have the
+        thumbnail of an earlier report."""
+        lost = {r: i for part in (self.apart, self.images) for r, i in part.items() if i["lost"]}
+        return len(lost), sum(image["src"] is not None for image in lost.values())
+
+    @cached_property
+    def _kept(self) -> Mapping[str, str]:
+        return self.earlier()
 
     def beside(self, rows: np.ndarray, share: float) -> dict[int, dict[str, Any]]:
         """Images shown apart from the clusters', by row: the first ones that fit a share of the
@@ -94,6 +111,7 @@ class Galleries:
                 break
             kept[row] = made[row]
             self.budget -= _weight(made[row])
+        self.apart |= kept
         return kept
 
     def fill(self) -> None:
@@ -148,9 +166,9 @@ class Galleries:
         sample = waiting[0][:: max(1, len(waiting[0]) // 32)]
         each = float(np.mean([_weight(image) for image in self._read(np.sort(sample)).values()]))
         share = self.budget / (each * sum(len(rows) for rows in waiting[:9]))
-        full = self.side
-        self.side = int(np.clip(full * min(1.0, share**0.7), min(SIDE_MIN, full), full))
-        each *= (self.side / full) ** 1.3
+        full = self.pixels
+        self.pixels = int(np.clip(full * min(1.0, share**0.7), SIDE_MIN, full))
+        each *= (self.pixels / full) ** 1.3
         total = np.cumsum([len(rows) for rows in waiting])
         return waiting[: int(np.searchsorted(total, 1.15 * self.budget / each, side="right"))]
 
@@ -160,70 +178,33 @@ class Galleries:
         made: dict[int, dict[str, Any]] = {}
         for start in range(0, len(rows), READ):
             part = rows[start : start + READ]
-            places = self._places(self.facts.image_ids[part])
-            sources = thumbnails(self.facts.config, places, self.side, self.levels)
+            places = places_of(self.facts, part)
+            sources = thumbnails(self.facts, places, self.pixels)
             for row, place, source in zip(part, places, sources, strict=True):
                 made[int(row)] = self._image(int(row), place, source)
         return made
-
-    def _places(self, image_ids: np.ndarray) -> list[dict[str, Any]]:
-        """Where images are: uri, offset, size."""
-        if self.facts.index is None:
-            return [{"uri": f"row {i}", "offset": None, "size": None} for i in image_ids]
-        return self.facts.index.take(pa.array(image_ids)).to_pylist()
 
     def _image(self, row: int, place: dict[str, Any], source: str | None) -> dict[str, Any]:
         facts = self.facts
         code = -1 if facts.codes is None else int(facts.codes[row])
         label = facts.class_name(code)
-        expected = facts.table["matched"][int(facts.clusters[row])]
+        cluster = int(facts.clusters[row])
+        lost = source is None and not facts.config.data.embeddings
         return {
-            "src": source,
+            "src": self._kept.get(place["uri"]) if lost else source,
+            "lost": lost,
+            "rest": place["uri"][len(facts.root) :],
             "name": tail(place["uri"]),
+            "link": self.pages.link(cluster, row) if self.pages else "",
+            "cluster": cluster,
+            "second": None if facts.second is None else int(facts.second[row]),
             "confidence": float(facts.confidence[row]),
             "label": label,
-            "wrong": code >= 0 and code != expected,
+            "wrong": code >= 0 and code != facts.table["matched"][cluster],
         }
 
 
 def _weight(image: dict[str, Any]) -> int:
     """Bytes an image takes in the page: its name appears twice, and may grow when escaped."""
-    return PER_IMAGE + len(image["src"] or "") + 2 * len(image["name"]) + 2 * len(image["label"])
-
-
-def thumbnails(
-    config: Config, places: Sequence[dict[str, Any]], side: int, levels: Levels = AS_IS
-) -> list[str | None]:
-    """Square thumbnails as data URIs; None where there is no image, or it cannot be read.
-
-    A moved or deleted image must not prevent the report: the page shows its name instead.
-    """
-    if config.data.embeddings:
-        return [None] * len(places)
-    data = reading.read_many(
-        *([place[key] for place in places] for key in ("uri", "offset", "size"))
-    )
-    shrink = partial(_thumbnail, side=side, max_pixels=config.embed.max_pixels, levels=levels)
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(shrink, data))
-
-
-def _thumbnail(data: Any, side: int, max_pixels: int, levels: Levels) -> str | None:
-    if not isinstance(data, bytes):
-        return None
-    try:
-        return data_uri(preprocess.decode(data, max_pixels, levels), side)
-    except preprocess.BadImage:
-        return None
-
-
-def data_uri(picture: Any, side: int) -> str:
-    """A PIL image cut to its central square, at most `side` pixels, as WebP (or JPEG) text."""
-    from PIL import ImageOps, features
-
-    side = min(side, *picture.size)  # a smaller image is scaled up by the browser
-    small = ImageOps.fit(picture.convert("RGB"), (side, side))
-    kind = "webp" if features.check("webp") else "jpeg"
-    stream = io.BytesIO()
-    small.save(stream, kind, quality=QUALITY)
-    return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode()
+    text = 2 * len(image["name"]) + 2 * len(image["label"]) + len(image["rest"])
+    return PER_IMAGE + len(image["src"] or "") + text

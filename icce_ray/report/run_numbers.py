@@ -99,6 +99,21 @@ def notes(facts: RunFacts) -> list[tuple[str, str]]:
     return listed + _troubles(facts)
 
 
+def lost(count: int, kept: int) -> str:
+    """What to say of shown images whose files are gone; empty where there are none."""
+    if not count:
+        return ""
+    text = (
+        "1 image that the report shows can no longer be read: it was"
+        if count == 1
+        else f"{count:,} images that the report shows can no longer be read: they were"
+    )
+    text += " moved, deleted or replaced since the run."
+    if kept:
+        return f"{text} Thumbnails of the earlier report stand for {kept:,} of them."
+    return f"{text} Restore them and run icce-ray report again."
+
+
 def _clusters(number: int) -> str:
     return "1 cluster has" if number == 1 else f"{number:,} clusters have"
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from icce_ray import config as configs
-from icce_ray.config.schema import Config
 from icce_ray.core import proposals
-from icce_ray.report import oddities, run_charts, run_numbers
-from icce_ray.report.facts import RunFacts, read_facts
+from icce_ray.report import earlier, image_map, oddities, run_charts, run_numbers
+from icce_ray.report.browse import Pages
+from icce_ray.report.facts import RunFacts
 from icce_ray.report.galleries import Galleries
 from icce_ray.report.pages import template
 from icce_ray.rundir import addresses
@@ -22,28 +23,36 @@ PER_CLUSTER = 1_600  # bytes of markup around a cluster's images, generously
 FIXED = 350_000  # bytes of the page without any cluster
 
 
-def render(config: Config, files: RunDirectory, codes: np.ndarray | None) -> tuple[bytes, int]:
-    """The page, at most report.max_megabytes large, and how many thumbnails it holds.
+class Page(NamedTuple):
+    """The page of a run."""
 
-    files: a run whose evaluation is finished. codes: true classes, int64 [N], or None.
+    content: bytes
+    shown: int  # thumbnails of clusters
+    lost: tuple[int, int]  # see Galleries.lost
 
-    Raises:
-        ArtifactError: an artifact is missing.
-    """
-    facts = read_facts(config, files, codes)
+
+def render(facts: RunFacts, files: RunDirectory, pages: Pages | None) -> Page:
+    """The page, at most report.max_megabytes large. pages: of all images, where there are any."""
     page = template("report.html.j2")
-    limit = config.report.max_megabytes * 10**6
+    limit = facts.config.report.max_megabytes * 10**6
     listed = _listed(facts, limit)
-    galleries = Galleries(facts, listed, limit - FIXED - PER_CLUSTER * len(listed))
+    budget = limit - FIXED - PER_CLUSTER * len(listed)
+    galleries = Galleries(facts, listed, budget, partial(earlier.shown, files), pages)
     content = _content(facts) | {"listed": listed, "proposals": _proposals(facts, listed)}
-    content |= oddities.sections(facts, galleries)
+    content |= oddities.sections(facts, galleries) | {"browse": pages}
     galleries.fill()
+    content["points"] = image_map.points(facts, files, galleries)
     near = {k: _near(facts, k, listed) for k in listed}
     while True:  # the budget is an estimate: images go, rank by rank, until the page fits
         cards = [_card(facts, galleries, k) | {"near": near[k]} for k in listed]
-        text = page.render(**content, clusters=cards, side=galleries.side).encode()
+        made = {
+            "clusters": cards,
+            "side": galleries.side,
+            "lost": run_numbers.lost(*galleries.lost),
+        }
+        text = page.render(**content, **made).encode()
         if len(text) <= limit or not galleries.drop():
-            return text, galleries.count
+            return Page(text, galleries.count, galleries.lost)
 
 
 def _listed(facts: RunFacts, limit: int) -> list[int]:
@@ -117,6 +126,7 @@ def _content(facts: RunFacts) -> dict[str, Any]:
         "title": f"{facts.config.num_classes:,} clusters in {len(facts.clusters):,} images",
         "run": addresses.split_options(facts.uri)[0].rstrip("/").rsplit("/", 1)[-1],
         "uri": facts.uri,
+        "root": facts.root,
         "source": facts.config.data.path or facts.config.data.embeddings,
         "backbones": run_numbers.backbones(facts.config),
         "finished": run_numbers.moment(facts.manifests["evaluation"].finished),

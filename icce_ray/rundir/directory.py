@@ -331,11 +331,17 @@ class RunDirectory:
             return None
         return self.read_json(folder, PARTIAL)
 
-    def begin(self, folder: str, mark: Mapping[str, Any]) -> bool:
-        """Start or continue a stage. Returns True where earlier partial work may be reused."""
+    def begin(self, folder: str, mark: Mapping[str, Any], keep: bool = False) -> bool:
+        """Start or continue a stage. Returns True where earlier partial work may be reused.
+
+        keep: files of other work stay until the stage replaces them; else they go now.
+        """
         if self.partial(folder) == json.loads(json.dumps(mark)):
             return True
-        self.delete(folder)
+        if keep:
+            self.delete_file(folder, MANIFEST)
+        else:
+            self.delete(folder)
         self.write_json(mark, folder, PARTIAL)
         return False
 

@@ -2,16 +2,21 @@
 
 Reads the artifacts of every other stage and the images of the galleries. Writes report/index.html,
 which loads nothing from anywhere (styles, script, charts and thumbnails are inside) and stays below
-report.max_megabytes.
+report.max_megabytes. Images that can no longer be read keep the thumbnails of the page before it.
+With report.browse, pages of all images lie beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from icce_ray import config as configs
 from icce_ray.config.schema import Config
 from icce_ray.errors import ArtifactError
+from icce_ray.report import browse, run_numbers
+from icce_ray.report.facts import read_facts
 from icce_ray.report.pages import FOLDER, PAGE
-from icce_ray.report.run_page import render
+from icce_ray.report.run_page import Page, render
 from icce_ray.rundir import curated, storage
 from icce_ray.rundir.directory import RunDirectory, stored
 from icce_ray.stages import evaluate
@@ -20,14 +25,25 @@ from icce_ray.stages.base import Context, Outcome
 
 def run(context: Context) -> Outcome:
     """Write the page. Raises ArtifactError where something it reads is missing."""
-    page, shown = _write(context.config, context.run)
-    context.reporter.say(f"Report: {context.run.address(FOLDER, PAGE)} ({len(page) / 1e6:.1f} MB)")
-    results = {"bytes": len(page), "images_shown": shown}
+    config, files = context.config, context.run
+    if config.report.browse and not config.data.embeddings:
+        rows = len(files.matrix("embeddings", "image_id"))
+        with context.reporter.bar("Pages of all images", rows, "images") as bar:
+            page = _write(config, files, bar.update)
+    else:
+        page = _write(config, files)
+    if page.lost[0]:
+        context.reporter.event(run_numbers.lost(*page.lost))
+    size = len(page.content)
+    context.reporter.say(f"Report: {context.run.address(FOLDER, PAGE)} ({size / 1e6:.1f} MB)")
+    results = {"bytes": size, "images_shown": page.shown}
     return Outcome(rows=context.config.num_classes, results=results)
 
 
-def build(run_uri: str) -> str:
+def build(run_uri: str, warn: Callable[[str], object] = lambda _: None) -> str:
     """Write the page of a finished run again, with the run's own config. Returns the page's path.
+
+    warn: called with what the user should know of the page.
 
     Raises:
         ArtifactError: `run_uri` is no run directory, or its evaluation is not finished.
@@ -39,17 +55,24 @@ def build(run_uri: str) -> str:
 
     with stored(f"an artifact of {run_uri}"):
         try:
-            _write(config, files)
+            page = _write(config, files)
         except UndefinedError as error:  # the page needs a value that an artifact lacks
             raise KeyError(str(error)) from error
+    if page.lost[0]:
+        warn(run_numbers.lost(*page.lost))
     return files.address(FOLDER, PAGE)
 
 
-def _write(config: Config, files: RunDirectory) -> tuple[bytes, int]:
-    """Write the page. Returns it, and how many thumbnails it holds."""
+def _write(
+    config: Config, files: RunDirectory, on_images: Callable[[int], object] = lambda _: None
+) -> Page:
+    """Write the page, after the pages of all images that it leads to, and return it."""
     if files.manifest(evaluate.FOLDER) is None:
         raise ArtifactError(f"{files.path(evaluate.FOLDER)} is not finished; run that stage first")
     known = evaluate.truth(config, files, files.matrix("embeddings", "image_id"))
-    page, shown = render(config, files, None if known is None else known.codes)
-    files.write_bytes(page, FOLDER, PAGE)
-    return page, shown
+    facts = read_facts(config, files, None if known is None else known.codes)
+    pages = browse.write(facts, files, on_images)
+    page = render(facts, files, pages)
+    files.write_bytes(page.content, FOLDER, PAGE)
+    browse.clean(files, pages)
+    return page

@@ -27,6 +27,8 @@ FAISS = 2e8  # bytes that exact search takes beside its rows
 LISTING = 450  # bytes of memory per image while listing, as measured
 VIT_L = 304e6  # weights; a backbone's own number is not known before it is made
 
+BROWSE_BYTES = 5000  # of an image on the pages of report.browse, photos, as measured
+
 QUERY_ROWS = 65_536  # of one Ray task of the search, and of the file that it writes
 SEARCHED = ("pca", "search", "nprobe", "max_neighbors")  # of the group neighbors
 SELECTED = ("rule", "k", "threshold", "min_neighbors")  # of the same group
@@ -249,9 +251,12 @@ def _report_settings(config: Config) -> dict[str, Any]:
 
 
 def _report_needs(config: Config, size: Size, cluster: Cluster) -> Need:
-    """Columns of a few bytes per image, the page twice (pieces and text)."""
-    page = config.report.max_megabytes * 1e6
-    return Need(memory=120.0 * (size.images or 0) + 3 * page, disk=page)
+    """Columns of a few bytes per image, the page twice (pieces and text); the pages of all images
+    are collected in the node's cache."""
+    page, images = config.report.max_megabytes * 1e6, size.images or 0
+    browsed = images if config.report.browse and not config.data.embeddings else 0
+    pages = 1.0 * BROWSE_BYTES * browsed
+    return Need(memory=150.0 * images + 3 * page, disk=page + pages, cache=pages)
 
 
 STAGES: tuple[Stage, ...] = (

@@ -1,7 +1,12 @@
-"""A parsed page, for the tests of both pages."""
+"""A parsed page, and one in a real browser, for the tests of both pages."""
 
 from __future__ import annotations
 
+import html
+import json
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -83,3 +88,40 @@ class Page(HTMLParser):
 def parse():
     """parse(text) -> Page."""
     return Page
+
+
+@pytest.fixture
+def in_browser(tmp_path):
+    """in_browser(page, script, width=500) -> what the script put into the object `made`.
+
+    The script runs at the end of the page, as a file; its promises are waited for.
+    """
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if not browser:
+        pytest.skip("NOT TESTED: the page's buttons need Chromium (apt-get install chromium)")
+
+    def run(page, script, width=500):
+        path = tmp_path / "page.html"
+        told = "document.getElementById('made').textContent = JSON.stringify(made)"
+        body = f"try {{ {script} }} catch (error) {{ made.error = String(error); }}"
+        script = f"(async () => {{ const made = {{}}; {body} {told}; }})();"
+        path.write_text(
+            page.replace("</body>", f"<pre id=made></pre><script>{script}</script></body>")
+        )
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu"]
+        command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+        done = subprocess.run(
+            [*command, "--virtual-time-budget=4000", "--dump-dom", path.as_uri()],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        match = re.search(r'<pre id="made">(.+?)</pre>', done.stdout, re.DOTALL)
+        assert match, done.stderr
+        made = json.loads(html.unescape(match[1]))
+        assert "error" not in made, made
+        return made
+
+    return run

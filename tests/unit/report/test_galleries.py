@@ -1,12 +1,8 @@
-"""Which images a page shows, and their thumbnails."""
+"""Which images a page shows."""
 
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
-from PIL import Image
 
 from icce_ray.report import galleries
 
@@ -26,11 +22,3 @@ def test_choose_takes_no_row_twice_and_orders_by_confidence():
         if len(unsure):
             assert confidence[unsure[0]] == confidence[clusters == k].min()
             assert len(sure) == 8
-
-
-def test_thumbnails_are_small_squares():
-    uri = galleries.data_uri(Image.new("RGBA", (300, 100), (10, 200, 30, 255)), 48)
-    picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
-    assert picture.size == (48, 48)
-    tiny = galleries.data_uri(Image.new("L", (8, 20)), 48)
-    assert Image.open(io.BytesIO(base64.b64decode(tiny.split(",")[1]))).size == (8, 8)

@@ -380,6 +380,13 @@ def test_begin_reuses_partial_work_of_the_same_mark_alone(anywhere):
     assert anywhere.partial("x")["fingerprint"] == "b"
 
 
+def test_begin_may_keep_files_until_they_are_replaced(run):
+    run.write_bytes(b"1", "x", "shard")
+    finish(run, "x")
+    assert run.begin("x", {"fingerprint": "b"}, keep=True) is False
+    assert run.manifest("x") is None and run.read_bytes("x", "shard") == b"1"
+
+
 def test_a_finished_stage_is_not_partial_and_begins_anew(run):
     mark = {"fingerprint": "a"}
     run.begin("x", mark)
