@@ -6,7 +6,6 @@ about a minute, and the run continues with it. RUN/num_classes.json keeps it.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,11 +16,9 @@ from icce_ray import config as configs
 from icce_ray import pipeline
 from icce_ray.config import Config, Range
 from icce_ray.distributed.cluster import Cluster
-from icce_ray.errors import ArtifactError
+from icce_ray.rundir import results
 from icce_ray.rundir.directory import RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter
-
-FILE = "num_classes.json"
 
 
 def resolve(
@@ -71,11 +68,8 @@ def _key(config: Config, run: RunDirectory, between: Range) -> str:
 
 
 def _known(run: RunDirectory, key: str) -> int | None:
-    with contextlib.suppress(ArtifactError):
-        found = run.read_json(FILE)
-        if isinstance(found, dict) and found.get("key") == key:
-            return int(found["best"])
-    return None
+    found = results.read_estimate(run)
+    return found["best"] if found is not None and found["key"] == key else None
 
 
 def _estimate(config: Config, run: RunDirectory, key: str, between: Range, quiet: bool) -> int:
@@ -88,9 +82,9 @@ def _estimate(config: Config, run: RunDirectory, key: str, between: Range, quiet
             found = num_classes.estimate(
                 embeddings, between, config, lambda done, _: bar.update(done)
             )
-        run.write_json({"key": key, **asdict(found)}, FILE)
+        run.write_json({"key": key, **asdict(found)}, results.NUM_CLASSES)
         reporter.say(
             f"num_classes: {found.best:,}; {found.low:,} to {found.high:,} fit almost as well. It "
-            f"is an estimate: {run.path(FILE)} has the curve, and -k N sets another number"
+            "is an estimate: the report has the curve, and -k N sets another number"
         )
     return found.best

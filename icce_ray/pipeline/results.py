@@ -117,6 +117,7 @@ class Result:
         from icce_ray import config as configs
         from icce_ray.distributed.inference import levels_of_run
         from icce_ray.report import galleries, notebook
+        from icce_ray.report.thumbnails import thumbnails
 
         if n < 1:
             raise ConfigError(f"n={n} must be at least 1")
@@ -125,9 +126,8 @@ class Result:
         picks = galleries.choose(self.clusters, self.confidence, len(self.names), n, config.seed)
         rows, _ = picks[number]
         places = self._places(self._consensus["image_id"].take(rows)).to_pylist()
-        sources = galleries.thumbnails(
-            config, places, galleries.SIDE, levels_of_run(self._directory)
-        )
+        levels = levels_of_run(self._directory)
+        sources = thumbnails(config, places, galleries.SIDE, levels)
         name, size = self.names[number], int((self.clusters == number).sum())
         title = f"cluster {number}{f' ({name})' if name else ''}: {size:,} images"
         uris = [place["uri"] for place in places]

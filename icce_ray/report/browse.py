@@ -182,7 +182,7 @@ class _Spool:
         for start in range(0, len(self.start), READ):
             rows = np.arange(start, min(start + READ, len(self.start)))
             places = places_of(facts, rows)
-            sources = thumbnails(facts, places, SIDE, whole=True)
+            sources = thumbnails(facts.config, places, SIDE, facts.levels, whole=True)
             for row, place, source in zip(rows.tolist(), places, sources, strict=True):
                 if source is None:
                     lost[place["uri"]] = row

@@ -19,6 +19,7 @@ from icce_ray.core import proposals
 from icce_ray.core.samples import Levels, levels_in
 from icce_ray.rundir.curated import Naming, naming
 from icce_ray.rundir.directory import Manifest, RunDirectory
+from icce_ray.rundir.results import read_estimate
 from icce_ray.rundir.schemas import QUARANTINE
 
 # Folder and plain name of each stage the page speaks of, in the order of the chain.
@@ -61,6 +62,7 @@ class RunFacts:
     links: np.ndarray | None = None  # see core.proposals.links, [K, K]
     merges: Sequence[proposals.Merge] = ()
     splits: Sequence[proposals.Split] = ()
+    estimate: dict[str, Any] | None = None  # of the number of classes, where it was not given
 
     @property
     def num_clusters(self) -> int:
@@ -133,6 +135,7 @@ def read_facts(config: Config, files: RunDirectory, codes: np.ndarray | None) ->
         links=links,
         merges=proposals.merges(links),
         splits=_splits(files, clusters, count),
+        estimate=_estimate(config, files),
     )
 
 
@@ -162,6 +165,12 @@ def _contingency(files: RunDirectory, classes: int, clusters: int) -> np.ndarray
     dense = np.zeros((classes, clusters), dtype=np.int64)
     dense[cells["class"].to_numpy(), cells["cluster"].to_numpy()] = cells["count"].to_numpy()
     return dense
+
+
+def _estimate(config: Config, files: RunDirectory) -> dict[str, Any] | None:
+    """How the number of classes was found; None where the run's is another one."""
+    found = read_estimate(RunDirectory(files.uri))
+    return found if found is not None and found["best"] == config.num_classes else None
 
 
 def _history(files: RunDirectory) -> dict[str, Any]:

@@ -176,10 +176,11 @@ class Galleries:
         """Thumbnails of these rows, in ascending order: a tar or a Parquet row group holds
         neighboring images and is then read once."""
         made: dict[int, dict[str, Any]] = {}
+        facts = self.facts
         for start in range(0, len(rows), READ):
             part = rows[start : start + READ]
-            places = places_of(self.facts, part)
-            sources = thumbnails(self.facts, places, self.pixels)
+            places = places_of(facts, part)
+            sources = thumbnails(facts.config, places, self.pixels, facts.levels)
             for row, place, source in zip(part, places, sources, strict=True):
                 made[int(row)] = self._image(int(row), place, source)
         return made

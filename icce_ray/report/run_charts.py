@@ -22,7 +22,8 @@ def draw(facts: RunFacts) -> list[dict[str, Any]]:
         drawn.append(_reliability(facts))
     if "acc" in facts.scores:
         drawn.append(_heads(facts))
-    return drawn + [chart for chart in (_neighbors(facts), _loss(facts)) if chart]
+    others = (_number(facts), _neighbors(facts), _loss(facts))
+    return drawn + [chart for chart in others if chart]
 
 
 def _chart(title: str, drawing: Any, text: str) -> dict[str, Any]:
@@ -37,6 +38,29 @@ def _sizes(facts: RunFacts) -> dict[str, Any]:
     )
     sizes = np.array(facts.table["size"])
     return _chart("Cluster sizes", charts.sorted_sizes(sizes, f"Cluster sizes. {text}"), text)
+
+
+def _number(facts: RunFacts) -> dict[str, Any] | None:
+    found = facts.estimate
+    if found is None:
+        return None
+    text = (
+        f"{found['best']:,} classes are an estimate; {found['low']:,} to {found['high']:,} fit "
+        "almost as well. Where clusters are there in the data, clusterings of different parts of "
+        "the images agree."
+    )
+    points = [
+        (number, value, f"{number:,} clusters: agreement {value:.2f}", number == found["best"])
+        for number, value in zip(found["tried"], found["agreement"], strict=True)
+    ]
+    drawing = charts.scatter(
+        points,
+        label=f"Agreement by number of clusters. {text}",
+        x_title="number of clusters",
+        x_log=True,
+        x_whole=True,
+    )
+    return _chart("Number of classes", drawing, text)
 
 
 def _confidence(facts: RunFacts) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from icce_ray.config.schema import Config
 from icce_ray.core import preprocess
 from icce_ray.core.samples import Levels
 from icce_ray.data import reading
@@ -29,18 +30,24 @@ def places_of(facts: RunFacts, rows: np.ndarray) -> list[dict[str, Any]]:
 
 
 def thumbnails(
-    facts: RunFacts, places: Sequence[dict[str, Any]], side: int, whole: bool = False
+    config: Config,
+    places: Sequence[Mapping[str, Any]],
+    side: int,
+    levels: Levels,
+    whole: bool = False,
 ) -> list[str | None]:
     """Thumbnails as data URIs; None where there is no image, or it cannot be read. See `data_uri`.
 
     A moved or deleted image must not prevent the report.
+
+    places: uri, offset and size of each. levels: the ranges of the run's images.
     """
-    if facts.config.data.embeddings:
+    if config.data.embeddings:
         return [None] * len(places)
     data = reading.read_many(
         *([place[key] for place in places] for key in ("uri", "offset", "size"))
     )
-    limit, levels = facts.config.embed.max_pixels, facts.levels
+    limit = config.embed.max_pixels
     shrink = partial(_thumbnail, side=side, max_pixels=limit, levels=levels, whole=whole)
     with ThreadPoolExecutor() as pool:
         return list(pool.map(shrink, data))

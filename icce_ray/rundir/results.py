@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from typing import Any
+
 import pyarrow as pa
 
 from icce_ray.errors import ArtifactError
@@ -9,6 +13,20 @@ from icce_ray.rundir import curated
 from icce_ray.rundir.directory import RunDirectory
 
 LABELS, LABELS_CSV = "labels.parquet", "labels.csv"
+NUM_CLASSES = "num_classes.json"  # how their number was found, where it was `auto` or a range
+
+
+def read_estimate(run: RunDirectory) -> dict[str, Any] | None:
+    """NUM_CLASSES of a run: `key` of all that it depends on, `best`, `low` and `high`, and for each
+    number `tried` the `agreement`. None where there is none, or it is damaged."""
+    with contextlib.suppress(ArtifactError, KeyError, TypeError, ValueError):
+        found = run.read_json(NUM_CLASSES)
+        numbers = {name: int(found[name]) for name in ("best", "low", "high")}
+        tried = [int(number) for number in found["tried"]]
+        agreement = [float(value) for value in found["agreement"]]
+        if len(tried) == len(agreement) > 0 and all(map(math.isfinite, agreement)):
+            return {"key": found["key"], **numbers, "tried": tried, "agreement": agreement}
+    return None
 
 
 def require(run: RunDirectory, folder: str) -> None:

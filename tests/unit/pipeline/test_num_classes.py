@@ -14,6 +14,7 @@ from icce_ray import config as configs
 from icce_ray.core import num_classes as counting
 from icce_ray.errors import ConfigError
 from icce_ray.pipeline import num_classes
+from icce_ray.rundir import results
 from icce_ray.rundir.directory import RunDirectory
 
 OPTIONS = ["num_classes=auto"]
@@ -72,7 +73,7 @@ def test_the_number_is_estimated_once(tree: dict[str, Any], calls: list[Any]) ->
     assert num_classes.resolve(tree, OPTIONS, quiet=True) == found
     assert num_classes.resolve(tree, OPTIONS, plan_only=True, quiet=True) == found
     assert calls == [(2, None)]
-    said = run.read_json(num_classes.FILE)
+    said = run.read_json(results.NUM_CLASSES)
     assert said["best"] == 5 and len(said["tried"]) == len(said["agreement"])
     assert "num_classes: 5;" in (Path(tree["run_dir"]) / "log").read_text()
 
@@ -83,7 +84,7 @@ def test_other_images_settings_and_damaged_files_have_it_estimated_again(
     num_classes.resolve(tree, OPTIONS, quiet=True)
     num_classes.resolve(tree, ["num_classes=3-9"], quiet=True)
     num_classes.resolve(tree, ["num_classes=3-9", "seed=1"], quiet=True)
-    file = Path(tree["run_dir"]) / num_classes.FILE
+    file = Path(tree["run_dir"]) / results.NUM_CLASSES
     for damage in (file.read_bytes()[:-9], b"[]", b"7"):
         file.write_bytes(damage)
         num_classes.resolve(tree, ["num_classes=3-9", "seed=1"], quiet=True)

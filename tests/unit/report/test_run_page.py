@@ -228,3 +228,17 @@ def test_a_class_names_a_cluster_before_a_word(make_run, make_context, page_of):
 def test_without_words_the_page_does_not_speak_of_them(make_run, page_of):
     page, _ = page_of(make_run(60, 3))
     assert "in words" not in page.text.lower() and "Words are" not in page.text
+
+
+def test_an_estimated_number_of_classes_is_drawn_unless_the_run_has_another(make_run, page_of):
+    made = make_run(60, 3)
+    assert "Number of classes" not in page_of(made)[1]
+    found = {"key": "k", "best": 3, "low": 2, "high": 4, "tried": [2, 3, 4, 5]}
+    made.run.write_json({**found, "agreement": [0.7, 0.97, 0.9, 0.6]}, "num_classes.json")
+    _, page = page_of(made)
+    assert "3 classes are an estimate; 2 to 4 fit" in page and "3 clusters: agreement 0.97" in page
+    damaged = [{**found, "agreement": [0.7, 0.9]}, {**found, "agreement": ["<b>", 1, 1, 1]}, [3], 7]
+    others = [{**found, "best": 4, "agreement": [0.7, 0.9, 0.9, 0.6]}, found, *damaged]
+    for other in others:
+        made.run.write_json(other, "num_classes.json")
+        assert "Number of classes" not in page_of(made)[1]
