@@ -137,7 +137,8 @@ def _words(context: Context) -> naming.Names:
     if chosen.namer is None and chosen.vocabulary == "none":
         return []
     if chosen.namer is None and (why := naming.lacks(context.config)):
-        context.reporter.say(f"no names in words: {why}")
+        asked = chosen.vocabulary != "auto"  # else most runs would print what nobody asked for
+        (context.reporter.say if asked else context.reporter.log)(f"no names in words: {why}")
         return []
     try:
         if chosen.namer is not None:
