@@ -147,4 +147,9 @@ def _agreement(smooth: torch.Tensor, tried: list[int], seed: int, on_tree: OnTre
             labels[place, number] = start.nearest_centroid(compared, centroids).numpy()
         on_tree(number + 1, TREES)
     pairs = [(i, j) for i in range(TREES) for j in range(i)]
-    return [float(np.median([ari(each[i], each[j]) for i, j in pairs])) for each in labels]
+    # One cluster agrees with one cluster, and says nothing: all images are the same.
+    apart = (labels != labels[:, :, :1]).any(2).all(1)
+    return [
+        float(np.median([ari(each[i], each[j]) for i, j in pairs])) if split else 0.0
+        for each, split in zip(labels, apart, strict=True)
+    ]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icce_ray import config as configs
 from icce_ray import pipeline
@@ -19,6 +19,11 @@ from icce_ray.distributed.cluster import Cluster
 from icce_ray.rundir import results
 from icce_ray.rundir.directory import RunDirectory, fingerprint
 from icce_ray.rundir.progress import Reporter
+
+if TYPE_CHECKING:  # torch is imported where there is something to estimate
+    from icce_ray.core.num_classes import NumClasses
+
+CLEAR = 0.5  # agreement below which there are hardly clusters; of noise it is 0.2, of images 0.9
 
 
 def resolve(
@@ -83,8 +88,15 @@ def _estimate(config: Config, run: RunDirectory, key: str, between: Range, quiet
                 embeddings, between, config, lambda done, _: bar.update(done)
             )
         run.write_json({"key": key, **asdict(found)}, results.NUM_CLASSES)
-        reporter.say(
-            f"num_classes: {found.best:,}; {found.low:,} to {found.high:,} fit almost as well. It "
-            "is an estimate: the report has the curve, and -k N sets another number"
-        )
+        reporter.say(_said(found))
     return found.best
+
+
+def _said(found: NumClasses) -> str:
+    """The number, and how far to trust it."""
+    text = f"num_classes: {found.best:,}; {found.low:,} to {found.high:,} fit almost as well. "
+    if max(found.agreement) < CLEAR:
+        text += "No number stands out: clusterings of different images hardly agree. "
+    elif found.best in (found.tried[0], found.tried[-1]):
+        text += "It is the end of the range: others may fit better. "
+    return f"{text}It is an estimate: the report has the curve, and -k N sets another number"

@@ -50,6 +50,11 @@ def test_heads_of_few_clusters_bound_the_number() -> None:
     assert max(num_classes.estimate(groups(8, 60), (2, None), few).tried) == 5
 
 
+def test_copies_of_one_image_agree_on_nothing() -> None:
+    found = num_classes.estimate(unit_rows(np.ones((300, 8))), (2, None), SETTINGS)
+    assert set(found.agreement) == {0.0} and found.best == 2
+
+
 def test_too_few_images_are_an_error() -> None:
     with pytest.raises(ConfigError, match="from 50 on can be judged from 300 images: 12 for each"):
         num_classes.estimate(groups(3, 100), (50, 200), SETTINGS)

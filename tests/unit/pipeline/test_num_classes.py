@@ -108,3 +108,12 @@ def test_the_run_continues_with_the_number(
     assert calls == [(3, 9)]
     assert configs.load(run.path("config.yaml")).num_classes == 5
     assert capsys.readouterr().err.count("num_classes: 5; 5 to 5 fit almost as well") == 1
+
+
+def test_doubt_is_said(tree: dict[str, Any]) -> None:
+    log = Path(tree["run_dir"]) / "log"
+    num_classes.resolve(tree, ["num_classes=2-4"], quiet=True)
+    assert "num_classes: 4;" in log.read_text() and "It is the end of the range" in log.read_text()
+    np.save(tree["data"]["embeddings"], np.random.default_rng(0).normal(size=(900, 16)))
+    num_classes.resolve(tree, [*OPTIONS, "run_dir=" + tree["run_dir"] + "-noise"], quiet=True)
+    assert "No number stands out" in Path(tree["run_dir"] + "-noise", "log").read_text()
