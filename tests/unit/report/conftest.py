@@ -11,6 +11,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from icce_ray.stages import answer, evaluate, report
+
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 LOADS = {"src", "href", "data", "action", "poster", "srcset", "xlink:href"}
 
@@ -88,6 +90,19 @@ class Page(HTMLParser):
 def parse():
     """parse(text) -> Page."""
     return Page
+
+
+@pytest.fixture
+def report_of(make_context):
+    """report_of(made) -> text of the page of a synthetic run, after the stages that it reads."""
+
+    def make(made):
+        for stage in (answer, evaluate, report):
+            outcome = stage.run(make_context(made))
+            made.finish(stage.FOLDER, outcome.rows, outcome.results)
+        return made.run.read_bytes("report", "index.html").decode()
+
+    return make
 
 
 @pytest.fixture

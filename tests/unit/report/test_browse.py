@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from icce_ray.report import browse
-from icce_ray.stages import answer, evaluate, report, table
+from icce_ray.stages import evaluate, report, table
 from icce_ray.stages.base import Size
 
 HOSTILE = "{:05d}\"'><script>alert(1)<b>&amp;.png"
@@ -18,14 +18,12 @@ IMAGE = re.compile(r'<figure id="i(\d+)"><a [^>]*><img src="(data:image/\w+;base
 
 
 @pytest.fixture
-def made(make_run, make_context, monkeypatch):
+def made(make_run, report_of, monkeypatch):
     """A run of 60 images in clusters of several pages each."""
     monkeypatch.setattr(browse, "PER_PAGE", 8)
     monkeypatch.setattr(browse, "READ", 7)
     one = make_run(60, 3, errors=0.3, bad=2, overrides=["report.browse=true"], file_name=HOSTILE)
-    for stage in (answer, evaluate, report):
-        outcome = stage.run(make_context(one))
-        one.finish(stage.FOLDER, outcome.rows, outcome.results)
+    report_of(one)
     return one
 
 

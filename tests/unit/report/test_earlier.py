@@ -11,20 +11,18 @@ import pytest
 from icce_ray import cli, pipeline
 from icce_ray.report import earlier
 from icce_ray.rundir import curated
-from icce_ray.stages import answer, evaluate, report
+from icce_ray.stages import report
 from icce_ray.stages.table import stage
 
 
 @pytest.fixture
-def reported(make_run, make_context):
+def reported(make_run, report_of):
     """A run of 60 images whose page shows clusters, duplicates and outliers."""
     made = make_run(60, 2, errors=0.3, file_name="{:05d}&amp;'.png")
     features = np.array(made.features)
     features[[20, 31]] = features[5]
     made.write_embeddings(features)
-    for one in (answer, evaluate, report):
-        outcome = one.run(make_context(made))
-        made.finish(one.FOLDER, outcome.rows, outcome.results)
+    report_of(made)
     return made
 
 

@@ -6,10 +6,8 @@ import html
 import re
 
 import numpy as np
-import pytest
 
 from icce_ray.report import image_map
-from icce_ray.stages import answer, evaluate, report
 
 NAME = "{:05d} <b>&amp;'\"né.png"
 
@@ -42,28 +40,15 @@ made.fits = document.documentElement.scrollWidth <= innerWidth;
 """
 
 
-@pytest.fixture
-def page_of(make_context):
-    """page_of(made) -> text of the page of a synthetic run."""
-
-    def make(made):
-        for one in (answer, evaluate, report):
-            outcome = one.run(make_context(made))
-            made.finish(one.FOLDER, outcome.rows, outcome.results)
-        return made.run.read_bytes("report", "index.html").decode()
-
-    return make
-
-
 def points(page: str) -> list[list[str]]:
     """Fields of each point, the last one its address below the root."""
     text = re.search(r"<pre hidden>\n(.*?)</pre>", page, re.DOTALL)[1]
     return [html.unescape(line).split(" ", 6) for line in text.strip().split("\n")]
 
 
-def test_points_are_the_images_and_what_is_known_of_them(make_run, page_of):
+def test_points_are_the_images_and_what_is_known_of_them(make_run, report_of):
     made = make_run(90, 3, errors=0.3, bad=2, file_name=NAME)
-    page = page_of(made)
+    page = report_of(made)
     second = np.asarray(made.run.matrix("answer", "second_choice"))
     root = html.unescape(re.search(r'data-root="([^"]*)"', page)[1])
     found = points(page)
@@ -75,9 +60,9 @@ def test_points_are_the_images_and_what_is_known_of_them(make_run, page_of):
         assert other == ("-" if second[row] < 0 else str(second[row]))
 
 
-def test_many_images_are_sampled_half_of_them_shown_ones(make_run, page_of, monkeypatch):
+def test_many_images_are_sampled_half_of_them_shown_ones(make_run, report_of, monkeypatch):
     monkeypatch.setattr(image_map, "MOST", 60)
-    page = page_of(make_run(400, 4, file_name=NAME))
+    page = report_of(make_run(400, 4, file_name=NAME))
     found = points(page)
     assert len(found) == 60 and "60 of the 400 images" in page
     shown = {html.unescape(one) for one in re.findall(r'data-u="([^"]*)"', page)}
@@ -91,25 +76,25 @@ def test_a_sample_has_no_row_twice_and_any_may_be_in_it():
     assert image_map._rows(30, 40, [3], seed=0).tolist() == list(range(30))
 
 
-def test_too_few_images_have_no_map(make_run, page_of, parse):
-    page = parse(page_of(make_run(20, 2)))
+def test_too_few_images_have_no_map(make_run, report_of, parse):
+    page = parse(report_of(make_run(20, 2)))
     assert "canvas" not in page.tags and "#map-of-images" not in page.loads
 
 
-def test_without_a_script_a_sentence_stands_for_it(make_run, page_of, parse):
-    text = page_of(make_run(60, 2))
+def test_without_a_script_a_sentence_stands_for_it(make_run, report_of, parse):
+    text = report_of(make_run(60, 2))
     assert "<noscript><p>The map needs JavaScript" in text
     assert '<div id="map" class="card" hidden>' in text
 
 
-def test_a_name_of_two_lines_stays_one_point(make_run, page_of):
+def test_a_name_of_two_lines_stays_one_point(make_run, report_of):
     made = make_run(40, 2, file_name="{:05d}\n1 2 3\u2028.png")
-    assert len(points(page_of(made))) == 40
+    assert len(points(report_of(made))) == 40
 
 
-def test_it_is_drawn_named_and_opened(make_run, page_of, in_browser):
+def test_it_is_drawn_named_and_opened(make_run, report_of, in_browser):
     made = make_run(90, 3, errors=0.3, file_name=NAME)
-    found = in_browser(page_of(made), WALK)
+    found = in_browser(report_of(made), WALK)
     assert found["shown"] and found["fits"] and found["ink"] > 500
     cluster, confidence = made.clusters[0], made.confidence[0]
     assert f"(#{cluster}), confidence {confidence:.0%}" in found["said"]

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icce_ray.report import oddities
-from icce_ray.stages import answer, evaluate, report
 
 
 @settings(max_examples=50, deadline=None)
@@ -23,21 +22,13 @@ def test_groups_are_the_largest_and_whole(draws):
     assert [rows.tolist() for rows in found] == many[: oddities.GROUPS]
 
 
-def page_of(made, make_context, parse):
-    for stage in (answer, evaluate):
-        outcome = stage.run(make_context(made))
-        made.finish(stage.FOLDER, outcome.rows, outcome.results)
-    report.run(make_context(made))
-    text = made.run.read_bytes("report", "index.html").decode()
-    return parse(text), text
-
-
-def test_page_shows_copies_side_by_side_and_the_farthest_first(make_run, make_context, parse):
+def test_page_shows_copies_side_by_side_and_the_farthest_first(make_run, report_of, parse):
     made = make_run(60, 2, bad=2, errors=0.3)
     features = np.array(made.features)
     features[[20, 31]] = features[5]
     made.write_embeddings(features)
-    page, text = page_of(made, make_context, parse)
+    text = report_of(made)
+    page = parse(text)
     assert "2 images repeat an earlier one" in page.text and "3 images" in page.text
     part = text[text.index('id="duplicates"') : text.index('id="outliers"')]
     names = [f"{row + 2:05d}.png" for row in (5, 20, 31)]
@@ -50,12 +41,12 @@ def test_page_shows_copies_side_by_side_and_the_farthest_first(make_run, make_co
     assert set(inside) <= set(page.ids) and {"duplicates", "outliers"} <= set(page.ids)
 
 
-def test_page_without_duplicates_has_no_such_section(make_run, make_context, parse):
-    page, _ = page_of(make_run(40, 2), make_context, parse)
+def test_page_without_duplicates_has_no_such_section(make_run, report_of, parse):
+    page = parse(report_of(make_run(40, 2)))
     assert "duplicates" not in page.ids and "outliers" in page.ids
 
 
-def test_these_images_stay_within_their_share(make_run, make_context, parse, monkeypatch):
+def test_these_images_stay_within_their_share(make_run, report_of, parse, monkeypatch):
     monkeypatch.setattr(oddities, "SHARE", 0.0)
-    page, _ = page_of(make_run(40, 2), make_context, parse)
+    page = parse(report_of(make_run(40, 2)))
     assert "outliers" not in page.ids and page.images

@@ -6,10 +6,8 @@ import html
 import re
 
 import numpy as np
-import pytest
 
 from icce_ray.report import galleries
-from icce_ray.stages import answer, evaluate, report
 
 NAME = "{:05d} <b>&amp;'\"né.png"
 
@@ -46,22 +44,9 @@ made.again = view.open;
 """
 
 
-@pytest.fixture
-def page_of(make_context):
-    """page_of(made) -> text of the page of a synthetic run."""
-
-    def make(made):
-        for one in (answer, evaluate, report):
-            outcome = one.run(make_context(made))
-            made.finish(one.FOLDER, outcome.rows, outcome.results)
-        return made.run.read_bytes("report", "index.html").decode()
-
-    return make
-
-
-def test_an_image_opens_large_with_what_is_known_of_it(make_run, page_of, in_browser):
+def test_an_image_opens_large_with_what_is_known_of_it(make_run, report_of, in_browser):
     made = make_run(60, 3, errors=0.3, file_name=NAME)
-    page = page_of(made)
+    page = report_of(made)
     found = in_browser(page, LOOK)
     assert not found["before"] and found["open"] and found["again"] and found["picture"]
     assert found["path"] in made.uris and found["copied"]
@@ -76,15 +61,15 @@ def test_an_image_opens_large_with_what_is_known_of_it(make_run, page_of, in_bro
     assert found["fits"] and found["inside"] and found["focusable"] > 3
 
 
-def test_a_run_without_images_shows_addresses(make_run, page_of, in_browser):
-    found = in_browser(page_of(make_run(60, 3, names=None, images=False)), LOOK)
+def test_a_run_without_images_shows_addresses(make_run, report_of, in_browser):
+    found = in_browser(report_of(make_run(60, 3, names=None, images=False)), LOOK)
     assert found["open"] and re.fullmatch(r"e\.npy#\d+", found["path"]) and not found["picture"]
     assert "labeled" not in found["known"]
 
 
-def test_the_page_holds_the_whole_address_once_per_image(make_run, page_of):
+def test_the_page_holds_the_whole_address_once_per_image(make_run, report_of):
     made = make_run(60, 3, errors=0.3, file_name=NAME)
-    page = page_of(made)
+    page = report_of(made)
     root = html.unescape(re.search(r'data-root="([^"]*)"', page)[1])
     rest = [html.unescape(one) for one in re.findall(r'data-u="([^"]*)"', page)]
     assert root.endswith("/images/") and {root + one for one in rest} <= set(made.uris)
