@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 
 EVIDENCE = 1.9  # neighbors of each that count as independent witnesses; see core.evaluation
-CONFIDENCE_NEIGHBORS = 20  # of each image that its confidence reads, fewer where classes are small
+CONFIDENCE_NEIGHBORS = 20  # of each image that its confidence reads, fewer where classes are small,
+CONFIDENCE_WIDE = 0.5  # ... and as many as this share of its cluster, if so many are known
 
 QUERY_CHUNK = 2048  # rows of exact search that are compared at a time ...
 BASE_CHUNK = 65_536  # ... with that many others, on a CPU as float32; similarities: 512 MB

@@ -209,7 +209,7 @@ def merge(
     )
     rows, most = ids.shape
     near = neighbors.reference_k(CONFIDENCE_NEIGHBORS, rows, settings.num_classes, most)
-    confidence = supported(merged.confidence, merged.labels, ids[:, :near])
+    confidence = supported(merged.confidence, merged.labels, ids, near)
     heads = assignments[:, kept]
     alike = agreement.mean_nmi(heads, settings.head_clusters, max_rows=FITTED_ROWS)
     info = {**merged.info, "kept": kept.tolist(), "head_agreement": alike, **why}

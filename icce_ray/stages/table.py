@@ -160,7 +160,7 @@ def _consensus_settings(config: Config) -> dict[str, Any]:
     return {
         "consensus": {**settings(config.consensus), "keep": keep},
         "evidence": constants.EVIDENCE,
-        "confidence": constants.CONFIDENCE_NEIGHBORS,
+        "confidence": [constants.CONFIDENCE_NEIGHBORS, constants.CONFIDENCE_WIDE],
         "num_classes": config.num_classes,
         "seed": config.seed,
     }

@@ -12,26 +12,40 @@ from __future__ import annotations
 
 import numpy as np
 
+from icce_ray.core.constants import CONFIDENCE_WIDE
+
 CHUNK = 65_536  # images whose neighbors are looked up at once
 
 
-def supported(posterior: np.ndarray, clusters: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def supported(
+    posterior: np.ndarray, clusters: np.ndarray, ids: np.ndarray, near: int
+) -> np.ndarray:
     """The ensemble's posterior, discounted by what the neighbors say: float32 [N], 0..1.
 
-    The product of three: the posterior, the share of the image's neighborhood that is in its
-    cluster, and the mean of that share over its cluster. The neighborhood is the image itself and
-    its M nearest, or as many of them as its cluster has others: a small cluster is no less sure.
+    The product of three: the posterior; the share of the image's neighborhood that is in its
+    cluster, the geometric mean of a small neighborhood and a wide one; and the mean of the small
+    ones' share over the cluster. The small one is the image itself and its `near` nearest, or as
+    many as its cluster has others: a small cluster is no less sure. The wide one is half as large
+    as the cluster (CONFIDENCE_WIDE), if so many neighbors are known: where several clusters meet,
+    the nearest few often agree.
 
     Args:
         posterior: of each image's cluster, [N], 0..1.
         clusters: int [N] in 0..K-1.
-        ids: row numbers of the nearest neighbors, int [N, M].
+        ids: row numbers of the nearest neighbors, nearest first, int [N, M].
+        near: neighbors of the small neighborhood, at most M.
     """
     sizes = np.bincount(clusters)
-    alike = np.empty(len(clusters), np.float64)
+    small = np.minimum(near, sizes - 1)[clusters]
+    part_of_it = np.ceil(CONFIDENCE_WIDE * (sizes - 1)).astype(np.int64)
+    wide = np.minimum(ids.shape[1], part_of_it)[clusters]
+    shares = np.empty((2, len(clusters)))
     for start in range(0, len(ids), CHUNK):
-        near = clusters[ids[start : start + CHUNK]]
-        alike[start : start + CHUNK] = (near == clusters[start : start + CHUNK, None]).sum(1)
-    share = (1 + alike) / (1 + np.minimum(ids.shape[1], sizes - 1)[clusters])
-    mean = np.bincount(clusters, weights=share) / np.maximum(sizes, 1)
-    return (posterior * share * mean[clusters]).astype(np.float32)
+        part = slice(start, start + CHUNK)
+        alike = clusters[ids[part]] == clusters[part, None]
+        place = np.arange(ids.shape[1])
+        found = alike[:, :near].sum(1), (alike & (place < wide[part, None])).sum(1)
+        for row, (count, most) in enumerate(zip(found, (small, wide), strict=True)):
+            shares[row, part] = (1 + count) / (1 + most[part])
+    mean = np.bincount(clusters, weights=shares[0]) / np.maximum(sizes, 1)
+    return (posterior * np.sqrt(shares[0] * shares[1]) * mean[clusters]).astype(np.float32)
