@@ -209,14 +209,15 @@ def peers(
         Path | None, typer.Option(help="Labels (.npy) of embeddings; a run has its own.")
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2")] = None,
+    turtle: Annotated[int, typer.Option(help="Steps of TURTLE; its recipe has 6,000.")] = 0,
     out: Out = Path("runs/peers"),
 ) -> None:
-    """The method in memory, beside k-means and, where it is installed, UMAP."""
+    """The method in memory, beside k-means, TURTLE and, where it is installed, UMAP."""
     from benchmarks import alone
     from benchmarks import peers as others
 
     case = alone.embeddings_of(source, labels)
-    found = others.compare(*case, seeds or [0, 1, 2], overrides or [], _tell)
+    found = others.compare(*case, seeds or [0, 1, 2], overrides or [], turtle, _tell)
     about = {"settings": {"source": source, "overrides": overrides or []}, "machine": machine()}
     publish(out, others.table(found), {**about, "results": found})
 

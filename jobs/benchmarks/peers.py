@@ -1,7 +1,7 @@
-"""Other ways to cluster the same features: k-means, and UMAP before k-means or HDBSCAN.
+"""Other ways to cluster the same features: k-means, UMAP before k-means or HDBSCAN, and TURTLE.
 
 UMAP is no dependency: `uv run --with umap-learn python jobs/benchmark.py peers ...`; without it,
-its rows are left out.
+its rows are left out. TURTLE takes long without a GPU, so its steps are given. TEMI is in pace.py.
 
 Shapes: N images, D features, K classes.
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.quality import spread
 from benchmarks.tables import markdown
+from benchmarks.turtle import turtle
 from icce_ray import config as configs
 from icce_ray.core import method
 from icce_ray.core.evaluation import truth
@@ -31,9 +32,13 @@ def compare(
     labels: np.ndarray,
     seeds: Sequence[int],
     overrides: Sequence[str],
+    turtle_steps: int,
     say: Say,
 ) -> list[dict[str, Any]]:
-    """Every method and seed: accuracy, NMI and ARI in %, and seconds. float16 [N, D], int [N]."""
+    """Every method and seed: accuracy, NMI and ARI in %, and seconds. float16 [N, D], int [N].
+
+    turtle_steps: 0 leaves TURTLE out.
+    """
     classes = len(np.unique(labels))
     tree = {"num_classes": classes, "data": {"embeddings": "in memory"}}
     config = configs.load(tree, overrides)
@@ -41,7 +46,7 @@ def compare(
     settings = {name: getattr(config, name).model_dump(exclude_unset=True) for name in groups}
     found = []
     for seed in seeds:
-        for name, clusters, seconds in _all(embeddings, classes, seed, settings):
+        for name, clusters, seconds in _all(embeddings, classes, seed, settings, turtle_steps):
             kept = clusters >= 0  # HDBSCAN leaves images out: each then is a cluster of its own
             named = np.where(kept, clusters, clusters.max() + 1 + np.arange(len(clusters)))
             scores = {key: 100 * value for key, value in truth.scores(labels, named).items()}
@@ -51,7 +56,7 @@ def compare(
 
 
 def _all(
-    x: np.ndarray, classes: int, seed: int, settings: dict[str, Any]
+    x: np.ndarray, classes: int, seed: int, settings: dict[str, Any], turtle_steps: int
 ) -> Iterator[tuple[str, np.ndarray, float]]:
     began = time.perf_counter()
     ours = method.cluster(x, classes, seed=seed, **settings)
@@ -59,6 +64,10 @@ def _all(
     yield "ours, classifier", ours.predict(x)[0], time.perf_counter() - began
     began = time.perf_counter()
     yield "k-means, 10 restarts", kmeans_baseline(x, classes, seed), time.perf_counter() - began
+    if turtle_steps:
+        began = time.perf_counter()
+        clusters = turtle([x], classes, seed, turtle_steps)
+        yield f"TURTLE, {turtle_steps:,} steps", clusters, time.perf_counter() - began
     if importlib.util.find_spec("umap") is None:
         return
     import umap

@@ -54,10 +54,11 @@ def test_peers_see_the_same_features_and_are_scored_alike() -> None:
     easy = replace(twin.Recipe(), mode=0.0, shared=0.0, noise=0.1, blend=0.0)
     x, y = twin.make(easy, classes=6, per_class=80, features=32)
     said: list[str] = []
-    found = peers.compare(x, y, [0, 1], ["heads.steps=100", "heads.count=6"], said.append)
-    names = {"ours, consensus", "ours, classifier", "k-means, 10 restarts"}
+    found = peers.compare(x, y, [0, 1], ["heads.steps=100", "heads.count=6"], 100, said.append)
+    names = {"ours, consensus", "ours, classifier", "k-means, 10 restarts", "TURTLE, 100 steps"}
     assert {one["method"] for one in found} >= names and len(said) == len(found)
     assert {one["seed"] for one in found} == {0, 1}
-    assert all(one["acc"] > 90 for one in found if one["method"] in names)
+    lowest = {name: 60 if "TURTLE" in name else 90 for name in names}  # from a random start
+    assert all(one["acc"] > lowest.get(one["method"], 0) for one in found)
     table = peers.table(found)
     assert table.count("\n") >= len(names) and "± " in table
