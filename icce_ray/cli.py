@@ -443,7 +443,7 @@ def report(
     """Build the report of a run again, and print its path."""
     from icce_ray.stages import report as stage
 
-    print(stage.build(run_dir, warn=lambda text: print(f"! {text}", file=sys.stderr)))
+    print(stage.build(run_dir))
 
 
 @app.command()

@@ -102,7 +102,9 @@ def test_the_run_continues_with_the_number(
     arguments = ["run", tree["data"]["embeddings"], "-k", "3-9", "--out", tree["run_dir"]]
     arguments += ["--until", "embed"]
     cli.app([*arguments, "--plan"], standalone_mode=False)
-    assert "estimated once the images are embedded" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "estimated once the images are embedded" in shown
+    assert "N not known yet, D 16;" in shown  # and no K: nobody has given one
     for _ in range(2):
         cli.app(arguments, standalone_mode=False)
     assert calls == [(3, 9)]
