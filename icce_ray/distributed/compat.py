@@ -56,6 +56,9 @@ def quiet_terminal() -> None:
     # Not documented: without it a call of Ray in a thread that outlives a failed run would start a
     # new cluster. Ray reads it when it is first imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    # Ray prints a traceback for each error whose result nobody asked for. All of ours are asked
+    # for; what is left are its own statistics, which fail on a machine that is short of time.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 
 def before_connecting() -> None:

@@ -72,6 +72,21 @@ assert "ray" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_errors_of_rays_own_calls_are_no_ones_business(asked: bool) -> None:
+    """`raise_errors` is what Ray calls with errors whose results nobody asked for."""
+    code = f"""
+from icce_ray.distributed import compat
+if {asked}: compat.quiet_terminal()
+from ray._private.worker import Worker
+class Fake: deserialize_objects = lambda *_: [KeyError("dataset_3")]
+Worker.raise_errors(Fake(), [], [])
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600, check=True)
+    assert ("dataset_3" in done.stderr) != asked
+
+
 def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICCE_OWN", "mine")
     with compat.environment({"ICCE_OWN": "other", "ICCE_NEW": "1"}):
