@@ -314,7 +314,11 @@ def _consensus(trial: Trial) -> tuple[dict[str, float], float]:
     step = pipeline.make_steps(config, view, CHAIN)[CHAIN.index("consensus")]
     if step.todo:
         context = Context(
-            config, view, Reporter(view, quiet=True, silent=True), Cluster(config.ray, parts=1), in_process=True
+            config,
+            view,
+            Reporter(view, quiet=True, silent=True),
+            Cluster(config.ray, parts=1),
+            in_process=True,
         )
         pipeline.run_stage(context, step)
     table = view.read_table("consensus", columns=["cluster"])
