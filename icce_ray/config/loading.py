@@ -335,6 +335,7 @@ def suggest(location: Sequence[Any]) -> str:
     """Similar names for an unknown key: in its own group first, then anywhere in the tree."""
     wanted = ".".join(str(part) for part in location if not isinstance(part, int))
     every = [key for key, *_ in describe()]
+    every += sorted({key.rpartition(".")[0] for key in every} - {""})  # groups: backbone, heads
     near = difflib.get_close_matches(wanted, every, n=1, cutoff=0.75)
     same_leaf = [key for key in every if key.split(".")[-1] == wanted.split(".")[-1]]
     guess = near or same_leaf[:1]

@@ -177,11 +177,10 @@ class Result:
                 return self.names.index(cluster)
             known = ", ".join(filter(None, self.names)) or "none has a name"
             raise ConfigError(f"there is no cluster {cluster!r}: {known}")
-        number = operator.index(cluster)
-        if not 0 <= number < len(self.names):
-            last = len(self.names) - 1
-            raise ConfigError(f"there is no cluster {number}: they go from 0 to {last}")
-        return number
+        if hasattr(cluster, "__index__") and 0 <= operator.index(cluster) < len(self.names):
+            return operator.index(cluster)
+        last = len(self.names) - 1
+        raise ConfigError(f"there is no cluster {cluster}: they go from 0 to {last}")
 
     def _without_dropped(self, clusters: np.ndarray) -> np.ndarray:
         """Clusters, with -1 in place of the one of the images that were dropped."""
