@@ -109,12 +109,14 @@ def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
 def parse_range(num_classes: Any) -> Range | None:
     """Lowest and highest number of `auto` and "LOW-HIGH"; None: it is a plain number.
 
-    Raises ConfigError: a range that is none.
+    Raises ConfigError: a range that is none, or another text.
     """
     if num_classes == "auto":
         return FEWEST_CLASSES, None
     text = num_classes if isinstance(num_classes, str) else ""
     ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
+    if ends is None and text.strip() and not text.strip().isdecimal():
+        raise ConfigError(f"num_classes={text}: give a number, a range such as 4-30, or auto")
     if ends is None:
         return None
     low, high = int(ends[1]), int(ends[2])

@@ -50,7 +50,7 @@ def test_what_is_a_range(value: Any, between: Any) -> None:
     assert configs.parse_range(value) == between
 
 
-@pytest.mark.parametrize("value", ["1-5", "5-5", "9-4"])
+@pytest.mark.parametrize("value", ["1-5", "5-5", "9-4", "ten", "20.5", "Auto"])
 def test_a_range_that_is_none_is_named(value: str) -> None:
     with pytest.raises(ConfigError, match=f"num_classes={value}.*such as 4-30"):
         configs.parse_range(value)
