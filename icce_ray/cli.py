@@ -443,7 +443,7 @@ def report(
     """Build the report of a run again, and print its path."""
     from icce_ray.stages import report as stage
 
-    print(stage.build(run_dir, warn=lambda text: print(f"! {text}", file=sys.stderr)))
+    print(stage.build(run_dir))
 
 
 @app.command()
@@ -472,6 +472,7 @@ def _first_comment(text: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Prints an expected error as text and exits with its code."""
     compat.quiet_terminal()
+    alone = arguments is None  # else a caller lives on
     try:
         app(arguments)
     except IcceError as error:
@@ -480,11 +481,11 @@ def main(arguments: list[str] | None = None) -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"error: {printable_lines(str(error))}", markup=False, style="red"
         )
-        compat.leave(error.exit_code)
+        compat.leave(error.exit_code, at_once=alone)
     except KeyboardInterrupt:
-        compat.leave(130)
+        compat.leave(130, at_once=alone)
     except SystemExit as end:
-        compat.leave(end.code, at_once=arguments is None)  # else a caller lives on
+        compat.leave(end.code, at_once=alone)
 
 
 if __name__ == "__main__":

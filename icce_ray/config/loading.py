@@ -109,12 +109,14 @@ def as_overrides(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
 def parse_range(num_classes: Any) -> Range | None:
     """Lowest and highest number of `auto` and "LOW-HIGH"; None: it is a plain number.
 
-    Raises ConfigError: a range that is none.
+    Raises ConfigError: a range that is none, or another text.
     """
     if num_classes == "auto":
         return FEWEST_CLASSES, None
     text = num_classes if isinstance(num_classes, str) else ""
     ends = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
+    if ends is None and text.strip() and not text.strip().isdecimal():
+        raise ConfigError(f"num_classes={text}: give a number, a range such as 4-30, or auto")
     if ends is None:
         return None
     low, high = int(ends[1]), int(ends[2])
@@ -335,6 +337,7 @@ def suggest(location: Sequence[Any]) -> str:
     """Similar names for an unknown key: in its own group first, then anywhere in the tree."""
     wanted = ".".join(str(part) for part in location if not isinstance(part, int))
     every = [key for key, *_ in describe()]
+    every += sorted({key.rpartition(".")[0] for key in every} - {""})  # groups: backbone, heads
     near = difflib.get_close_matches(wanted, every, n=1, cutoff=0.75)
     same_leaf = [key for key in every if key.split(".")[-1] == wanted.split(".")[-1]]
     guess = near or same_leaf[:1]

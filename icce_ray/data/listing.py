@@ -146,7 +146,7 @@ def _nothing(data: DataConfig, kind: str, files: Files, setting: str) -> DataErr
     text = f"{setting}={data.path} holds no images. Looked for {looked}"
     if kind == "webdataset" and "tar" in seen:
         text += " with members KEY.jpg, KEY.png, ..., KEY being all before the first dot"
-    if kind == "auto":
+    if kind == "auto" and not files.is_file:
         files.only([])  # all is left out
     if files.left:
         text += f". Found {files.left}"

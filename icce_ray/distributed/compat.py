@@ -10,6 +10,7 @@ command line calls it: a notebook keeps its file descriptors, its environment an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -56,6 +57,9 @@ def quiet_terminal() -> None:
     # Not documented: without it a call of Ray in a thread that outlives a failed run would start a
     # new cluster. Ray reads it when it is first imported.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    # Ray prints a traceback for each error whose result nobody asked for. All of ours are asked
+    # for; what is left are its own statistics, which fail on a machine that is short of time.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 
 def before_connecting() -> None:
@@ -253,11 +257,17 @@ def leave(code: int | str | None, at_once: bool = False) -> NoReturn:
     Where Ray's processes have ended before us, without Ray's own clean-up at exit, which would wait
     for them for a minute and then end the process with a code of its own.
 
-    at_once: leave the memory to the operating system, too, where Ray was never there: Python takes
-        a second to free what torch and timm hold, object by object.
+    at_once: leave the memory to the operating system, too, where there is no Ray, or none any more:
+        Python takes a second to free what torch and timm hold, object by object, and a thread that
+        Ray left behind may meanwhile crash, which would make a finished run end with that.
     """
-    if not (local_ray_ended() or (at_once and "ray" not in sys.modules)):
-        sys.exit(code)
+    ray = sys.modules.get("ray")
+    if not local_ray_ended():
+        is_connected = getattr(ray, "is_initialized", bool)  # none in a Ray half imported
+        if not at_once or is_connected():
+            sys.exit(code)
+        if ray is not None:
+            atexit._run_exitfuncs()  # whoever else has something to finish: a log, a tracker
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

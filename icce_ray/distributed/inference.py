@@ -118,9 +118,15 @@ class Predictor:
         self.classifier: Any = None
         self.dropped: int | None = None  # the cluster of images that nobody wants
         self.reference: Any = None
+        self._loaded: tuple[torch.device, list[dict[str, Any]]] | None = None
 
     def load(self, device: torch.device) -> list[dict[str, Any]]:
-        """Load classifier and backbones onto the device; returns the backbones' descriptions."""
+        """Have classifier and backbones on the device; returns the backbones' descriptions."""
+        if self._loaded is None or self._loaded[0] != device:
+            self._loaded = device, self._load(device)
+        return self._loaded[1]
+
+    def _load(self, device: torch.device) -> list[dict[str, Any]]:
         from icce_ray.core.backbone import arithmetic
         from icce_ray.core.classifier import model as core
 

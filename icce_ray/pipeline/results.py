@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from icce_ray.report.notebook import Shown
+    from icce_ray.stages.predict import Here
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class Result:
 
     def predict(self, new: Any) -> pd.DataFrame:
         """Classify new images, or new embeddings, in this process, without Ray and without files.
+        Further calls are faster: the first loads the backbone.
 
         Args:
             new: images: a path or an address, as `icce_ray.predict` takes them, or several of them;
@@ -150,9 +152,7 @@ class Result:
         images = _addresses(new)
         if images is None:
             return self._predict_rows(new)
-        from icce_ray.stages import predict
-
-        return predict.predict_here(self.run_dir, images).to_pandas()
+        return self._here.predict(images).to_pandas()
 
     def _predict_rows(self, embeddings: Any) -> pd.DataFrame:
         import pandas as pd
@@ -177,16 +177,21 @@ class Result:
                 return self.names.index(cluster)
             known = ", ".join(filter(None, self.names)) or "none has a name"
             raise ConfigError(f"there is no cluster {cluster!r}: {known}")
-        number = operator.index(cluster)
-        if not 0 <= number < len(self.names):
-            last = len(self.names) - 1
-            raise ConfigError(f"there is no cluster {number}: they go from 0 to {last}")
-        return number
+        if hasattr(cluster, "__index__") and 0 <= operator.index(cluster) < len(self.names):
+            return operator.index(cluster)
+        last = len(self.names) - 1
+        raise ConfigError(f"there is no cluster {cluster}: they go from 0 to {last}")
 
     def _without_dropped(self, clusters: np.ndarray) -> np.ndarray:
         """Clusters, with -1 in place of the one of the images that were dropped."""
         dropped = curated.naming(self._directory).dropped
         return clusters if dropped is None else np.where(clusters == dropped, -1, clusters)
+
+    @cached_property
+    def _here(self) -> Here:
+        from icce_ray.stages import predict
+
+        return predict.Here(self.run_dir)
 
     @cached_property
     def _directory(self) -> RunDirectory:

@@ -43,8 +43,9 @@ def methods(scores: Mapping[str, Any]) -> list[dict[str, Any]]:
     return bars
 
 
-def words(facts: RunFacts) -> list[tuple[str, str]]:
-    """The run in words: what was found, how far to trust it, what to do next. (heading, text)"""
+def words(facts: RunFacts) -> list[tuple[str, str, str]]:
+    """The run in words: what was found, how far to trust it, what to do next. (heading, text, a
+    command that ends it)"""
     free, sizes = facts.scores["label_free"], facts.scores["label_free"]["sizes"]
     filled = facts.num_clusters - sizes["empty"]
     found = (
@@ -65,12 +66,15 @@ def words(facts: RunFacts) -> list[tuple[str, str]]:
             f" The least sure cluster is {facts.cluster_name(cluster)} (#{cluster}, {sure:.0%})."
         )
     where, kind = shlex.quote(facts.uri), "csv" if facts.config.data.embeddings else "folders"
-    then = f"then icce-ray export {where} --to {kind}."
     if facts.naming.names:
-        todo = f"Look whether the clusters are what you want; {then}"
+        todo = "Look whether the clusters are what you want; then"
     else:
-        todo = f"Look at each cluster, name it, and mend what is wrong, under “Change it”; {then}"
-    return [("What was found", found), ("How far to trust it", trust), ("What to do next", todo)]
+        todo = "Look at each cluster, name it, and mend what is wrong, under “Change it”; then"
+    return [
+        ("What was found", found, ""),
+        ("How far to trust it", trust, ""),
+        ("What to do next", todo, f"icce-ray export {where} --to {kind}"),
+    ]
 
 
 def notes(facts: RunFacts) -> list[tuple[str, str]]:

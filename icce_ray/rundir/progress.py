@@ -80,8 +80,8 @@ class Reporter:
 
     Args:
         quiet: nothing in the terminal.
-        silent: no log and no status.json either, as inside a sweep's trial, where many write at
-            once and the sweep itself reports.
+        silent: no log and no status.json, as inside a sweep's trial, where many write at once and
+            the sweep itself reports.
         tracking: an experiment tracker that is to know the same.
     """
 
@@ -95,7 +95,7 @@ class Reporter:
         from rich.console import Console
 
         self.run, self.tracking = run, tracking
-        self.quiet, self.silent = quiet or silent, silent
+        self.quiet, self.silent = quiet, silent
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.stage = ""
         self.events: list[str] = []

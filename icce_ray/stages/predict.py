@@ -14,7 +14,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -131,29 +131,44 @@ def predict_one(
     return Prediction(number, task.classifier.naming.of(number), sure, confidence, novelty)
 
 
-def predict_here(run_uri: str, images: Sequence[str]) -> pa.Table:
-    """Classify images in this process, without Ray. Nothing is written.
+class Here:
+    """A run's classifier in this process, without Ray: loaded once, until the run has another."""
 
-    images: one or several, each as `predict` takes them. Errors as of `predict`.
+    def __init__(self, run_uri: str) -> None:
+        self.run_uri = run_uri
+        self._kept: tuple[str, Opened] | None = None  # with the id of the classifier
 
-    Returns: PREDICTIONS_SCHEMA, in the order given.
-    """
-    run = curated.current(RunDirectory(run_uri))
-    for each in images:
-        listing.check_exists("images", each)
-    with _uncollected():
-        task = _task(run, images[0], ())
-        places = [task.config.data.model_copy(update={"path": each}) for each in images]
-        tables = [listing.list_images(place, setting="images").table for place in places]
-        table = pa.concat_tables(tables)
-        ids = pa.array(np.arange(table.num_rows))
-        table = table.set_column(0, table.schema.field("image_id"), ids)
-        return _rows(task, table, _here(task, table))
+    def predict(self, images: Sequence[str]) -> pa.Table:
+        """Classify images. Nothing is written.
+
+        images: one or several, each as `predict` takes them. Errors as of `predict`.
+
+        Returns: PREDICTIONS_SCHEMA, in the order given.
+        """
+        run = curated.current(RunDirectory(self.run_uri))
+        for each in images:
+            listing.check_exists("images", each)
+        with _uncollected():
+            task = self._again(_task(run, images[0], ()))
+            places = [task.config.data.model_copy(update={"path": each}) for each in images]
+            tables = [listing.list_images(place, setting="images").table for place in places]
+            table = pa.concat_tables(tables)
+            ids = pa.array(np.arange(table.num_rows))
+            table = table.set_column(0, table.schema.field("image_id"), ids)
+            return _rows(task, table, _here(task, table))
+
+    def _again(self, task: _Task) -> _Task:
+        """The task with the model of the call before, where it is of the same classifier."""
+        made = task.trained.id
+        if self._kept is None or self._kept[0] != made:
+            self._kept = made, task.classifier
+        model = self._kept[1].model
+        return replace(task, classifier=task.classifier._replace(model=model))
 
 
 def _here(task: _Task, table: pa.Table) -> Columns:
     """What the classifier says of the images of a table, by row; `reason` where one is bad."""
-    answers, reporter = Arrays(table.num_rows), Reporter(task.run, silent=True)
+    answers, reporter = Arrays(table.num_rows), Reporter(task.run, quiet=True, silent=True)
 
     def accept(batch: Columns) -> tuple[Columns, np.ndarray]:
         return {name: batch[name] for name in SAID}, np.ones(len(batch["reason"]), bool)

@@ -9,13 +9,17 @@ Shapes: N images, D features, M neighbors, H heads, K clusters.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from icce_ray.core import constants
 from icce_ray.core.evaluation.kmeans import kmeans_is_large
+from icce_ray.errors import IcceError
 from icce_ray.stages.base import Need, Size, Stage
 
 if TYPE_CHECKING:
@@ -39,6 +43,30 @@ def settings(group: Any) -> Any:
     from icce_ray.config import schema
 
     return schema.settings(group)
+
+
+def _content(name: str, uri: str, modes: Sequence[str]) -> dict[str, str | None]:
+    """What a text file holds that a setting names, so that an edited one counts as another setting.
+
+    modes: values of the setting that name no file. A file that cannot be read is None: the checks
+    before a run say so.
+    """
+    if uri in modes:
+        return {}
+    from icce_ray.rundir.storage import Storage
+
+    try:
+        info = Storage(uri).info()
+        return {f"{name}_sha256": _digest(uri, info.size, info.mtime_ns)}
+    except (OSError, IcceError):
+        return {f"{name}_sha256": None}
+
+
+@functools.lru_cache(maxsize=8)  # the chain asks before every stage
+def _digest(uri: str, size: int | None, changed: int | None) -> str:
+    from icce_ray.rundir import storage
+
+    return hashlib.sha256(storage.read(uri)).hexdigest()[:16]
 
 
 # --- index ---------------------------------------------------------------------------------------
@@ -186,10 +214,12 @@ def _consensus_needs(config: Config, size: Size, cluster: Cluster) -> Need:
 def _answer_settings(config: Config) -> dict[str, Any]:
     """The seed, which draws the images that the distance of duplicates is taken from. And what the
     names are taken from, where it was chosen: runs of earlier versions stay finished."""
-    from icce_ray.config.schema import AnswerConfig
+    from icce_ray.config.schema import NAMING_MODES, AnswerConfig
 
-    chosen = {} if config.answer == AnswerConfig() else {"answer": settings(config.answer)}
-    return {"seed": config.seed, **chosen}
+    if config.answer == AnswerConfig():
+        return {"seed": config.seed}
+    words = _content("vocabulary", config.answer.vocabulary, NAMING_MODES)
+    return {"seed": config.seed, "answer": {**settings(config.answer), **words}}
 
 
 def _answer_needs(config: Config, size: Size, cluster: Cluster) -> Need:
@@ -229,9 +259,12 @@ def _classify_needs(config: Config, size: Size, cluster: Cluster) -> Need:
 
 
 def _evaluate_settings(config: Config) -> dict[str, Any]:
+    from icce_ray.config.schema import LABEL_MODES
+
     return {
         "evaluate": settings(config.evaluate),
         "labels": config.data.labels,
+        **_content("labels", config.data.labels, LABEL_MODES),
         "seed": config.seed,
         "num_classes": config.num_classes,
     }

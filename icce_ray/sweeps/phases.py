@@ -49,7 +49,7 @@ def prepare(sweep: Sweep) -> None:
         return
     with sweep.context.reporter.bar("selections", len(todo)) as bar:
         for number, group in enumerate(todo, 1):
-            quiet = Reporter(sweep.run, silent=True)
+            quiet = Reporter(sweep.run, quiet=True, silent=True)
             _for_all(sweep, group, partial(_run_stage, sweep, group[0], "select", quiet))
             bar.update(number)
 
@@ -185,7 +185,7 @@ def _train(work: HeadWork, key: str, report: Report) -> None:
     context = Context(
         config,
         view,
-        Reporter(view, silent=True),
+        Reporter(view, quiet=True, silent=True),
         Cluster(config.ray, parts=work.parts),
         in_process=config.heads.num_workers == 0,
         on_progress=on_progress,
@@ -314,7 +314,11 @@ def _consensus(trial: Trial) -> tuple[dict[str, float], float]:
     step = pipeline.make_steps(config, view, CHAIN)[CHAIN.index("consensus")]
     if step.todo:
         context = Context(
-            config, view, Reporter(view, silent=True), Cluster(config.ray, parts=1), in_process=True
+            config,
+            view,
+            Reporter(view, quiet=True, silent=True),
+            Cluster(config.ray, parts=1),
+            in_process=True,
         )
         pipeline.run_stage(context, step)
     table = view.read_table("consensus", columns=["cluster"])

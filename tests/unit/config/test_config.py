@@ -142,6 +142,8 @@ def test_all_problems_come_at_once():
         ("temperature", "heads.temperature"),  # the right name in the wrong place
         ("backbone.0.weight", "backbone.weights"),
         ("num_class", "num_classes"),
+        ("backbon", "Did you mean backbone?"),
+        ("bogus", "seed, track, answer, backbone"),
     ],
 )
 def test_an_unknown_key_suggests_a_near_one(key, suggestion):

@@ -26,3 +26,10 @@ def test_an_argument_that_is_not_there(tmp_path: Path) -> None:
         list_images(DataConfig(path=str(tmp_path / "none")), "images")
     with pytest.raises(DataError, match=r"^data\.embeddings=.*no such file or folder"):
         open_vectors(str(tmp_path / "none.npy"))
+
+
+def test_a_file_that_is_no_image_is_not_called_left_out(tmp_path: Path) -> None:
+    (tmp_path / "edits.yaml").touch()
+    with pytest.raises(DataError, match="holds no images") as error:
+        list_images(DataConfig(path=str(tmp_path / "edits.yaml")))
+    assert "Found" not in str(error.value)

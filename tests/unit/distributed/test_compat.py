@@ -72,6 +72,21 @@ assert "ray" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_errors_of_rays_own_calls_are_no_ones_business(asked: bool) -> None:
+    """`raise_errors` is what Ray calls with errors whose results nobody asked for."""
+    code = f"""
+from icce_ray.distributed import compat
+if {asked}: compat.quiet_terminal()
+from ray._private.worker import Worker
+class Fake: deserialize_objects = lambda *_: [KeyError("dataset_3")]
+Worker.raise_errors(Fake(), [], [])
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600, check=True)
+    assert ("dataset_3" in done.stderr) != asked
+
+
 def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICCE_OWN", "mine")
     with compat.environment({"ICCE_OWN": "other", "ICCE_NEW": "1"}):
@@ -222,6 +237,20 @@ def test_leaving_ends_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left.value.code == 3
 
 
+@pytest.mark.usefixtures("ray")
+def test_a_finished_command_does_not_wait_for_threads_that_ray_left() -> None:
+    code = """
+import atexit, threading, ray
+from icce_ray.distributed import compat
+atexit.register(print, "finished")
+threading.Thread(target=threading.Event().wait).start()  # as long as the process lives
+compat.leave(3, at_once=True)
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (3, "finished\n")
+
+
 # --- nodes and places -----------------------------------------------------------------------------
 
 
@@ -329,7 +358,7 @@ def test_a_command_without_ray_leaves_its_memory_to_the_system(
         "import atexit, sys, types\n"
         "from icce_ray import cli\n"
         "atexit.register(print, 'torn down')\n"
-        f"if {ray_there}: sys.modules['ray'] = types.ModuleType('ray')\n"
+        f"if {ray_there}: sys.modules['ray'] = types.SimpleNamespace(is_initialized=lambda: True)\n"
         "sys.argv = ['icce-ray', '--version']\n"
         "cli.main()"
     )

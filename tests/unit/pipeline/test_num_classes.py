@@ -50,7 +50,7 @@ def test_what_is_a_range(value: Any, between: Any) -> None:
     assert configs.parse_range(value) == between
 
 
-@pytest.mark.parametrize("value", ["1-5", "5-5", "9-4"])
+@pytest.mark.parametrize("value", ["1-5", "5-5", "9-4", "ten", "20.5", "Auto"])
 def test_a_range_that_is_none_is_named(value: str) -> None:
     with pytest.raises(ConfigError, match=f"num_classes={value}.*such as 4-30"):
         configs.parse_range(value)
@@ -102,7 +102,9 @@ def test_the_run_continues_with_the_number(
     arguments = ["run", tree["data"]["embeddings"], "-k", "3-9", "--out", tree["run_dir"]]
     arguments += ["--until", "embed"]
     cli.app([*arguments, "--plan"], standalone_mode=False)
-    assert "estimated once the images are embedded" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "estimated once the images are embedded" in shown
+    assert "N not known yet, D 16;" in shown  # and no K: nobody has given one
     for _ in range(2):
         cli.app(arguments, standalone_mode=False)
     assert calls == [(3, 9)]

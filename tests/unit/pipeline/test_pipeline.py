@@ -113,6 +113,27 @@ def test_another_search_repeats_no_embedding(folder: Path, changed: str) -> None
     assert [found[n] for n in ("embed", "search", "select")] == ["done", "changed", "again"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "reader"), [("answer.vocabulary", "answer"), ("data.labels", "evaluate")]
+)
+def test_a_file_of_words_or_labels_that_was_edited_is_read_again(
+    folder: Path, setting: str, reader: str
+) -> None:
+    file = folder / "lines.txt"
+    file.write_text("cat\ndog\n")
+    settings = config(folder, f"{setting}={file}")
+    run = pretend(settings, *pipeline.NAMES)
+    assert set(states(settings, run).values()) == {"done"}
+    file.write_text("cat\nrat\n")
+    found = states(settings, run)
+    assert found.pop(reader) == "changed" and found.pop("report") == "again"
+    assert found.pop("evaluate", "done") == "done" and set(found.values()) == {"done"}
+    reason = next(s.reason for s in pipeline.make_steps(settings, run) if s.stage.name == reader)
+    assert f"{setting.partition('.')[2]}_sha256: " in reason
+    file.unlink()  # which the checks before a run refuse
+    assert states(settings, run)[reader] == "changed"
+
+
 def test_a_runtime_setting_invalidates_nothing(folder: Path) -> None:
     run = pretend(config(folder), *pipeline.NAMES)
     other = config(folder, "heads.num_workers=7", "embed.batch_size=3", "ray.num_cpus=1")

@@ -93,6 +93,7 @@ def test_an_image_that_is_gone_shows_its_name(finished: Any) -> None:
     [
         (3, 5, "there is no cluster 3: they go from 0 to 2"),
         (-1, 5, "there is no cluster -1"),
+        (1.5, 5, "there is no cluster 1.5"),
         ("cats", 5, "there is no cluster 'cats': none has a name"),
         (0, 0, "n=0 must be at least 1"),
     ],

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from icce_ray.report import browse
+from icce_ray.rundir import progress
 from icce_ray.stages import evaluate, report, table
 from icce_ray.stages.base import Size
 
@@ -116,6 +117,17 @@ def test_names_stand_for_moved_images_until_they_are_back(made):
         Path(f"{uri}.away").rename(uri)
     report.build(made.run.uri)
     assert texts(made.run) == before
+
+
+def test_made_again_they_show_progress_but_not_in_the_log_of_the_run(made, capsys, monkeypatch):
+    before = [made.run.read_bytes(name) for name in ("log", "status.json")]
+    made.run.delete("report")
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    capsys.readouterr()
+    report.build(made.run.uri)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Pages of all images: 7 of 58 images" and len(lines) == 9
+    assert [made.run.read_bytes(name) for name in ("log", "status.json")] == before
 
 
 def test_half_written_pages_do_not_count(made, make_context, monkeypatch):

@@ -6,8 +6,9 @@ import html
 import re
 
 import numpy as np
+import pytest
 
-from icce_ray.report import galleries
+from icce_ray.report import galleries, run_page
 
 NAME = "{:05d} <b>&amp;'\"né.png"
 
@@ -103,3 +104,27 @@ def report_facts(make_run, overrides):
         num_clusters=3,
         manifests={},
     )
+
+
+CUT = """
+const width = innerWidth, right = one => one.getBoundingClientRect().right;
+made.links = [...document.querySelectorAll("nav a")].filter(one => right(one) > width).length;
+made.shown = made.cut = 0;
+for (const strip of document.querySelectorAll(".many .c > .strip")) {
+  const frame = strip.getBoundingClientRect();
+  for (const image of strip.children) {
+    const one = image.getBoundingClientRect();
+    if (one.top > frame.bottom - 1) continue;
+    made.shown += 1;
+    if (one.right > frame.right + 1 || one.bottom > frame.bottom + 1) made.cut += 1;
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_narrow_page_cuts_no_image_and_no_link(make_run, report_of, in_browser, images):
+    count = run_page.OPEN + 1  # in rows, not cards
+    page = report_of(make_run(12 * count, count, images=images))
+    found = in_browser(page, CUT)
+    assert found["shown"] >= 2 * count and not found["cut"] and not found["links"]

@@ -63,7 +63,7 @@ def test_a_line_goes_to_the_user_and_the_log(run, capsys):
 
 
 def test_silent_writes_nothing_at_all(run, capsys):
-    reporter = Reporter(run, silent=True)
+    reporter = Reporter(run, quiet=True, silent=True)
     reporter.say("one")
     reporter.event("a worker was lost")
     reporter.status("running")

@@ -208,6 +208,19 @@ def test_images_are_classified_in_this_process(trained: RunDirectory, tmp_path: 
         found.predict([])
 
 
+def test_the_backbone_is_loaded_once_for_all_calls(
+    trained: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, load = [], backbones.load
+    monkeypatch.setattr(backbones, "load", lambda *a: loads.append(a) or load(*a))
+    found, one = Result(trained.uri), tmp_path / "new" / "b-green.png"
+    first, again = found.predict(one), found.predict([one])
+    assert len(loads) == 1 and first.equals(again)
+    trained.finish(CLASSIFIER, Manifest(CLASSIFIER, "another", {}, {}, 4, 1.0))  # was trained anew
+    found.predict(one)
+    assert len(loads) == 2
+
+
 def test_one_image_needs_no_ray(trained: RunDirectory, tmp_path: Path) -> None:
     code = (
         "import sys; from icce_ray.stages import predict\n"
