@@ -15,7 +15,15 @@ import typer
 
 import icce_ray
 from icce_ray.distributed import compat
-from icce_ray.errors import ArtifactError, ConfigError, IcceError, printable, printable_lines
+from icce_ray.errors import (
+    ArtifactError,
+    ConfigError,
+    IcceError,
+    StageError,
+    one_line,
+    printable,
+    printable_lines,
+)
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
 NEW = 0.99  # novelty from which the line of one image warns
@@ -474,13 +482,15 @@ def main(arguments: list[str] | None = None) -> None:
     compat.quiet_terminal()
     try:
         app(arguments)
-    except IcceError as error:
+    except (IcceError, OSError) as error:  # the latter of files that are not as they should be
         from rich.console import Console
 
+        ours = isinstance(error, IcceError)
+        text = printable_lines(str(error)) if ours else f"{type(error).__name__}: {one_line(error)}"
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: {printable_lines(str(error))}", markup=False, style="red"
+            f"error: {text}", markup=False, style="red"
         )
-        compat.leave(error.exit_code)
+        compat.leave(error.exit_code if isinstance(error, IcceError) else StageError.exit_code)
     except KeyboardInterrupt:
         compat.leave(130)
     except SystemExit as end:

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import re
+import stat
 import threading
 import time
 import uuid
@@ -402,6 +403,8 @@ class Storage:
         """work(file), called again with the file opened anew after a failure that may pass."""
 
         def open_and_work(files: pafs.FileSystem, path: str) -> T:
+            if self.is_local:
+                _refuse_special(path)
             # Not a stream: that is read in several requests, between which the object may change.
             with files.open_input_file(path) as file:
                 return work(file)
@@ -455,6 +458,16 @@ class Storage:
         """Remove a folder and everything in it; nothing happens where there is none."""
         with contextlib.suppress(FileNotFoundError):
             self.attempt(lambda files, path: files.delete_dir(path), *parts)
+
+
+def _refuse_special(path: str) -> None:
+    """Raises OSError: a pipe, which would be waited for, or a device, which may have no end."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:  # pyarrow says it in its own words
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a file", path)
 
 
 def read(uri: str) -> bytes:

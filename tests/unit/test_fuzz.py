@@ -34,7 +34,7 @@ from icce_ray.config.schema import DataConfig
 from icce_ray.core import preprocess, samples, weight_files
 from icce_ray.core.classifier import model as classifiers
 from icce_ray.core.preprocess import BadImage
-from icce_ray.data import embeddings, listing, reading
+from icce_ray.data import embeddings, labels, listing, reading
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError, IcceError, StageError
 from icce_ray.rundir.directory import RunDirectory
@@ -249,6 +249,22 @@ def test_embeddings(place: Any, suffix: str, examples: int) -> None:
             assert str(error)
 
     sound = [parquet_file("embedding")] if suffix == "parquet" else matrix_file(suffix)
+    holds(examples, damaged(*sound), check)
+
+
+@EXAMPLES
+@pytest.mark.parametrize("suffix", ["npy", "txt"])
+def test_labels(place: Any, suffix: str, examples: int) -> None:
+    def check(data: bytes) -> None:
+        try:
+            assert labels.read_labels(place(data, suffix)).ndim == 1
+        except IcceError as error:
+            assert str(error)
+
+    stream = io.BytesIO()
+    np.save(stream, np.arange(300))
+    text = "\n".join(f"class {number % 3}" for number in range(300))
+    sound = [stream.getvalue()] if suffix == "npy" else [text.encode(), text.encode("utf-16")]
     holds(examples, damaged(*sound), check)
 
 
