@@ -20,7 +20,6 @@ from icce_ray.errors import (
     ConfigError,
     IcceError,
     StageError,
-    one_line,
     printable,
     printable_lines,
 )
@@ -485,12 +484,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (IcceError, OSError) as error:  # the latter of files that are not as they should be
         from rich.console import Console
 
-        ours = isinstance(error, IcceError)
-        text = printable_lines(str(error)) if ours else f"{type(error).__name__}: {one_line(error)}"
+        kind = "" if isinstance(error, IcceError) else f"{type(error).__name__}: "
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: {text}", markup=False, style="red"
+            f"error: {kind}{printable_lines(str(error))}", markup=False, style="red"
         )
-        compat.leave(error.exit_code if isinstance(error, IcceError) else StageError.exit_code)
+        compat.leave(getattr(error, "exit_code", StageError.exit_code))
     except KeyboardInterrupt:
         compat.leave(130)
     except SystemExit as end:
