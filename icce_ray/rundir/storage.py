@@ -25,6 +25,7 @@ import pyarrow.fs as pafs
 
 from icce_ray.errors import (
     ArtifactError,
+    ConfigError,
     IcceError,
     NoAnswerError,
     StageError,
@@ -56,7 +57,12 @@ _listeners: list[Listener] = []
 
 def _seconds(name: str) -> float:
     """One of the first four constants, unless the environment gives another value."""
-    return float(os.environ.get(f"ICCE_RAY_STORAGE_{name}") or globals()[name])
+    given = os.environ.get(f"ICCE_RAY_STORAGE_{name}")
+    try:
+        return float(given or globals()[name])
+    except ValueError:
+        text = f"ICCE_RAY_STORAGE_{name}={given} must be a number of seconds"
+        raise ConfigError(text) from None
 
 
 _SECRET = re.compile(r"://[^/@?#]*:[^/@?#]*@|[?&]client_secret=")
