@@ -15,7 +15,14 @@ import typer
 
 import icce_ray
 from icce_ray.distributed import compat
-from icce_ray.errors import ArtifactError, ConfigError, IcceError, printable, printable_lines
+from icce_ray.errors import (
+    ArtifactError,
+    ConfigError,
+    IcceError,
+    StageError,
+    printable,
+    printable_lines,
+)
 
 STALE = 120.0  # seconds without a sign of life after which a running run is called silent
 NEW = 0.99  # novelty from which the line of one image warns
@@ -475,13 +482,14 @@ def main(arguments: list[str] | None = None) -> None:
     alone = arguments is None  # else a caller lives on
     try:
         app(arguments)
-    except IcceError as error:
+    except (IcceError, OSError) as error:  # the latter of files that are not as they should be
         from rich.console import Console
 
+        kind = "" if isinstance(error, IcceError) else f"{type(error).__name__}: "
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: {printable_lines(str(error))}", markup=False, style="red"
+            f"error: {kind}{printable_lines(str(error))}", markup=False, style="red"
         )
-        compat.leave(error.exit_code, at_once=alone)
+        compat.leave(getattr(error, "exit_code", StageError.exit_code), at_once=alone)
     except KeyboardInterrupt:
         compat.leave(130, at_once=alone)
     except SystemExit as end:

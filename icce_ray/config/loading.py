@@ -26,7 +26,16 @@ FEWEST_CLASSES = 2
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: no setting is a date, but a folder may be named 2024-01-01."""
+    """YAML without dates: no setting is a date, but a folder may be named 2024-01-01. A key that
+    occurs twice is an error: PyYAML would take the last one without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key in (one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)):
+            if key in seen:
+                raise yaml.MarkedYAMLError(f"the key {key!r} occurs twice", node.start_mark)
+            seen.add(key)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -244,7 +253,7 @@ def parse_yaml(text: bytes, name: str) -> dict[str, Any]:
     """A YAML mapping as a plain tree. Raises ConfigError, which names the file by `name`."""
     try:
         tree = yaml.load(text.decode(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and depth have limits
         raise ConfigError(f"{name} is not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{name} must hold settings (key: value), not {type(tree).__name__}")
@@ -294,7 +303,7 @@ def _value(parts: Sequence[str], text: str) -> Any:
         return None
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
     key = ".".join(part for part in parts if not part.isdecimal())
     kinds = {name: field.annotation for name, field, _ in describe()}

@@ -77,6 +77,8 @@ def data_name(address: str) -> str:
 
 def around(path: Path) -> tuple[str, list[str]]:
     """What there is where a path leads nowhere: as a sentence, and as paths beside it."""
+    if there(path) and not there(path, Path.is_dir):
+        return f"{printable(str(path))} is a pipe, a socket or a device, not a file.", []
     folder = path.parent
     while not there(folder, Path.is_dir) and folder != folder.parent:
         folder = folder.parent

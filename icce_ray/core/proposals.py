@@ -39,8 +39,9 @@ def links(clusters: np.ndarray, ids: np.ndarray, num_clusters: int, seed: int = 
     to 1, or to 0 where a cluster is empty. clusters: int [N]; ids: int [N, M], best first."""
     rows = sample_rows(len(clusters), ROWS, seed)
     near = clusters[np.asarray(ids[rows, :NEIGHBORS])]
-    cell = clusters[rows].astype(np.int64)[:, None] * num_clusters + near
-    count = np.bincount(cell.ravel(), minlength=num_clusters**2).reshape(num_clusters, -1)
+    # Of a damaged run, clusters may be any number: here an IndexError, to bincount all the memory.
+    count = np.zeros((num_clusters, num_clusters), np.int64)
+    np.add.at(count, (clusters[rows][:, None], near), 1)
     return np.asarray(count / np.maximum(1, count.sum(1, keepdims=True)))
 
 
@@ -61,14 +62,12 @@ def splits(
     clusters: int [N]. assignments: int [N, H], of the merged heads; may be memory-mapped.
     """
     rows = sample_rows(len(clusters), ROWS, seed)
-    own = clusters[rows].astype(np.int64)
-    sizes = np.maximum(1, np.bincount(own, minlength=num_clusters))
-    each = []
+    own, each = clusters[rows], []
     for head in np.asarray(assignments[rows]).T:
-        width = int(head.max()) + 1
-        count = np.bincount(own * width + head, minlength=num_clusters * width)
-        top = np.sort(count.reshape(num_clusters, width), axis=1)
-        each.append(top[:, -2] / sizes if width > 1 else np.zeros(num_clusters))
+        used, place = np.unique(head, return_inverse=True)
+        count = np.zeros((num_clusters, max(2, len(used))), np.int64)
+        np.add.at(count, (own, place), 1)
+        each.append(np.sort(count, axis=1)[:, -2] / np.maximum(1, count.sum(1)))
     mean = np.mean(each, axis=0)
     order = np.argsort(-mean, kind="stable")[:MOST].tolist()
     return [Split(k, float(mean[k])) for k in order if mean[k] >= CUT]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,9 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
         return f"is a TorchScript program. {SAVE}"
     if re.search(_CUT, text):
         return f"is truncated or damaged. {AGAIN}"
-    if zipfile.is_zipfile(path):
+    with path.open("rb") as stream:  # zipfile.is_zipfile raises for some damaged files
+        zipped = stream.read(2) == b"PK"
+    if zipped:
         return f"is a zip archive without weights. {SAVE}"
     cause = re.search(r"WeightsUnpickler error:\s*(.*)", text)  # without torch's own advice
     return (

@@ -295,7 +295,10 @@ def text_column(parquet: pq.ParquetFile, name: str) -> pa.ChunkedArray | None:
         first = next(parquet.iter_batches(64, columns=[name]), None)
         if first is not None and _as_text(first.column(0)) is None:
             return None
-    return _as_text(parquet.read(columns=[name])[name])
+    column, rows = parquet.read(columns=[name])[name], parquet.metadata.num_rows
+    if len(column) != rows:  # as pyarrow says of other damage; who asked names the file
+        raise pa.ArrowInvalid(f"column {name} has {len(column)} rows, the file {rows}")
+    return _as_text(column)
 
 
 def _as_text(values: Any) -> Any:

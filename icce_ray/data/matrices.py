@@ -130,7 +130,9 @@ def _npz_heads(file: str) -> tuple[str, dict[str, Head]]:
 
     try:
         heads = Storage(file).load(read)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, DataError):
+        raise
+    except Exception as error:  # zipfile raises almost anything for a damaged archive
         raise DataError(f"{printable(file)} is not a .npz file: {one_line(error)}") from None
     name = _only({name: shape for name, (shape, *_) in heads.items()}, file)
     shape, dtype, _ = heads[name]
@@ -147,7 +149,9 @@ def _npz(file: str) -> np.ndarray:
 
     try:
         return Storage(file).load(read)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # as above, and zlib's own
         raise DataError(f"{printable(file)}: its array is damaged: {one_line(error)}") from None
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from icce_ray.config.schema import RayConfig
 from icce_ray.core import importing
 from icce_ray.distributed import compat, reach
-from icce_ray.errors import StageError
+from icce_ray.errors import StageError, printable
 
 SHARED_MEMORY = Path("/dev/shm")  # where Ray's object store is
 LEAST_SHARED_MEMORY = 1e9  # bytes; a container has 64 MB of its own
@@ -124,7 +124,7 @@ class Cluster:
     @property
     def ignored(self) -> str | None:
         """What to say where the environment names a cluster that is not joined."""
-        named = os.environ.get(VARIABLE, "local")
+        named = printable(os.environ.get(VARIABLE, "local"))
         if not self.is_local or named in ("", "local"):
             return None
         return (

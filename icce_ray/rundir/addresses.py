@@ -6,6 +6,7 @@ they stay at its end when names are joined to it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -48,11 +49,15 @@ def absolute(uri: str) -> str:
     """A path that means the same on every worker; URIs stay as they are.
 
     Raises:
-        ArtifactError: an unknown home directory, a link to itself, a name that is not UTF-8.
+        ArtifactError: an unknown home directory, a link to itself, a name that is too long or not
+            UTF-8.
     """
     try:
         path = uri if "://" in uri else str(Path(uri).expanduser().resolve())
         path.encode()
+        if "://" not in path:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                Path(path).lstat()  # a name may be too long
     except UnicodeEncodeError:
         raise ArtifactError(f"{printable(uri)}: this path is not valid UTF-8; rename it") from None
     except (RuntimeError, OSError, ValueError) as error:

@@ -98,7 +98,10 @@ def stored(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (
+        *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError),
+        pa.ArrowException,  # where a column is of another type
+    ) as error:
         raise ArtifactError(
             f"{what} is damaged, or was made by another version of icce_ray "
             f"({type(error).__name__}: {one_line(error, 150)})"

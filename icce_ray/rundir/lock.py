@@ -13,8 +13,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from icce_ray.errors import ArtifactError, IcceError
 from icce_ray.rundir.directory import RunDirectory
@@ -104,23 +105,30 @@ def exclusive(
 @contextlib.contextmanager
 def _locked(run: RunDirectory) -> Iterator[None]:
     """Hold a lock of the operating system on a file of the run's cache, which names its owner."""
-    with run.node_file("running").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ArtifactError(
-                f"another process is running in {run.uri}{_read_owner(stream)}. Wait for it "
-                "(icce-ray status), or choose another run_dir=..."
-            ) from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on host {socket.gethostname()}, since {_clock()}")
-        stream.flush()
+    path = run.node_file("running")
+    with contextlib.ExitStack() as held:
+        with run.writing(path):  # on a disk that may be full
+            stream = held.enter_context(path.open("ab+", buffering=0))
+            _claim(run, stream)
         yield
 
 
-def _read_owner(stream: IO[str]) -> str:
+def _claim(run: RunDirectory, stream: FileIO) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ArtifactError(
+            f"another process is running in {run.uri}{_read_owner(stream)}. Wait for it "
+            "(icce-ray status), or choose another run_dir=..."
+        ) from None
+    stream.truncate(0)
+    owner = f"process {os.getpid()} on host {socket.gethostname()}, since {_clock()}"
+    stream.write(owner.encode())
+
+
+def _read_owner(stream: FileIO) -> str:
     stream.seek(0)
-    owner = stream.read().strip()
+    owner = stream.read().decode(errors="replace").strip()
     return f" ({owner})" if owner else ""
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import re
+import stat
 import threading
 import time
 import uuid
@@ -24,6 +25,7 @@ import pyarrow.fs as pafs
 
 from icce_ray.errors import (
     ArtifactError,
+    ConfigError,
     IcceError,
     NoAnswerError,
     StageError,
@@ -55,7 +57,12 @@ _listeners: list[Listener] = []
 
 def _seconds(name: str) -> float:
     """One of the first four constants, unless the environment gives another value."""
-    return float(os.environ.get(f"ICCE_RAY_STORAGE_{name}") or globals()[name])
+    given = os.environ.get(f"ICCE_RAY_STORAGE_{name}")
+    try:
+        return float(given or globals()[name])
+    except ValueError:
+        text = f"ICCE_RAY_STORAGE_{name}={given} must be a number of seconds"
+        raise ConfigError(text) from None
 
 
 _SECRET = re.compile(r"://[^/@?#]*:[^/@?#]*@|[?&]client_secret=")
@@ -402,6 +409,8 @@ class Storage:
         """work(file), called again with the file opened anew after a failure that may pass."""
 
         def open_and_work(files: pafs.FileSystem, path: str) -> T:
+            if self.is_local:
+                _refuse_special(path)
             # Not a stream: that is read in several requests, between which the object may change.
             with files.open_input_file(path) as file:
                 return work(file)
@@ -455,6 +464,16 @@ class Storage:
         """Remove a folder and everything in it; nothing happens where there is none."""
         with contextlib.suppress(FileNotFoundError):
             self.attempt(lambda files, path: files.delete_dir(path), *parts)
+
+
+def _refuse_special(path: str) -> None:
+    """Raises OSError: a pipe, which would be waited for, or a device, which may have no end."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:  # pyarrow says it in its own words
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a file", path)
 
 
 def read(uri: str) -> bytes:

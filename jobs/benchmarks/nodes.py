@@ -32,7 +32,10 @@ starting.time = slow
 # A node that is gone fails at once, one that is slow only after the timeout.
 soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300,
         "health_check_timeout_ms": int(100 * float(sys.argv[1])),
-        "health_check_failure_threshold": 10}
+        "health_check_failure_threshold": 10,
+        # What waits for its answer is given up as soon: see cluster.yaml.
+        "grpc_client_keepalive_time_ms": int(500 * float(sys.argv[1])),
+        "grpc_client_keepalive_timeout_ms": int(500 * float(sys.argv[1]))}
 head = {"num_cpus": 0, "include_dashboard": False, "_system_config": soon}
 cluster, nodes = Cluster(), {}
 

@@ -5,8 +5,7 @@ happens to it, chosen by a seeded generator:
 
     worker   a process of Ray that computes for the run is killed
     node     a node is lost with all its processes, and a new one starts
-    freeze   the processes of a node are stopped, and killed much later; a new node starts. (While
-             they only stand still, Ray may wait for them with places it has reserved elsewhere.)
+    freeze   the processes of a node are stopped, and killed much later; a new node starts
     driver   the command is killed, and given again
     stop     the command is asked to stop (SIGTERM), and given again
 

@@ -1,4 +1,4 @@
-"""The chain on several nodes whose processes are killed, one fault in every stage.
+"""The chain on several nodes whose processes are killed, one fault in every stage, or hang.
 
 One story, played once by a fixture: a cluster that begins with only a head node, and a driver that
 loses an actor and nodes in `embed`, `search` and `heads`. Fine-tuning, which resumes by the same
@@ -337,3 +337,61 @@ def test_the_terminal_and_the_report_tell_it_in_words(story: Story) -> None:
     assert text.count("a node was lost") == 3
     page = (story.run / "report" / "index.html").read_text()
     assert "a node was lost" in page and "workers were lost" in page
+
+
+# --- a node that hangs ---------------------------------------------------------------------------
+
+TRAINING = """
+import sys, time
+from pathlib import Path
+from icce_ray import config
+from icce_ray.distributed import train
+from icce_ray.distributed.cluster import Cluster
+from icce_ray.distributed.context import Context
+from icce_ray.rundir.directory import RunDirectory
+from icce_ray.rundir.progress import Reporter
+
+folder, address = Path(sys.argv[1]), sys.argv[2]
+tree = {"num_classes": 2, "run_dir": str(folder / "run"), "ray": {"address": address},
+        "data": {"embeddings": "e.npy"}}
+settings = config.load(tree)
+run = RunDirectory(settings.run_dir)
+context = Context(settings, run, Reporter(run), Cluster(settings.ray))
+
+def loop(worker, _):
+    worker.progress(1, force=True)
+
+context.cluster.start()
+(folder / "ready").touch()
+while not (folder / "go").exists():
+    time.sleep(0.05)
+train.fit(context, "x", loop, {}, group=train.Group(2, 1, 2.0, 0.0), title="test", total=1)
+"""
+
+
+def test_a_node_that_hangs_as_a_group_starts_costs_its_worker(tmp_path: Path) -> None:
+    """It has been asked for a place and does not answer; the other node has reserved one."""
+    nodes = Nodes(tmp_path, silence=60)
+    driver = None
+    try:
+        nodes.add("a")
+        nodes.add("b")
+        with (tmp_path / "printed.txt").open("wb") as printed:
+            driver = subprocess.Popen(
+                [sys.executable, "-c", TRAINING, str(tmp_path), nodes.head["address"]],
+                env={**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"},
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+            )
+        until(lambda: (tmp_path / "ready").exists() or driver.poll() is not None, "Ray")
+        nodes.freeze("b")
+        (tmp_path / "go").touch()
+        said = tmp_path / "printed.txt"
+        assert driver.wait(PATIENCE) == 0, said.read_text()
+        assert "begins with 1 of 2 workers" in said.read_text()
+        assert alive(nodes.nodes["b"]["raylet"])  # nobody ended it
+    finally:
+        if driver is not None:
+            driver.kill()
+            driver.wait()
+        nodes.close()

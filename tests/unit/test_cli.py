@@ -16,7 +16,7 @@ import icce_ray
 from icce_ray import cli, pipeline
 from icce_ray.config.loading import load
 from icce_ray.config.schema import Config
-from icce_ray.errors import ArtifactError, ConfigError, DataError
+from icce_ray.errors import ArtifactError, ConfigError, DataError, StageError
 from icce_ray.pipeline.results import Result
 from icce_ray.rundir.directory import Manifest, RunDirectory
 
@@ -102,6 +102,16 @@ def test_mistakes_give_one_error_and_no_traceback(
     assert err.startswith("error: ") and text in err
     assert "Traceback" not in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_files_that_are_not_as_they_should_be_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Whatever the operating system says of them, and wherever."""
+    (tmp_path / "status.json").mkdir()
+    code, _, err = call(capsys, "status", str(tmp_path))
+    assert code == StageError.exit_code
+    assert err.startswith("error: ") and err.count("\n") == 1 and "status.json" in err
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,16 @@ def test_a_stopped_job_has_time_for_its_last_words(cluster: dict[str, Any]) -> N
     assert given >= 30 > JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S
 
 
+def test_a_node_that_hangs_is_given_up_soon(cluster: dict[str, Any]) -> None:
+    """tests/ray/test_nodes.py has such a node. Ray's servers refuse pings that come more often."""
+    options = " ".join(cluster["docker"]["run_options"])
+    time, timeout = (
+        int(re.search(rf"--env RAY_grpc_client_keepalive_{name}_ms=(\d+)", options)[1])
+        for name in ("time", "timeout")
+    )
+    assert time >= 60_000 and time + timeout <= 120_000
+
+
 def test_mounted_files_exist(cluster: dict[str, Any], repository: Path) -> None:
     for local in cluster["file_mounts"].values():
         assert local.startswith("~/") or (repository / local).exists(), local

@@ -34,7 +34,7 @@ from icce_ray.config.schema import DataConfig
 from icce_ray.core import preprocess, samples, weight_files
 from icce_ray.core.classifier import model as classifiers
 from icce_ray.core.preprocess import BadImage
-from icce_ray.data import embeddings, listing, reading
+from icce_ray.data import embeddings, labels, listing, reading
 from icce_ray.distributed.cluster import Cluster
 from icce_ray.errors import ConfigError, IcceError, StageError
 from icce_ray.rundir.directory import RunDirectory
@@ -65,9 +65,24 @@ def holds(examples: int, what: Any, check: Callable[[Any], None]) -> None:
         phases=[Phase.generate] if examples < 100 else list(Phase),
         report_multiple_bugs=False,
     )
-    limits(given(what)(check))()
+    with no_more_than(4 * MOST_MEMORY):
+        limits(given(what)(check))()
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert taken * (1 if sys.platform == "darwin" else 1024) < MOST_MEMORY
+
+
+@contextlib.contextmanager
+def no_more_than(memory: int) -> Iterator[None]:
+    """Meanwhile more memory is a MemoryError, not the end of this process and of others."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = Path("/proc/self/statm")
+    if pages.exists():
+        size = int(pages.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + memory, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @st.composite
@@ -174,10 +189,17 @@ def parquet_file(column: str) -> bytes:
     return stream.getvalue()
 
 
-def npy_file() -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, np.arange(12, dtype=np.float32).reshape(4, 3))
-    return stream.getvalue()
+def matrix_file(suffix: str) -> list[bytes]:
+    matrix, made = np.arange(1200, dtype=np.float32).reshape(400, 3), []
+    for save in {
+        "npy": [np.save],
+        "npz": [np.savez, np.savez_compressed],
+        "pt": [lambda stream, array: torch.save(torch.from_numpy(array), stream)],
+    }[suffix]:
+        stream = io.BytesIO()
+        save(stream, matrix)  # type: ignore[operator]
+        made.append(stream.getvalue())
+    return made
 
 
 @pytest.fixture
@@ -213,7 +235,7 @@ def test_containers_of_images(place: Any, suffix: str, examples: int) -> None:
 
 
 @EXAMPLES
-@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+@pytest.mark.parametrize("suffix", ["npy", "npz", "pt", "parquet"])
 def test_embeddings(place: Any, suffix: str, examples: int) -> None:
     def check(data: bytes) -> None:
         try:
@@ -226,8 +248,24 @@ def test_embeddings(place: Any, suffix: str, examples: int) -> None:
         except IcceError as error:
             assert str(error)
 
-    sound = npy_file() if suffix == "npy" else parquet_file("embedding")
-    holds(examples, damaged(sound), check)
+    sound = [parquet_file("embedding")] if suffix == "parquet" else matrix_file(suffix)
+    holds(examples, damaged(*sound), check)
+
+
+@EXAMPLES
+@pytest.mark.parametrize("suffix", ["npy", "txt"])
+def test_labels(place: Any, suffix: str, examples: int) -> None:
+    def check(data: bytes) -> None:
+        try:
+            assert labels.read_labels(place(data, suffix)).ndim == 1
+        except IcceError as error:
+            assert str(error)
+
+    stream = io.BytesIO()
+    np.save(stream, np.arange(300))
+    text = "\n".join(f"class {number % 3}" for number in range(300))
+    sound = [stream.getvalue()] if suffix == "npy" else [text.encode(), text.encode("utf-16")]
+    holds(examples, damaged(*sound), check)
 
 
 # --- weights, configs ----------------------------------------------------------------------------

@@ -218,6 +218,10 @@ def test_dates_in_files_are_names(tmp_path):
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
         ("data: {path: !!python/name:os.getcwd }", "not valid YAML"),
         ("num_classes: 5\nheads:\n", "heads: this is a group"),
+        ("num_classes: 5\nnum_classes: 6", "not valid YAML: the key 'num_classes' occurs twice"),
+        ("data: {path: a, labels: none, path: b}", "the key 'path' occurs twice"),
+        (f"num_classes: {5000 * '9'}", "not valid YAML"),
+        (f"a: {2000 * '['}{2000 * ']'}", "not valid YAML"),
     ],
 )
 def test_broken_files(tmp_path, text, hint):

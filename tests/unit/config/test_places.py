@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -140,6 +141,14 @@ def test_a_mistyped_path_says_what_there_is(source: str, hints: list[str]) -> No
     assert "\n" not in str(caught.value)
     for hint in hints:
         assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.npy", "pipe.yaml"])
+def test_a_pipe_is_neither_a_config_nor_data(tmp_path: Path, name: str) -> None:
+    """A shell makes one of <(...)."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"{name} is a pipe, a socket or a device, not a file"):
+        load(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("source", ["", "~nobody/photos", "a" * 5000, "a\0b", "x/" * 3000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from icce_ray.core import proposals
 
@@ -37,3 +38,15 @@ def test_an_empty_cluster_is_near_nothing():
     shares = proposals.links(clusters, ids, 3)
     assert shares[1].tolist() == [0, 0, 0] and proposals.merges(shares) == []
     assert proposals.splits(clusters, clusters[:, None], 3) == []
+
+
+def test_numbers_that_are_no_clusters_cost_no_memory():
+    """Of a damaged run: an error, or what is said of the sound ones; never an array as long."""
+    clusters = np.repeat([0, 1, 2], 100)
+    heads = np.repeat(clusters[:, None], 4, axis=1)
+    heads[100:140, :3] = 2**31 - 1
+    assert [one.cluster for one in proposals.splits(clusters, heads, 3)] == [1]
+    with pytest.raises(IndexError):
+        proposals.links(np.array([0, 2**31 - 1]), np.array([[1], [0]]), 2)
+    with pytest.raises(IndexError):
+        proposals.splits(np.array([0, 2**31 - 1]), np.zeros((2, 1), int), 2)

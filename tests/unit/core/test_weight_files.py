@@ -113,6 +113,15 @@ def test_what_is_no_file_of_weights_is_named(tmp_path: Path, name: str, suffix: 
     assert len(text) < 400 + len(str(path))
 
 
+def test_the_end_of_an_archive_whose_parts_are_missing(tmp_path: Path) -> None:
+    """It says that the archive lies on several disks, for which zipfile has an error of its own."""
+    locator = b"PK\x06\x07" + (0).to_bytes(4, "little") + bytes(8) + (9).to_bytes(4, "little")
+    end = locator + b"PK\x05\x06" + bytes(18)
+    (tmp_path / "w.pth").write_bytes(b"PK\x03\x04" + bytes(99) + end)
+    with pytest.raises(ConfigError, match=r"zip archive|truncated or damaged"):
+        read(tmp_path / "w.pth")
+
+
 def test_an_archive_without_weights(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", a=np.zeros(3))
     with pytest.raises(ConfigError, match="a zip archive without weights"):

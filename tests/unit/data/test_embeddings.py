@@ -69,3 +69,13 @@ def test_of_several_columns_one_has_to_be_named(tmp_path: Path) -> None:
     pq.write_table(pa.table(LISTS), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"data\.image_column=NAME chooses among clip, dino$"):
         embeddings.open_vectors(str(tmp_path / "x.parquet"))
+
+
+def test_a_file_that_miscounts_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"embedding": [[1.0, 2.0]] * 3, "label": [0, 1, 0]}), path)
+    data = path.read_bytes()
+    at = data.rindex(b"\x16\x06\x19\x1c\x19")  # of the footer: 3 rows, in a list of one group
+    path.write_bytes(data[:at] + b"\x16\x04" + data[at + 2 :])
+    with pytest.raises(DataError, match=r"x\.parquet cannot be read: column label has 3 rows"):
+        embeddings.list_rows(DataConfig(embeddings=str(path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ def test_label_file_errors(tmp_path: Path) -> None:
         np.save(file, values, allow_pickle=True)
         with pytest.raises(DataError, match=r"data\.labels"):
             labels_of(tmp_path, file)
+
+
+def test_a_label_file_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "labels.txt")
+    with pytest.raises(DataError, match=r"data\.labels=.* cannot be read: .*a pipe"):
+        labels_of(tmp_path, tmp_path / "labels.txt")
 
 
 def test_text_of_two_bytes_a_character(tmp_path: Path) -> None:

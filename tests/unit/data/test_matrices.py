@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.data import embeddings
+from icce_ray.data import embeddings, matrices
 from icce_ray.errors import DataError
 from icce_ray.rundir.storage import Storage
 
@@ -106,6 +106,18 @@ def test_half_a_file_is_refused(tmp_path: Path, name: str) -> None:
     path.write_bytes(path.read_bytes()[:50_000])
     with pytest.raises(DataError):
         embeddings.open_vectors(str(path))
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    """Whatever zipfile and zlib raise; the head of the array is sound."""
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, np.random.default_rng(0).normal(size=(300, 40)).round(1))
+    sound = path.read_bytes()
+    for start in range(1000, len(sound) - 1000, 1500):
+        one = tmp_path / f"{start}.npz"
+        one.write_bytes(sound[:start] + bytes(40) + sound[start + 40 :])
+        with pytest.raises(DataError, match=r"its array is damaged|is not a \.npz file"):
+            list(matrices.blocks(str(one), 100))
 
 
 def test_no_pickle_is_run(tmp_path: Path) -> None:

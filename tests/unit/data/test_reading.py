@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
+import socket
 import struct
 import subprocess
 import sys
@@ -222,6 +224,21 @@ def test_files(tmp_path: Path) -> None:
     assert read_many(uris) == [name.encode() for name in names]
     assert read_many(["file://" + uri for uri in uris[:2]]) == [b"a.png", b"b c.png"]
     assert read_many([]) == []
+
+
+@pytest.mark.parametrize("name", ["pipe", "device", "socket"])
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    """A list may name one, and a file may be replaced by one after it was listed."""
+    path = tmp_path / "a.png"
+    with socket.socket(socket.AF_UNIX) as listener:
+        if name == "pipe":
+            os.mkfifo(path)
+        elif name == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            listener.bind(str(path))
+        for uri in (str(path), f"file://{path}"):
+            assert "a pipe, a socket or a device, not a file" in str(read_many([uri])[0])
 
 
 def test_missing_file(tmp_path: Path) -> None:

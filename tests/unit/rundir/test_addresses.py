@@ -17,7 +17,14 @@ from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.storage import Storage
 from icce_ray.stages.predict import _target
 
-BAD = ("~nosuchuser/x", "LOOP", os.fsdecode(b"/tmp/caf\xe9"), "a\0b", os.fsdecode(b"s3://b/\xe9"))
+BAD = (
+    "~nosuchuser/x",
+    "LOOP",
+    os.fsdecode(b"/tmp/caf\xe9"),
+    "a\0b",
+    os.fsdecode(b"s3://b/\xe9"),
+    300 * "x",
+)
 
 
 @pytest.fixture(params=BAD)

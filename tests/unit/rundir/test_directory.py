@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +22,13 @@ from icce_ray.errors import ArtifactError, StageError
 from icce_ray.rundir import directory as artifacts
 from icce_ray.rundir import schemas
 from icce_ray.rundir.cache import NodeCache
-from icce_ray.rundir.directory import Manifest, RunDirectory, differing_keys, fingerprint
+from icce_ray.rundir.directory import (
+    Manifest,
+    RunDirectory,
+    differing_keys,
+    fingerprint,
+    stored,
+)
 from icce_ray.rundir.storage import Storage
 
 
@@ -249,6 +256,11 @@ def test_tables_are_never_unpickled(run, pickled):
         assert run.read_table("index", columns=["word"]).num_rows == 2
     with pytest.raises(ArtifactError, match="holds Python objects"):
         schemas.to_matrix(lists)
+
+
+def test_what_stored_files_should_not_hold_is_an_error_of_ours():
+    with pytest.raises(ArtifactError, match="the index is damaged"), stored("the index"):
+        pc.min_max(pa.array([[1], [2]]))
 
 
 def test_the_path_adds_no_columns(tmp_path):

@@ -144,6 +144,12 @@ def test_a_reader_never_sees_half_an_object(s3) -> None:
     assert seen <= set(contents) and run.read_bytes("x") == contents[-1]
 
 
+def test_a_patience_that_is_no_number_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("ICCE_RAY_STORAGE_PATIENCE", "abc")
+    with pytest.raises(ConfigError, match="PATIENCE=abc must be a number of seconds"):
+        storage.Storage(str(tmp_path)).list()
+
+
 def test_a_folder_of_many_files_is_listed_and_deleted(s3) -> None:
     run = RunDirectory(s3.uri("many/run"))
     for number in range(1030):  # a listing, and a deletion, hold 1000 at most
