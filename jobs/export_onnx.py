@@ -6,9 +6,13 @@ icce_ray/core/classifier/onnx.py says what goes in and comes out. Needs `pip ins
 import sys
 from pathlib import Path
 
-import icce_ray
-from icce_ray.core.classifier import onnx
-from icce_ray.distributed.inference import DESCRIPTION, finished_classifier
+from icce_ray.core.classifier import model, onnx
+from icce_ray.distributed.inference import (
+    CLASSIFIER,
+    DESCRIPTION,
+    WEIGHTS,
+    finished_classifier,
+)
 from icce_ray.errors import ConfigError, IcceError, printable_lines
 from icce_ray.rundir import storage
 from icce_ray.rundir.curated import current
@@ -23,7 +27,8 @@ def main(arguments: list[str]) -> None:
     storage.check(run_dir)
     run = current(RunDirectory(run_dir))
     finished_classifier(run)
-    onnx.export(icce_ray.load(run_dir).classifier, run.read_json("classifier", DESCRIPTION), out)
+    description = run.read_json(CLASSIFIER, DESCRIPTION)
+    onnx.export(model.load(run.read_bytes(CLASSIFIER, WEIGHTS), description), description, out)
     print(out)
 
 
