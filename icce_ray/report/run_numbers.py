@@ -55,7 +55,13 @@ def words(facts: RunFacts) -> list[tuple[str, str, str]]:
     repeats = 0 if facts.first is None else int((facts.first != np.arange(len(facts.first))).sum())
     if repeats:
         found += f" {repeats:,} of the images repeat another one."
-    trust = (
+    trust = ""
+    if "acc" in facts.scores:
+        trust = (
+            f"Of the {facts.scores['labeled']:,} images with a label, {facts.scores['acc']:.0%} are "
+            "in the cluster that matches their class. "
+        )
+    trust += (
         f"{free['confident']:.0%} of the images have a confidence of 90% or more; trust these "
         "first. Confidence ranks images. It is not the probability of being right."
     )

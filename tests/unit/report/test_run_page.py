@@ -64,6 +64,8 @@ def test_page_says_what_the_scores_say(make_run, page_of):
     assert f"{100 * scores['acc']:.1f}%" in page.text
     assert f"{100 * scores['kmeans']['acc']:.1f}%" in page.text
     assert "5 clusters in 197 images" in page.text
+    matched = f"{scores['acc']:.0%} are in the cluster that matches their class"
+    assert f"Of the {scores['labeled']} images with a label, {matched}" in page.text
     assert "3 images could not be read" in page.text
     assert "cannot identify image file" in page.text
     assert "embed resumes from partial work" in page.text
