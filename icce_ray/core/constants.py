@@ -26,9 +26,11 @@ FITTED_ROWS = 200_000  # images that a consensus model is fitted on; it is then 
 START_ROWS = 20_000  # rows that heads' first clusters are made on, or 50 per cluster
 TREE_ROWS = 6000  # of these, rows that a tree is made of: 2 s on one core; or ...
 TREE_ROWS_PER_CLUSTER = 3  # ... that many per cluster
+REFERENCES = 10_000  # images of a run that new ones are compared with, at most
 CALIBRATED_ROWS = 10_000  # that the calibration of a classifier looks at
 
 HIDDEN = 512  # width of the hidden layer of classifier.kind=mlp
+SCORED_ROWS = 16_384  # images that a consensus model is applied to at once, by each thread
 CSPA_ROWS = 10_000  # CSPA's graph has up to N^2 edges; at this N they take a few GB
 
 SHUFFLE_BATCHES = 8  # batches in a fine-tuning worker's buffer; rows are permuted once before

@@ -171,7 +171,8 @@ def _heads_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     ending = 5 * assigned + WRITING * config.heads.count * min(images, ROWS_PER_FILE)
     fitted = _projection_bytes(images, features, config.heads.pca)
     work = max(training, ending - matrix, _start_bytes(config, images, inputs))
-    memory = PROCESS + max(fitted, matrix + work)
+    # Arrays of the fit that are too small for pages of their own stay with the allocator.
+    memory = PROCESS + max(fitted, 0.3 * fitted + matrix + work)
     disk = assigned + 4 * 4 * weights
     return Need(memory=memory, disk=disk, cache=16.0 * images, where="train workers")
 
@@ -217,6 +218,11 @@ def _consensus_needs(config: Config, size: Size, cluster: Cluster) -> Need:
         "hbgf": 280.0 * fitted * heads,
         "dawid-skene": 100.0 * fitted * heads,
     }
+    # Scores of the clusters that the heads hold possible, several arrays of as many numbers: about
+    # half of the clusters, measured with heads that hardly agree.
+    threads = config.ray.num_cpus or (os.cpu_count() if cluster.is_local else 1) or 1
+    scored = min(images, threads * constants.SCORED_ROWS) * config.num_classes
+    graph["dawid-skene"] += 28.0 * scored
     memory = PROCESS + 2 * assigned + 80.0 * images + graph.get(config.consensus.method, 0.0)
     every = assigned / heads * config.heads.count
     return Need(memory=memory, disk=6.0 * images, cache=every, where="one task")
@@ -235,10 +241,11 @@ def _answer_settings(config: Config) -> dict[str, Any]:
 
 
 def _answer_needs(config: Config, size: Size, cluster: Cluster) -> Need:
-    """Rows compared at once; addresses, and the two files of them as text."""
+    """In the task, rows compared at once; in the driver, addresses and two files of them."""
     images = size.images or 0
     compared = min(1.2e8, 80.0 * images * (size.features or FEATURES))
-    return Need(PROCESS + compared + 400.0 * images, disk=100.0 * images, where="driver, one task")
+    memory = PROCESS + max(compared, 300.0 * images)
+    return Need(memory=memory, disk=100.0 * images, where="driver, one task")
 
 
 # --- classify ------------------------------------------------------------------------------------
@@ -255,7 +262,7 @@ def _classify_settings(config: Config) -> dict[str, Any]:
 def _classify_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     count, features, chosen = size.images or 0, size.features or FEATURES, config.classifier
     clusters = config.num_classes
-    answers = 16.0 * count
+    answers = 8.0 * count
     head = features * constants.HIDDEN if chosen.kind == "mlp" else features * clusters
     if chosen.kind != "finetune":
         # On a CPU the rows are read from the mapped file; a GPU holds all of them.
@@ -264,12 +271,16 @@ def _classify_needs(config: Config, size: Size, cluster: Cluster) -> Need:
         calibrated = min(count, constants.CALIBRATED_ROWS) * (6 * features + 12 * clusters)
         memory = PROCESS + matrix + max(batch, calibrated) + 16 * head + 60.0 * count
         where = "train workers" if chosen.num_workers else "one Ray task"
-        return Need(memory=memory, disk=answers, cache=answers, where=where)
+        # Rows that new images are compared with, also in what the task returned.
+        kept = 4.0 * min(count, constants.REFERENCES) * features
+        disk = answers + kept + 8 * head
+        return Need(memory=memory, disk=disk, cache=answers / 2, where=where)
     pixels = 3 * (config.backbone[0].image_size or 224) ** 2
     buffer = constants.SHUFFLE_BATCHES * chosen.batch_size * pixels
     weights = 4 * 4 * VIT_L  # with their gradient and two moments
     disk = answers + 2 * 3 * 4 * VIT_L
-    return Need(memory=PROCESS + weights + buffer, disk=disk, cache=answers, where="train workers")
+    memory = PROCESS + weights + buffer
+    return Need(memory=memory, disk=disk, cache=answers / 2, where="train workers")
 
 
 # --- evaluate and report -------------------------------------------------------------------------
