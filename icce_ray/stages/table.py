@@ -27,8 +27,8 @@ PROCESS = 5.2e8  # bytes of a process with torch and Ray before it works: 0.47 t
 LISTING = 450  # bytes of memory per image while listing, as measured
 WRITING = 20  # bytes per number while a column of lists is read or written as Parquet: the values,
 # two levels each, pages before and after compression, which Arrow keeps for the next
-IMAGE = 7e6  # bytes of activations per image of 224 x 224: 7e6 of DINOv2's ViT-S and of ResNet-18,
-# 15e6 of EfficientNet-Lite0, as measured
+IMAGE = 6e6  # bytes of activations per image of 224 x 224 in a batch: measured 4e6 to 7e6 of
+# ResNet-18, 7e6 of DINOv2's ViT-S, 15e6 of EfficientNet-Lite0
 VIT_L = 304e6  # weights; a backbone's own number is not known before it is made
 
 BROWSE_BYTES = 5000  # of an image on the pages of report.browse, photos, as measured
@@ -218,11 +218,11 @@ def _consensus_needs(config: Config, size: Size, cluster: Cluster) -> Need:
         "hbgf": 280.0 * fitted * heads,
         "dawid-skene": 100.0 * fitted * heads,
     }
-    # Scores of the clusters that the heads hold possible, several arrays of as many numbers: about
-    # half of the clusters, measured with heads that hardly agree.
+    # Scores of the clusters that the heads hold possible, 56 bytes each in several arrays: a few
+    # where heads agree, half of all where they hardly do. Here, a quarter.
     threads = config.ray.num_cpus or (os.cpu_count() if cluster.is_local else 1) or 1
     scored = min(images, threads * constants.SCORED_ROWS) * config.num_classes
-    graph["dawid-skene"] += 28.0 * scored
+    graph["dawid-skene"] += 14.0 * scored
     memory = PROCESS + 2 * assigned + 80.0 * images + graph.get(config.consensus.method, 0.0)
     every = assigned / heads * config.heads.count
     return Need(memory=memory, disk=6.0 * images, cache=every, where="one task")

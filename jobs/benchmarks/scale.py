@@ -214,9 +214,9 @@ def measure(stage: str, tree: Mapping[str, Any], features: int, label: str = "")
     before = folder_bytes(folder)
     wall, peak = watch(command, file.with_suffix(".log"), folder)
     known = next(one for one in KNOWN if one.name == stage)
-    done = run.manifest(known.folder)
-    assert done is not None
-    need = known.estimate(config, Size(done.rows, features), Cluster(config.ray))
+    done, index = run.manifest(known.folder), run.manifest("index")
+    assert done is not None and index is not None
+    need = known.estimate(config, Size(index.rows, features), Cluster(config.ray))
     return Measured(
         stage=label or stage,
         rows=done.rows,
