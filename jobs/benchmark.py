@@ -59,22 +59,26 @@ def scale(
     classes: Annotated[int, typer.Option(help="K")] = 1000,
     heads: Annotated[int, typer.Option(help="H")] = 50,
     steps: Annotated[int, typer.Option(help="Steps of the heads' training.")] = 3,
+    search: Annotated[str, typer.Option(help="ivf or exact")] = "ivf",
     folder: Annotated[Path, typer.Option(help="Scratch space: about 10 GB at full size.")] = Path(
         "runs/benchmark"
     ),
     out: Out = Path("runs/scale"),
     keep: Annotated[bool, typer.Option("--keep", help="Keep the scratch files.")] = False,
 ) -> None:
-    """Time, memory and disk of index, embed, neighbors, heads and consensus, beside the plan."""
+    """Time, memory and disk of every stage, beside the plan."""
     work = folder.absolute() / f"scale-{os.getpid()}"
     work.mkdir(parents=True)
     try:
-        measured, remarks = sizes.measure_scale(work, rows, features, classes, heads, steps)
+        measured, remarks = sizes.measure_scale(work, rows, features, classes, heads, steps, search)
     finally:
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
     shape = {"rows": rows, "features": features, "classes": classes}
-    about = {"settings": {**shape, "heads": heads, "steps": steps}, "machine": machine()}
+    about = {
+        "settings": {**shape, "heads": heads, "steps": steps, "search": search},
+        "machine": machine(),
+    }
     content = {**about, "remarks": remarks, "stages": [asdict(one) for one in measured]}
     notes = "\n".join(f"- {key}: {value:.3g}" for key, value in remarks.items())
     publish(out, f"{sizes.scale_table(measured)}\n\n{notes}", content)

@@ -14,6 +14,8 @@ CONFIDENCE_WIDE = 0.5  # ... and as many as this share of its cluster, if so man
 
 QUERY_CHUNK = 2048  # rows of exact search that are compared at a time ...
 BASE_CHUNK = 65_536  # ... with that many others, on a CPU as float32; similarities: 512 MB
+STATISTICS_ROWS = 20_000  # rows that principal components are fitted on ...
+COMPARED_ROWS = 1000  # ... of which that many at a time are compared with all of them
 IVF_SAMPLE_PER_LIST = 64  # rows per inverted list that its centroids are trained on
 
 # Exact search takes 2 N^2 D operations.
@@ -22,7 +24,14 @@ CPU_FLOPS = 5e10  # float32 per core and second, as measured
 GPU_FLOPS = 2e13  # float32 per GPU and second, a cautious figure
 
 FITTED_ROWS = 200_000  # images that a consensus model is fitted on; it is then applied to all
+START_ROWS = 20_000  # rows that heads' first clusters are made on, or 50 per cluster
+TREE_ROWS = 6000  # of these, rows that a tree is made of: 2 s on one core; or ...
+TREE_ROWS_PER_CLUSTER = 3  # ... that many per cluster
+REFERENCES = 10_000  # images of a run that new ones are compared with, at most
+CALIBRATED_ROWS = 10_000  # that the calibration of a classifier looks at
+
 HIDDEN = 512  # width of the hidden layer of classifier.kind=mlp
+SCORED_ROWS = 16_384  # images that a consensus model is applied to at once, by each thread
 CSPA_ROWS = 10_000  # CSPA's graph has up to N^2 edges; at this N they take a few GB
 
 SHUFFLE_BATCHES = 8  # batches in a fine-tuning worker's buffer; rows are permuted once before
@@ -65,8 +74,11 @@ def ivf_shape(rows: int) -> tuple[int, int]:
 
 
 def ivf_bytes(rows: int, features: int) -> float:
-    """Memory while an index of N rows is built: itself, and what its lists are trained on."""
-    return 2.0 * rows * features + 4.0 * ivf_shape(rows)[1] * features
+    """Memory while an index of N rows is built: of the rows that its lists are trained on, float16
+    and float32; then of the lists, which grow by doubling, and of the rows to be added."""
+    trained = 6.0 * ivf_shape(rows)[1] * features
+    lists = 1.4 * rows * (2.0 * features + 8)
+    return max(trained, lists + 4.0 * min(rows, BASE_CHUNK) * features)
 
 
 def exact_seconds(rows: int, features: int, cpus: int, gpus: int) -> float:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from icce_ray.core import neighbors
+from icce_ray.core.constants import REFERENCES
 from icce_ray.core.sampling import sample_rows, seed_of
 
 NEAREST = 10  # neighbors whose mean distance counts; a copy alone makes no image usual
-REFERENCES = 10_000  # images of a run that new ones are compared with, at most
 CHUNK = 65_536  # images looked at at once
 
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from icce_ray.core.constants import COMPARED_ROWS, STATISTICS_ROWS
 from icce_ray.core.sampling import sample_rows
 
-STATISTICS_ROWS = 20_000  # rows that center, components and scatter are taken from
 PAIRED_ROWS = 5000  # of these, rows whose neighbors are looked for
 PAIRED = 5  # neighbors of each
-COMPARED_ROWS = 1000  # rows compared with the sample at a time
 PROJECTED_ROWS = 8192  # rows projected at a time
 LEAST = 1e-4  # of the largest deviation: below it a component is rounding
 SHRINKAGE = 0.1  # of the mean variance between neighbors: few rows know little of small components

@@ -27,13 +27,13 @@ from icce_ray.errors import ArtifactError
 from icce_ray.rundir.directory import RunDirectory
 from icce_ray.rundir.schemas import tensor_column
 from icce_ray.stages.base import Context, Outcome
+from icce_ray.stages.table import ROWS_PER_FILE
 
 FOLDER = "heads"
 JUDGE = "judge"  # of a sweep: the search whose neighbors all of its trials are judged by
 HISTORY_POINTS = 200  # loss values kept per head
 PROBES = 10  # scores of an unfinished training, where a sweep asks for them
 PROBE_ROWS = 20_000  # rows whose neighbors they look at, at most
-ROWS_PER_FILE = 1_000_000
 
 
 # --- in the workers ------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ from icce_ray.config.schema import Config
 from icce_ray.data import datasets, embeddings, labels, listing
 from icce_ray.errors import ConfigError
 from icce_ray.stages.base import Context, Outcome
+from icce_ray.stages.table import ROWS_PER_FILE
 
 FOLDER = "index"
-ROWS_PER_FILE = 1_000_000
-BYTES_PER_ROW = 450  # in memory while listing, as measured
 
 
 # --- before the run ------------------------------------------------------------------------------

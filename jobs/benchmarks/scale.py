@@ -5,6 +5,7 @@ Shapes: N rows, D features, H heads, K clusters.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -24,9 +25,10 @@ BLOCK = 20_000  # rows made at a time
 LINKS = 60_000  # hard links to one file; ext4 takes 65,000
 LATENT = 32  # dimensions that the centers differ in; few, so that classes touch
 SPREAD = 0.7  # deviation of rows around their center; of the centers, 1
+EMBEDDED = 1_000  # image files that are embedded, as many as there are classes or more
+BACKBONE_FEATURES = 512  # of resnet18
 CHECKED = 2_000  # rows whose neighbors are compared with the centers they were made from
-SAMPLE_EVERY = 0.5  # seconds between looks at the memory of all processes
-STAGES = ("index", "embed", "search", "select", "heads", "consensus")
+SAMPLE_EVERY = 0.2  # seconds between looks at the memory of all processes
 
 
 # --- synthetic input ------------------------------------------------------------------------------
@@ -87,6 +89,7 @@ class Peak:
     mapped: float = 0.0  # of one process: pages of memory-mapped files, and shared memory
     all_own: float = 0.0  # of all processes together
     all: float = 0.0  # the same with mapped files and shared memory
+    disk: float = 0.0  # of a folder that is watched
 
     def see(self, sample: Mapping[int, tuple[str, float, float]]) -> None:
         """Take in one look at all processes: pid -> name, own, mapped."""
@@ -159,15 +162,22 @@ class Measured:
     rows: int
     seconds: float  # of the stage's work, as in its manifest
     wall: float  # of the whole command, with starting Python and Ray
-    disk: float  # bytes written
+    disk: float  # bytes by which the run directory grew, at most
     peak: Peak
-    planned_memory: float  # bytes, in the largest process
-    planned_disk: float
+    planned_memory: float  # bytes, in the largest process, with what any process takes
+    planned_disk: float  # with the arrays of the run's cache
     results: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def ratio(self) -> float:
+        """Memory measured, relative to that planned: within 0.8 and 1.25, the plan is right."""
+        return self.peak.own / self.planned_memory
 
-def watch(command: Sequence[str], log: Path) -> tuple[float, Peak]:
-    """Run a command to its end: seconds and memory. Raises StageError if it fails."""
+
+def watch(command: Sequence[str], log: Path, folder: Path | None = None) -> tuple[float, Peak]:
+    """Run a command to its end: seconds, and memory and the size of a folder at their highest.
+
+    Raises StageError if it fails."""
     from icce_ray.errors import StageError
 
     started, peak = time.monotonic(), Peak()
@@ -175,6 +185,7 @@ def watch(command: Sequence[str], log: Path) -> tuple[float, Peak]:
         try:
             while job.poll() is None:
                 peak.see(look(job.pid))
+                peak.disk = max(peak.disk, folder_bytes(folder) if folder else 0.0)
                 time.sleep(SAMPLE_EVERY)
         except BaseException:
             job.terminate()
@@ -196,37 +207,42 @@ def measure(stage: str, tree: Mapping[str, Any], features: int, label: str = "")
     from icce_ray.rundir.directory import RunDirectory
     from icce_ray.stages.base import Size
 
-    config, run = configs.load(tree), RunDirectory(tree["run_dir"])
-    file = Path(tree["run_dir"]).with_suffix(".yaml")
+    config, run, folder = configs.load(tree), RunDirectory(tree["run_dir"]), Path(tree["run_dir"])
+    file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(dict(tree)))
     command = [sys.executable, "-m", "icce_ray.cli", "run", str(file), "--until", stage]
-    wall, peak = watch(command, file.with_suffix(".log"))
+    before = folder_bytes(folder)
+    wall, peak = watch(command, file.with_suffix(".log"), folder)
     known = next(one for one in KNOWN if one.name == stage)
-    done = run.manifest(known.folder)
-    assert done is not None
-    need = known.estimate(config, Size(done.rows, features), Cluster(config.ray))
+    done, index = run.manifest(known.folder), run.manifest("index")
+    assert done is not None and index is not None
+    need = known.estimate(config, Size(index.rows, features), Cluster(config.ray))
     return Measured(
         stage=label or stage,
         rows=done.rows,
         seconds=done.seconds,
         wall=round(wall, 1),
-        disk=folder_bytes(Path(tree["run_dir"]) / known.folder),
+        disk=max(peak.disk, folder_bytes(folder)) - before,
         peak=peak,
         planned_memory=need.memory,
-        planned_disk=need.disk,
+        planned_disk=need.disk + need.cache,
         results=dict(done.results),
     )
 
 
 def idle_memory(log: Path) -> float:
-    """Bytes that a process has before it works: what the plan leaves out."""
+    """Bytes that a process has before it works: table.PROCESS is to be about as much."""
     code = f"import time, ray, torch, icce_ray.pipeline; time.sleep({3 * SAMPLE_EVERY})"
     return watch([sys.executable, "-c", code], log)[1].own
 
 
 def folder_bytes(folder: Path) -> float:
-    """Bytes of all files below a folder."""
-    return float(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+    """Bytes of all files below a folder, some of which may be going."""
+    total = 0.0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def right_neighbors(run_dir: str, rows: int, classes: int) -> float:
@@ -240,34 +256,50 @@ def right_neighbors(run_dir: str, rows: int, classes: int) -> float:
     return float(same[found >= 0].mean())
 
 
-def scale_settings(folder: Path, classes: int, heads: int, steps: int) -> dict[str, Any]:
-    """Settings of the rehearsal: defaults, but the approximate search at any size."""
+def scale_settings(
+    folder: Path, classes: int, heads: int, steps: int, search: str = "ivf"
+) -> dict[str, Any]:
+    """Settings of the rehearsal: defaults, but for the search."""
+    files = {"embeddings": folder / "embeddings.npy", "labels": folder / "labels.npy"}
     return {
         "num_classes": classes,
         "run_dir": str(folder / "given"),
-        "data": {"embeddings": str(folder / "embeddings.npy"), "labels": "none"},
-        "neighbors": {"search": "ivf"},
+        "data": {name: str(file) for name, file in files.items()},
+        "neighbors": {"search": search},
         "heads": {"count": heads, "steps": steps, "num_workers": 1},
         "ray": {"num_gpus": 0},
     }
 
 
+def measure_images(folder: Path, rows: int, tree: Mapping[str, Any]) -> list[Measured]:
+    """Index of `rows` image files, and some of them through a backbone."""
+    classes = tree["num_classes"]
+    make_images(folder, rows, classes)
+    listed = {**tree, "run_dir": str(folder / "listed"), "data": {"path": str(folder / "tree")}}
+    listed["backbone"] = {"name": "resnet18", "pretrained": False}
+    out = [measure("index", listed, BACKBONE_FEATURES, "index of image files")]
+    few = {**listed["data"], "limit": max(EMBEDDED, classes)}
+    fewer = {**listed, "run_dir": str(folder / "fewer"), "data": few}
+    out.append(measure("embed", fewer, BACKBONE_FEATURES, "embed image files"))
+    shutil.rmtree(folder / "tree")
+    return out
+
+
 def measure_scale(
-    folder: Path, rows: int, features: int, classes: int, heads: int, steps: int
+    folder: Path, rows: int, features: int, classes: int, heads: int, steps: int, search: str
 ) -> tuple[list[Measured], dict[str, Any]]:
     """All measurements of `scale`, and remarks. What it makes below `folder` stays there."""
-    tree = scale_settings(folder, classes, heads, steps)
-    listed = {**tree, "run_dir": str(folder / "listed"), "data": {"path": str(folder / "tree")}}
-    listed["backbone"] = {"name": "resnet18", "pretrained": False}  # not run, only named
+    from icce_ray.pipeline import NAMES
+
+    tree = scale_settings(folder, classes, heads, steps, search)
     started = time.monotonic()
-    make_images(folder, rows, classes)
-    remarks = {"seconds to link the images": round(time.monotonic() - started, 1)}
-    out = [measure("index", listed, features, "index of image files")]
-    shutil.rmtree(folder / "tree")
+    out = measure_images(folder, rows, tree)
+    remarks = {"seconds of the image files": round(time.monotonic() - started, 1)}
     started = time.monotonic()
     write_embeddings(folder / "embeddings.npy", rows, features, classes)
+    np.save(folder / "labels.npy", center_of(np.arange(rows), classes))
     remarks["seconds to make the embeddings"] = round(time.monotonic() - started, 1)
-    for stage in STAGES:
+    for stage in NAMES:
         out.append(measure(stage, tree, features))
         print(f"{stage}: {out[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     remarks["GB of a process that has only started"] = idle_memory(folder / "idle.log") / 1e9
@@ -285,12 +317,13 @@ def gigabytes(count: float) -> str:
 
 def scale_table(measured: Sequence[Measured]) -> str:
     """Memory and disk in GB."""
-    head = ["stage", "rows", "s", "s with start", "memory", "plan", "in process", "mapped"]
+    head = ["stage", "rows", "s", "s with start", "memory", "plan", "ratio", "in process", "mapped"]
     head += ["all processes", "with mapped", "disk", "plan"]
     lines = [
         [
             *(one.stage, f"{one.rows:,}", f"{one.seconds:.1f}", f"{one.wall:.1f}"),
-            *(gigabytes(one.peak.own), gigabytes(one.planned_memory), one.peak.process),
+            *(gigabytes(one.peak.own), gigabytes(one.planned_memory), f"{one.ratio:.2f}"),
+            one.peak.process,
             *(gigabytes(one.peak.mapped), gigabytes(one.peak.all_own), gigabytes(one.peak.all)),
             *(gigabytes(one.disk), gigabytes(one.planned_disk)),
         ]

@@ -129,7 +129,7 @@ def test_the_plan_stands_beside_what_was_measured(benchmark: ModuleType) -> None
     assert head.count("|") == rule.count("|") == line.count("|")
     cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
     assert (cells["memory"], cells["s"], cells["in process"]) == ("2.5", "12.3", "driver")
-    assert "| 2.5 | 2.25 | driver | 1 | 3 | 4 | 0.5 | 0.6 |" in line
+    assert "| 2.5 | 2.25 | 1.11 | driver | 1 | 3 | 4 | 0.5 | 0.6 |" in line
 
 
 # --- workers -------------------------------------------------------------------------------------

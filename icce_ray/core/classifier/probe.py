@@ -25,6 +25,7 @@ from icce_ray.core.classifier.training import (
     set_lr,
 )
 from icce_ray.core.collective import Alone, Collective
+from icce_ray.core.constants import CALIBRATED_ROWS
 from icce_ray.core.device import default_device, on_gpu
 from icce_ray.core.optimizer import AdamW
 from icce_ray.core.sampling import seed_of
@@ -35,7 +36,6 @@ PREDICT_ROWS = 8192  # rows per forward pass of a probe
 SMALL_EPOCH = 50  # with few rows, batches shrink until an epoch has this many steps
 EAGER = 3  # steps before one is recorded: the first make what later ones share
 RECORD_FROM = 100  # steps in all from which it pays to record one
-CALIBRATED_ROWS = 10_000  # that calibration looks at
 TEMPERATURES = (math.log(0.05), math.log(50.0))  # between which calibration looks
 
 Matrix = np.ndarray | Tensor

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from icce_ray.core.constants import SCORED_ROWS
+
 Result = TypeVar("Result")
-CHUNK = 16_384  # images scored at once, by each thread
 
 
 def one_hot_codes(heads: np.ndarray, clusters: int) -> sparse.csr_array:
@@ -44,11 +45,11 @@ def scored_parts(
     clusters = table.shape[0] // len(heads)
 
     def score(start: int) -> Result:
-        part = slice(start, min(start + CHUNK, heads.shape[1]))
+        part = slice(start, min(start + SCORED_ROWS, heads.shape[1]))
         return work(part, one_hot_codes(heads[:, part], clusters) @ table)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        yield from pool.map(score, range(0, heads.shape[1], CHUNK))
+        yield from pool.map(score, range(0, heads.shape[1], SCORED_ROWS))
 
 
 def best_cluster(heads: np.ndarray, table: sparse.csr_array) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-BLOCK = 1 << 22  # votes counted at once
+BLOCK = 1 << 22  # neighbors, and votes for clusters, looked at at once
 
 
 def second_choice(
@@ -24,7 +24,7 @@ def second_choice(
         clusters: the consensus, int [N] in 0..K-1.
     """
     second = np.empty(len(ids), np.int32)
-    step = max(1, BLOCK // num_clusters)
+    step = max(1, BLOCK // max(num_clusters, ids.shape[1]))
     for start in range(0, len(ids), step):
         part = slice(start, start + step)
         own, near = clusters[part], clusters[ids[part]]

@@ -18,12 +18,12 @@ from scipy.cluster import hierarchy
 from torch import Tensor
 from torch.nn import functional as F
 
+from icce_ray.core.constants import TREE_ROWS, TREE_ROWS_PER_CLUSTER
+
 SEEDED = 100  # clusters up to which k-means is seeded with care
 SMOOTHED = 10  # neighbors that an image is averaged with, fewer where classes are small
 ROUNDS = 100  # times that this is done: far along chains of neighbors, as diffusion does
 SMOOTHED_ROWS = 8192  # rows at a time
-POINTS = 6000  # images that a tree is made of: 2 s on one core; or ...
-POINTS_PER_CLUSTER = 3
 FEWEST_PER_CLUSTER = 4  # rows that a tree needs; of fewer, k-means makes the start
 TREES = 4  # different ones; heads of each balance share them evenly
 FEW = 10  # rounds of k-means after the tree
@@ -63,8 +63,10 @@ class WardTree:
         picked = np.sort(generator.choice(len(smooth), rows, replace=False))
         self.points = smooth[torch.from_numpy(picked).to(smooth.device)]
         seen = self.points[:, _half_of_components(self.points, generator)]
-        apart = torch.pdist(seen.cpu())  # four times as fast as scipy's own
-        self.merges = hierarchy.ward(apart.double().numpy())
+        # Four times as fast as scipy's own. It grows with the square of the rows, so that only one
+        # copy is kept; scipy makes another.
+        apart = torch.pdist(seen.cpu()).double().numpy()
+        self.merges = hierarchy.ward(apart)
 
     def centroids(self, clusters: int) -> Tensor:
         """Centroids of the K clusters, in all components: float32 [K, P]."""
@@ -75,7 +77,7 @@ class WardTree:
 def ward_tree(smooth: Tensor, clusters: int, seed: int) -> Tensor:
     """Centroids of Ward's clusters of some smoothed rows, float32 [K, P]. Heads share TREES of
     them. smooth: float32 [N, P], N at least K."""
-    rows = min(len(smooth), max(POINTS, POINTS_PER_CLUSTER * clusters))
+    rows = min(len(smooth), max(TREE_ROWS, TREE_ROWS_PER_CLUSTER * clusters))
     return WardTree(smooth, rows, np.random.default_rng(seed)).centroids(clusters)
 
 

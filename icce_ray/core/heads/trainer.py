@@ -24,7 +24,7 @@ from torch import Tensor
 
 from icce_ray.config.schema import HeadsConfig
 from icce_ray.core.collective import Alone, Collective
-from icce_ray.core.constants import default_batch
+from icce_ray.core.constants import START_ROWS, default_batch
 from icce_ray.core.evaluation.labelfree import neighbor_consistency
 from icce_ray.core.heads import closed_form
 from icce_ray.core.heads.closed_form import Running, Target, Terms
@@ -50,7 +50,6 @@ WEIGHT_DECAY = 1e-4  # AdamW's, as TEMI's
 WARMUP = 0.05  # share of the steps over which the learning rate rises
 CHECK_EVERY = 50  # steps between looks at the losses: each look waits for the device
 ASSIGN_ROWS = 8192  # rows per forward pass when all images are assigned
-START_ROWS = 20_000  # rows that heads' first clusters are made on, or 50 per cluster
 
 
 def own_heads(count: int, rank: int, world: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,3 +42,15 @@ def test_a_near_neighbor_counts_more_than_a_far_one() -> None:
     similarity = np.array([[0.5, 0.4], [0.2, 0.6], [0.9, 0.1], [0.9, 0.1]], np.float16)
     assert core.second_choice(ids, similarity, labels, 3).tolist() == [1, 2, 0, 0]
     assert core.second_choice(ids[2:] - 2, similarity[2:], labels[2:], 3)[0] == -1
+
+
+def test_long_lists_are_looked_at_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with few clusters, whose votes alone take little memory."""
+    monkeypatch.setattr(core, "BLOCK", 1 << 12)
+    rng = np.random.default_rng(0)
+    ids, labels = rng.integers(0, 5000, (5000, 50)), rng.integers(0, 2, 5000)
+    tracemalloc.start()
+    core.second_choice(ids, np.ones(ids.shape, np.float16), labels, 2)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 300 * core.BLOCK  # 1.2 MB; it was 4
