@@ -55,11 +55,11 @@ def words(facts: RunFacts) -> list[tuple[str, str, str]]:
     repeats = 0 if facts.first is None else int((facts.first != np.arange(len(facts.first))).sum())
     if repeats:
         found += f" {repeats:,} of the images repeat another one."
-    trust = ""
-    if "acc" in facts.scores:
+    scores, trust = facts.scores, ""
+    if "acc" in scores:
         trust = (
-            f"Of the {facts.scores['labeled']:,} images with a label, {facts.scores['acc']:.0%} are "
-            "in the cluster that matches their class. "
+            f"Of the {scores['labeled']:,} images with a label, {scores['acc']:.0%} are in the "
+            "cluster that matches their class. "
         )
     trust += (
         f"{free['confident']:.0%} of the images have a confidence of 90% or more; trust these "
