@@ -289,9 +289,11 @@ def measure_scale(
     folder: Path, rows: int, features: int, classes: int, heads: int, steps: int, search: str
 ) -> tuple[list[Measured], dict[str, Any]]:
     """All measurements of `scale`, and remarks. What it makes below `folder` stays there."""
+    from icce_ray import config as configs
     from icce_ray.pipeline import NAMES
 
     tree = scale_settings(folder, classes, heads, steps, search)
+    configs.load(tree)  # a mistake shows before a million files are made
     started = time.monotonic()
     out = measure_images(folder, rows, tree)
     remarks = {"seconds of the image files": round(time.monotonic() - started, 1)}
