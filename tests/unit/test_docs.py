@@ -116,7 +116,9 @@ def test_every_command_and_option_exists(docs: str) -> None:
 
 
 def test_run_commands_resolve(docs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, space = blocks(docs, "yaml")
+    two, mine, space = blocks(docs, "yaml")
+    tree = {**yaml.safe_load(mine), **yaml.safe_load(two), "data": {"path": "photos"}}
+    assert len(configs.load(tree).backbone) == 2
     assert spaces.parse(yaml.safe_load(space)).trials == 30
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(mine)
