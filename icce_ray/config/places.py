@@ -57,6 +57,10 @@ def data_address(tree: Mapping[str, Any]) -> str:
     return str(given.get("path") or given.get("embeddings") or "")
 
 
+LONGEST = 100  # characters of a run's name that are its data's; a folder has at most 255 bytes
+NAME = rf"[\w-][\w.-]{{0,{LONGEST - 1}}}"  # of data that a run is simply called after
+
+
 def data_name(address: str) -> str:
     """A name that no other data have: their own where they lie in the working directory, as `runs`
     does, else one with a hash of the whole address."""
@@ -67,10 +71,10 @@ def data_name(address: str) -> str:
         whole = place
     name = place.rpartition("/")[2]
     parents = (Path(place).absolute().parent, Path(whole).parent)
-    if "://" not in address and Path.cwd() in parents and re.fullmatch(r"[\w-][\w.-]*", name):
+    if "://" not in address and Path.cwd() in parents and re.fullmatch(NAME, name):
         return name
     place = split_options(split_pattern(whole)[0])[0].rstrip("/")
-    name = re.sub(r"[^\w.-]+", "-", place.rpartition("/")[2]).strip("-.")
+    name = re.sub(r"[^\w.-]+", "-", place.rpartition("/")[2])[:LONGEST].strip("-.")
     digest = hashlib.sha256(whole.encode(errors="surrogatepass")).hexdigest()
     return f"{name or 'data'}-{digest[:8]}"
 

@@ -172,3 +172,13 @@ def test_settings_as_python_values() -> None:
     assert (found.heads.count, found.heads.hidden, found.heads.pca) == (8, (512, 256), None)
     assert (found.heads.batch_norm, found.data.labels) == (False, "none")
     assert found.data.image_column == "a: b" and found.data.path == "photos"
+
+
+def test_a_run_of_data_with_a_long_name_has_a_name_that_a_folder_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = Path("p" * 250)
+    long.mkdir()
+    name = Path(load(str(long)).run_dir).name
+    assert name.startswith("p" * 100) and len(name) < 120

@@ -119,7 +119,7 @@ def test_progress_goes_from_part_to_part() -> None:
         ({"consensus": {"method": "mode"}}, "consensus.method: .*'voting'"),
         ({"classifier": {"kind": "finetune"}}, "finetune needs images"),
         ({"num_classes": 1}, "num_classes: .*greater than or equal to 2"),
-        ({"num_classes": "many"}, "num_classes: .*integer"),
+        ({"num_classes": "many"}, "num_classes=many: give a number"),
     ],
 )
 def test_wrong_settings_are_those_of_the_yaml(settings: dict[str, Any], words: str) -> None:

@@ -82,8 +82,9 @@ from ray._private.worker import Worker
 class Fake: deserialize_objects = lambda *_: [KeyError("dataset_3")]
 Worker.raise_errors(Fake(), [], [])
 """
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=600, check=True)
+    run, own = [sys.executable, "-c", code], dict(os.environ)
+    own.pop("RAY_IGNORE_UNHANDLED_ERRORS", None)  # of another test's command line
+    done = subprocess.run(run, capture_output=True, text=True, timeout=600, check=True, env=own)
     assert ("dataset_3" in done.stderr) != asked
 
 
