@@ -416,10 +416,8 @@ def _sweep_lines(directory: Any) -> list[str]:
 def _status_line(state: dict[str, Any]) -> str:
     text = state.get("state", "?")
     if text == "running":
-        text = _running_line(state)
-    elif text == "failed":
-        text = printable_lines(f"failed: {state.get('error', '')}")
-    return text
+        return _running_line(state)
+    return printable_lines(f"failed: {state.get('error', '')}") if text == "failed" else str(text)
 
 
 def _running_line(state: dict[str, Any]) -> str:

@@ -43,7 +43,6 @@ from icce_ray.stages.base import Context, Need, Outcome, Size, Stage
 from icce_ray.stages.table import NAMES, STAGES
 
 RENAMED = {"neighbors": "two: search and select", "classifier": "called classify"}
-EMBEDDED = NAMES.index("embed") + 1  # stages that depend on no number of classes
 DISK_MARGIN = 1.1  # free space asked for, relative to the estimate
 
 
@@ -220,7 +219,7 @@ def _show_plan(context: Context, steps: Sequence[Step], size: Size, log: bool = 
         plan.add_row(step.stage.name, text, memory, _bytes_text(disk), need.where)
     known = f"N {size.images:,} images" if size.images else "N not known yet"
     known += f", D {size.features or '?'}"
-    if any(step.state != "excluded" for step in steps[EMBEDDED:]):  # else K may not be known yet
+    if any(step.state != "excluded" for step in steps[NAMES.index("embed") + 1 :]):  # else no K yet
         known += f", H {config.heads.count}, K {config.num_classes}"
     where = "a local Ray" if context.cluster.is_local else f"Ray at {context.cluster.address}"
     context.reporter.say(f"{known}; run directory {context.run.uri}; on {where}", log)
