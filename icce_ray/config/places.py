@@ -14,6 +14,7 @@ from icce_ray.errors import ArtifactError, printable
 from icce_ray.rundir.addresses import absolute, split_options, split_pattern
 
 BESIDE, SHOWN = 1000, 8  # names looked at, and shown, beside a path that leads nowhere
+LONGEST = 100  # characters of a run's name that are its data's; a folder has at most 255 bytes
 
 
 def data_group(source: str) -> dict[str, Any] | None:
@@ -57,10 +58,6 @@ def data_address(tree: Mapping[str, Any]) -> str:
     return str(given.get("path") or given.get("embeddings") or "")
 
 
-LONGEST = 100  # characters of a run's name that are its data's; a folder has at most 255 bytes
-NAME = rf"[\w-][\w.-]{{0,{LONGEST - 1}}}"  # of data that a run is simply called after
-
-
 def data_name(address: str) -> str:
     """A name that no other data have: their own where they lie in the working directory, as `runs`
     does, else one with a hash of the whole address."""
@@ -71,7 +68,8 @@ def data_name(address: str) -> str:
         whole = place
     name = place.rpartition("/")[2]
     parents = (Path(place).absolute().parent, Path(whole).parent)
-    if "://" not in address and Path.cwd() in parents and re.fullmatch(NAME, name):
+    plain = len(name) <= LONGEST and re.fullmatch(r"[\w-][\w.-]*", name)
+    if "://" not in address and Path.cwd() in parents and plain:
         return name
     place = split_options(split_pattern(whole)[0])[0].rstrip("/")
     name = re.sub(r"[^\w.-]+", "-", place.rpartition("/")[2])[:LONGEST].strip("-.")

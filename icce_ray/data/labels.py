@@ -101,13 +101,12 @@ def read_labels(uri: str) -> np.ndarray:
         raise DataError(f"data.labels={uri} cannot be read: {one_line(error)}") from None
     try:
         if suffix_of(uri) == "npy":
-            values = np.load(io.BytesIO(data), allow_pickle=False)
-        else:
-            lines = [line.strip() for line in _text(data).splitlines()]
+            return _numbers(np.load(io.BytesIO(data), allow_pickle=False), uri)
+        lines = [line.strip() for line in _text(data).splitlines()]
+    except DataError:
+        raise
     except Exception as error:  # numpy raises almost anything for a damaged header
         raise DataError(f"data.labels={uri} is neither .npy nor text: {one_line(error)}") from None
-    if suffix_of(uri) == "npy":
-        return _numbers(values, uri)
     _refuse_columns(lines, uri)
     return np.array(lines, dtype=object)
 

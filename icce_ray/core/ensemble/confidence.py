@@ -39,13 +39,13 @@ def supported(
     small = np.minimum(near, sizes - 1)[clusters]
     part_of_it = np.ceil(CONFIDENCE_WIDE * (sizes - 1)).astype(np.int64)
     wide = np.minimum(ids.shape[1], part_of_it)[clusters]
-    shares = np.empty((2, len(clusters)))
+    near_share, wide_share = np.empty((2, len(clusters)))
+    place = np.arange(ids.shape[1])
     for start in range(0, len(ids), CHUNK):
         part = slice(start, start + CHUNK)
         alike = clusters[ids[part]] == clusters[part, None]
-        place = np.arange(ids.shape[1])
-        found = alike[:, :near].sum(1), (alike & (place < wide[part, None])).sum(1)
-        for row, (count, most) in enumerate(zip(found, (small, wide), strict=True)):
-            shares[row, part] = (1 + count) / (1 + most[part])
-    mean = np.bincount(clusters, weights=shares[0]) / np.maximum(sizes, 1)
-    return (posterior * np.sqrt(shares[0] * shares[1]) * mean[clusters]).astype(np.float32)
+        near_share[part] = (1 + alike[:, :near].sum(1)) / (1 + small[part])
+        alike &= place < wide[part, None]
+        wide_share[part] = (1 + alike.sum(1)) / (1 + wide[part])
+    mean = np.bincount(clusters, weights=near_share) / np.maximum(sizes, 1)
+    return (posterior * np.sqrt(near_share * wide_share) * mean[clusters]).astype(np.float32)
