@@ -93,10 +93,10 @@ def collect(
     try:
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=every)
+            if tick is not None:
+                tick()  # before the result, for what the task said since the last look
             for ref in done:
                 yield position[ref], fetch(ray, ref)
-            if tick is not None:
-                tick()
             if not done:
                 wait.check()
     finally:

@@ -67,6 +67,15 @@ def test_results_come_with_their_position_and_nothing_is_ended() -> None:
     assert not ray.cancelled
 
 
+def test_what_a_task_said_before_it_ended_is_seen_by_who_wants_one_result() -> None:
+    """Its last progress may come after the last look, as that of a task that takes no time."""
+    looks: list[str] = []
+    ray = FakeRay("a")
+    tasks = collect(ray, [0], Room(), tick=lambda: looks.append("looked"))  # type: ignore[arg-type]
+    assert next(tasks) == (0, "a")
+    assert looks == ["looked"]
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
