@@ -3,9 +3,9 @@
     python jobs/benchmark.py scale       the chain at ImageNet's size, on synthetic embeddings
     python jobs/benchmark.py workers     a step of the heads' training by 1 and 2 workers
     python jobs/benchmark.py accuracy    the whole chain against ground truth, seed by seed
-    python jobs/benchmark.py ablation    what each setting earns, as a sweep
+    python jobs/benchmark.py ablation    what each setting earns, and how far to trust confidence
+    python jobs/benchmark.py classes     the number of classes that is found, beside the true one
     python jobs/benchmark.py truth       the label-free scores of the true classes themselves
-    python jobs/benchmark.py imbalance   classes of unequal size, cut from a finished run's data
     python jobs/benchmark.py fonts       images of many classes: characters in this machine's fonts
     python jobs/benchmark.py twin        features that resemble ImageNet's, of any number of classes
     python jobs/benchmark.py peers       accuracy and time beside k-means and UMAP
@@ -120,26 +120,82 @@ def accuracy(
     publish(out, quality.accuracy_table(found), {**about, "runs": found})
 
 
+Source = Annotated[str, typer.Argument(help="A run with ground truth, or embeddings (.npy).")]
+LabelFile = Annotated[
+    Path | None, typer.Option(help="Labels (.npy) of embeddings; a run has its own.")
+]
+Seeds = Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2")]
+Only = Annotated[int, typer.Option(help="Only so many of the classes. 0: all.")]
+Tail = Annotated[float, typer.Option(help="Cut the largest class over the smallest to this ratio.")]
+
+
+def _data(
+    source: str, labels: Path | None, only: int = 0, tail: float = 1.0, join: Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit rows, float16 [N, D], and classes, int [N]."""
+    from benchmarks import ablation as cuts
+    from benchmarks import alone
+
+    from icce_ray.core.unit_rows import unit_rows
+
+    x, codes = alone.embeddings_of(source, labels)
+    if join is not None:
+        x = unit_rows(np.concatenate([x, unit_rows(np.load(join))], axis=1))
+    if only:
+        rows, codes = cuts.some_classes(codes, only)
+        x = np.asarray(x[rows])
+    if tail > 1:
+        rows = cuts.long_tail(codes, tail, seed=0)
+        x, codes = np.asarray(x[rows]), codes[rows]
+    return x, codes
+
+
 @app.command()
 def ablation(
-    config: Annotated[str, typer.Argument(help="A golden config's name, or a YAML file.")],
+    source: Source,
     overrides: Overrides = None,
-    space: Annotated[str, typer.Option(help="A space, normally of search: each.")] = "ablation",
+    labels: LabelFile = None,
+    join: Annotated[
+        Path | None, typer.Option(help="Embeddings (.npy) of the same images, seen as one with it.")
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="A space of lists: ablation, or a file. Default: no setting.")
+    ] = None,
+    only: Only = 0,
+    tail: Tail = 1.0,
+    seeds: Annotated[list[int] | None, typer.Option(help="Default: the space's.")] = None,
     out: Out = Path("runs/ablation"),
 ) -> None:
-    """What each setting earns, and how well each label-free score ranks the settings."""
-    from icce_ray import config as configs
-    from icce_ray.errors import DataError
-    from icce_ray.sweeps import running as sweep
+    """What each setting earns in memory, and how well each label-free score ranks the settings."""
+    from benchmarks import ablation as one_at_a_time
 
-    results = sweep.run(configs.load(config, overrides or []), space)
-    assert results is not None
-    if not results["trials"][0]["accuracy"]:
-        raise DataError("there is no ground truth to compare with; give data.labels")
-    correlations = quality.correlation_rows(results)
-    tables = [quality.ablation_table(results), quality.correlation_table(correlations)]
-    content = {"machine": machine(), "correlations": correlations, "sweep": results}
+    x, codes = _data(source, labels, only, tail, join)
+    settings, own = one_at_a_time.choices(space)
+    trials = one_at_a_time.measure(
+        x, codes, settings, overrides or [], seeds or own, tail > 1, _tell
+    )
+    tables = [one_at_a_time.table(trials)]
+    if settings:
+        tables.append(one_at_a_time.correlation_table(trials))
+    about = {"source": source, "overrides": overrides or [], "only": only, "tail": tail}
+    content = {"settings": about, "machine": machine(), "trials": one_at_a_time.as_json(trials)}
     publish(out, "\n\n".join(tables), content)
+
+
+@app.command()
+def classes(
+    source: Source,
+    labels: LabelFile = None,
+    only: Only = 0,
+    tail: Tail = 1.0,
+    seeds: Seeds = None,
+    out: Out = Path("runs/classes"),
+) -> None:
+    """The number of classes that `-k auto` finds, beside the true one."""
+    x, codes = _data(source, labels, only, tail)
+    found = quality.count_classes(x, codes, seeds or [0, 1, 2])
+    about = {"settings": {"source": source, "only": only, "tail": tail}, "machine": machine()}
+    publish(out, quality.classes_table(found), {**about, "found": found})
 
 
 @app.command()
@@ -151,24 +207,6 @@ def truth(
     found = quality.score_truth(run_dir)
     about = {"settings": {"run": run_dir}, "machine": machine()}
     publish(out, quality.truth_table(found), {**about, "scores": found})
-
-
-@app.command()
-def imbalance(
-    run_dir: Annotated[str, typer.Argument(help="A finished run with ground truth.")],
-    overrides: Overrides = None,
-    ratio: Annotated[
-        list[float] | None, typer.Option(help="Largest class over smallest; default: 2, 5, 20")
-    ] = None,
-    seeds: Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2")] = None,
-    folder: Annotated[Path, typer.Option(help="Scratch space.")] = Path("runs/imbalance"),
-    out: Out = Path("runs/imbalance"),
-) -> None:
-    """Classes of unequal size: the balance chosen, each one given, and the true sizes given."""
-    ratios = ratio or [2.0, 5.0, 20.0]
-    found = quality.measure_imbalance(run_dir, folder, ratios, seeds or [0, 1, 2], overrides or [])
-    about = {"settings": {"run": run_dir, "overrides": overrides or []}, "machine": machine()}
-    publish(out, quality.imbalance_table(found), {**about, "tails": found})
 
 
 @app.command()
@@ -207,21 +245,20 @@ def twin(
 
 @app.command()
 def peers(
-    source: Annotated[str, typer.Argument(help="A run with neighbors, or embeddings (.npy).")],
+    source: Source,
     overrides: Overrides = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Labels (.npy) of embeddings; a run has its own.")
-    ] = None,
-    seeds: Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2")] = None,
+    labels: LabelFile = None,
+    only: Only = 0,
+    seeds: Seeds = None,
     turtle: Annotated[int, typer.Option(help="Steps of TURTLE; its recipe has 6,000.")] = 0,
     out: Out = Path("runs/peers"),
 ) -> None:
     """The method in memory, beside k-means, TURTLE and, where it is installed, UMAP."""
-    from benchmarks import alone
     from benchmarks import peers as others
 
-    case = alone.embeddings_of(source, labels)
-    found = others.compare(*case, seeds or [0, 1, 2], overrides or [], turtle, _tell)
+    found = others.compare(
+        *_data(source, labels), seeds or [0, 1, 2], overrides or [], turtle, _tell
+    )
     about = {"settings": {"source": source, "overrides": overrides or []}, "machine": machine()}
     publish(out, others.table(found), {**about, "results": found})
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import spread
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown, spread
 from benchmarks.turtle import turtle
 from icce_ray import config as configs
 from icce_ray.core import method

@@ -1,6 +1,6 @@
-"""How good the clusters are, where there is ground truth: whole runs, and one setting at a time.
+"""How good the clusters of whole runs are, where there is ground truth.
 
-Labels are looked at when all clusterings are made. Shapes: H heads, K clusters.
+Labels are looked at when all clusterings are made.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.tables import markdown, open_labeled
+from benchmarks.tables import markdown, open_labeled, spread
 from icce_ray.errors import DataError
 
 SCORED = (
@@ -148,172 +147,34 @@ def accuracy_table(found: Sequence[Mapping[str, Any]]) -> str:
     return markdown(head, [*lines, ["mean", *total]])
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and standard deviation, for a table."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+# --- the number of classes -----------------------------------------------------------------------
 
 
-# --- ablation: one setting at a time -------------------------------------------------------------
+def count_classes(x: np.ndarray, codes: np.ndarray, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """What `-k auto` finds for each seed. float16 [N, D], unit rows; int [N], -1 for no label."""
+    from icce_ray.config.loading import check, parse_range
+    from icce_ray.config.schema import MethodConfig
+    from icce_ray.core import num_classes
 
-
-def by_settings(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Finished trials of a sweep by what they change, in the order of the space, seeds together.
-
-    The first group is the config as it is, "defaults".
-    """
-    from icce_ray.sweeps import space
-
-    own = {key: space.lookup(results["config"], key) for key in results["space"] if key != "seed"}
-    order = {"defaults": -1}
-    for key, described in results["space"].items():
-        for value in described["choices"] if key != "seed" else ():
-            order.setdefault(space.show({key: value}), len(order))
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for trial in results["trials"]:
-        if trial["state"] == "done":
-            changed = {k: v for k, v in trial["settings"].items() if k != "seed" and v != own[k]}
-            groups.setdefault(space.show(changed) or "defaults", []).append(trial)
-    return dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
-
-
-def ablation_table(results: Mapping[str, Any]) -> str:
-    """A line for each setting: mean and deviation over seeds. Percent and seconds."""
-    head = ["setting", "consensus", "single heads", "best head", "NMI between heads"]
-    head += [results["objective"].replace("_", " "), "s"]
-    lines = []
-    for name, trials in by_settings(results).items():
-        true = [trial["accuracy"] for trial in trials]
-        free = [trial["scores"] for trial in trials]
-        lines.append(
-            [
-                name,
-                spread([100 * one["acc"] for one in true]),
-                spread([100 * one["acc_mean"] for one in true]),
-                spread([100 * one["acc_best"] for one in true]),
-                spread([one["head_agreement"] for one in free], 3),
-                spread([one[results["objective"]] for one in free], 3),
-                f"{statistics.mean(trial['seconds'] for trial in trials):.0f}",
-            ]
+    true, between, found = len(np.unique(codes[codes >= 0])), parse_range("auto"), []
+    assert between is not None
+    for seed in seeds:
+        began = time.perf_counter()
+        settings = check(MethodConfig, {"num_classes": 2, "seed": seed})
+        one = num_classes.estimate(x, between, settings)
+        seconds = time.perf_counter() - began
+        found.append(
+            {"seed": seed, "true": true, "found": one.best, "low": one.low, "high": one.high}
+            | {"seconds": seconds}
         )
-    return markdown(head, lines)
+    return found
 
 
-def correlation_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Spearman's rank correlation of each score with accuracy: over settings (means of the seeds),
-    and over settings that change the heads or the ensemble alone."""
-    from icce_ray.report.sweep_numbers import spearman
-
-    groups = by_settings(results)
-    rows = []
-    for score in results["trials"][0]["scores"]:
-        points = {
-            name: (
-                statistics.mean(trial["scores"][score] for trial in trials),
-                statistics.mean(trial["accuracy"]["acc"] for trial in trials),
-            )
-            for name, trials in groups.items()
-        }
-        row: dict[str, Any] = {"score": score, "all": spearman(list(points.values()))}
-        for part in ("neighbors", "heads", "consensus"):
-            chosen = [p for name, p in points.items() if name.startswith((part, "defaults"))]
-            row[part] = spearman(chosen)
-        rows.append({**row, "settings": len(points)})
-    return sorted(rows, key=lambda row: -(row["all"] or 0))
-
-
-def correlation_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each score."""
-    parts = ("all", "neighbors", "heads", "consensus")
+def classes_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each seed."""
     lines = [
-        [
-            row["score"].replace("_", " "),
-            *("-" if row[part] is None else f"{row[part]:+.2f}" for part in parts),
-        ]
-        for row in rows
+        [*(str(one[name]) for name in ("seed", "true", "found")), between, f"{one['seconds']:.0f}"]
+        for one in found
+        for between in [f"{one['low']}-{one['high']}"]
     ]
-    head = [f"all {rows[0]['settings']} settings", *(f"of {part}" for part in parts[1:])]
-    return markdown(["score", *head], lines)
-
-
-# --- imbalance: a long tail cut from a balanced data set -----------------------------------------
-
-
-def long_tail(codes: np.ndarray, ratio: float, seed: int) -> np.ndarray:
-    """Sorted rows of a subset whose class sizes fall geometrically, the last 1 / ratio of the
-    first. codes: int [N], -1 for no label. Which class is large is drawn by the seed."""
-    generator = np.random.default_rng(seed)
-    classes = generator.permutation(int(codes.max()) + 1)
-    full = int(np.bincount(codes[codes >= 0]).min())
-    kept = []
-    for place, one in enumerate(classes):
-        size = round(full * ratio ** (-place / max(1, len(classes) - 1)))
-        kept.append(generator.choice(np.flatnonzero(codes == one), size, replace=False))
-    return np.sort(np.concatenate(kept))
-
-
-def measure_imbalance(
-    run_dir: str,
-    folder: Path,
-    ratios: Sequence[float],
-    seeds: Sequence[int],
-    overrides: Sequence[str],
-) -> list[dict[str, Any]]:
-    """Sweeps over `heads.balance` and the true `heads.prior` on long tails of a finished run's
-    embeddings. Returns, for each ratio: ratio, sizes, the sweep's results, accuracies of kmeans."""
-    run, _, known = open_labeled(run_dir)
-    made = run.manifest("embeddings").id[:8]  # other embeddings are other work
-    return [
-        _measure_tail(run, known.codes, folder / f"{made}-{ratio:g}", ratio, seeds, overrides)
-        for ratio in ratios
-    ]
-
-
-def _measure_tail(
-    run: Any,
-    codes: np.ndarray,
-    folder: Path,
-    ratio: float,
-    seeds: Sequence[int],
-    overrides: Sequence[str],
-) -> dict[str, Any]:
-    import yaml
-
-    from icce_ray import config as configs
-    from icce_ray.core.evaluation import kmeans as kmeans_
-    from icce_ray.core.evaluation import truth as metrics
-    from icce_ray.sweeps import running as sweep
-
-    rows = long_tail(codes, ratio, seed=0)
-    x, y = np.asarray(run.matrix("embeddings", "embedding")[rows]), codes[rows]
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "x.npy", x)
-    np.save(folder / "y.npy", y)
-    sizes = np.bincount(y).tolist()
-    choices = {"seed": list(seeds), "heads.balance": [0.5, 0.25, 0.0], "heads.prior": [sizes]}
-    space = {"search": "each", "early_stop": False, "space": choices}
-    (folder / "imbalance.yaml").write_text(yaml.safe_dump(space))
-    tree = {
-        "num_classes": len(sizes),
-        "run_dir": str(folder / "run"),
-        "data": {"embeddings": str(folder / "x.npy"), "labels": str(folder / "y.npy")},
-    }
-    results = sweep.run(configs.load(tree, overrides), str(folder / "imbalance.yaml"))
-    kmeans = [metrics.scores(y, kmeans_.kmeans_baseline(x, len(sizes), seed)) for seed in seeds]
-    return {"ratio": ratio, "sizes": sizes, "results": results, "kmeans": kmeans}
-
-
-def imbalance_table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each setting, and one for k-means; accuracy (percent), and the evidence that the
-    balance is chosen by, at each ratio."""
-    head, lines = ["setting"], {}
-    for one in found:
-        head += [f"1:{one['ratio']:g}, ACC", "evidence"]
-        for name, trials in by_settings(one["results"]).items():
-            evidence = spread([trial["scores"]["neighbor_evidence"] for trial in trials], 3)
-            cells = [spread([100 * trial["accuracy"]["acc"] for trial in trials]), evidence]
-            lines.setdefault("heads.prior" if "prior" in name else name, []).extend(cells)
-        kmeans = spread([100 * scores["acc"] for scores in one["kmeans"]])
-        lines.setdefault("k-means", []).extend([kmeans, "-"])
-    return markdown(head, [[name, *cells] for name, cells in lines.items()])
+    return markdown(["seed", "true", "found", "between", "s"], lines)

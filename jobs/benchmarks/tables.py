@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,13 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table; all but the first column to the right."""
     rule = ["---", *("--:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and standard deviation, for a table."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def open_labeled(run_dir: str) -> tuple[Any, Any, Any]:
