@@ -200,12 +200,14 @@ def classes(
 
 @app.command()
 def truth(
-    run_dir: Annotated[str, typer.Argument(help="A finished run with ground truth.")],
+    source: Source,
+    labels: LabelFile = None,
+    only: Only = 0,
     out: Out = Path("runs/truth"),
 ) -> None:
     """What the label-free scores say of the true classes themselves."""
-    found = quality.score_truth(run_dir)
-    about = {"settings": {"run": run_dir}, "machine": machine()}
+    found = quality.score_truth(*_data(source, labels, only))
+    about = {"settings": {"source": source, "only": only}, "machine": machine()}
     publish(out, quality.truth_table(found), {**about, "scores": found})
 
 

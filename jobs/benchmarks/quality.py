@@ -1,6 +1,6 @@
-"""How good the clusters of whole runs are, where there is ground truth.
+"""How good clusters are, and their number, where there is ground truth.
 
-Labels are looked at when all clusterings are made.
+Labels are looked at when all clusterings are made. Shapes: N images, D features.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tables import markdown, open_labeled, spread
+from benchmarks.tables import markdown, spread
 from icce_ray.errors import DataError
 
 SCORED = (
@@ -91,31 +91,35 @@ OF_A_CLUSTERING = (
 )
 
 
-def score_truth(run_dir: str) -> dict[str, dict[str, float]]:
-    """The label-free scores of the true classes, of the consensus and of k-means, on the images
-    that have a label: where the truth scores lower, better search cannot find it."""
+def score_truth(x: np.ndarray, codes: np.ndarray) -> dict[str, dict[str, float]]:
+    """The label-free scores of the true classes, of the consensus and of k-means: where the truth
+    scores lower, better search cannot find it. float16 [N, D], unit rows; int [N].
+
+    Raises:
+        DataError: an image without a label.
+    """
+    from icce_ray.core import method
     from icce_ray.core.evaluation import kmeans as kmeans_
     from icce_ray.core.evaluation import labelfree as scores
     from icce_ray.core.evaluation import truth as metrics
 
-    run, config, known = open_labeled(run_dir)
-    ids, features = run.matrix("neighbors", "ids"), run.matrix("embeddings", "embedding")
-    if not known.known.all():
-        raise DataError(f"{run_dir}: {np.sum(~known.known)} images have no label; all need one")
-    kmeans = kmeans_.kmeans_baseline(features, config.num_classes, config.seed)
-    found = {"truth": known.codes, "consensus": run.matrix("consensus", "cluster")}
+    if (codes < 0).any():
+        raise DataError(f"{np.sum(codes < 0)} images have no label; all need one")
+    count = int(codes.max()) + 1
+    ours = method.cluster(x, count)
+    kmeans = kmeans_.kmeans_baseline(x, count, seed=0)
     out = {}
-    for name, clusters in {**found, "k-means": kmeans}.items():
-        out[name] = scores.score(
+    for name, clusters in {"truth": codes, "consensus": ours.labels, "k-means": kmeans}.items():
+        out[name] = {"accuracy": metrics.accuracy(codes, clusters)}
+        out[name] |= scores.score(
             OF_A_CLUSTERING,
-            clusters=np.asarray(clusters),
-            num_clusters=config.num_classes,
-            assignments=np.asarray(clusters)[:, None],
-            ids=ids,
-            features=features,
-            seed=config.seed,
+            clusters=clusters,
+            num_clusters=count,
+            assignments=clusters[:, None],
+            ids=ours.neighbors.ids,
+            features=x,
+            seed=0,
         )
-        out[name]["accuracy"] = metrics.accuracy(known.codes, np.asarray(clusters))
     return out
 
 

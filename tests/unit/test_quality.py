@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from icce_ray.core.unit_rows import unit_rows
+from icce_ray.errors import DataError
 
 
 @pytest.fixture
@@ -38,6 +39,18 @@ def test_the_number_of_classes_is_counted_of_blobs(quality: ModuleType) -> None:
     assert found[0]["true"] == 6 and found[0]["low"] <= found[0]["found"] <= found[0]["high"]
     *_, line = quality.classes_table(found).splitlines()
     assert line.startswith(f"| 0 | 6 | {found[0]['found']} | {found[0]['low']}-")
+
+
+def test_true_classes_are_scored_as_the_clusters_are(quality: ModuleType) -> None:
+    codes = np.repeat(np.arange(3), 40)
+    x = unit_rows(np.random.default_rng(0).normal(0, 0.05, (120, 8)) + np.eye(3, 8)[codes])
+    found = quality.score_truth(x, codes)
+    for name in ("consensus", "k-means"):
+        assert found[name] == pytest.approx(found["truth"], abs=0.02), name
+    assert found["truth"]["accuracy"] == 1
+    assert quality.truth_table(found).splitlines()[2].startswith("| truth | 1.000 | ")
+    with pytest.raises(DataError, match="4 images have no label"):
+        quality.score_truth(x, np.where(np.arange(120) < 4, -1, codes))
 
 
 def test_the_drawing_of_a_training_names_its_recipes(quality: ModuleType, tmp_path: Path) -> None:
