@@ -125,7 +125,7 @@ LabelFile = Annotated[
     Path | None, typer.Option(help="Labels (.npy) of embeddings; a run has its own.")
 ]
 Seeds = Annotated[list[int] | None, typer.Option(help="Default: 0, 1, 2")]
-Only = Annotated[int, typer.Option(help="Only so many of the classes. 0: all.")]
+Only = Annotated[int, typer.Option(help="Number of classes to use, drawn by that number. 0: all.")]
 Tail = Annotated[float, typer.Option(help="Cut the largest class over the smallest to this ratio.")]
 
 
@@ -178,7 +178,7 @@ def ablation(
     if settings:
         tables.append(one_at_a_time.correlation_table(trials))
     about = {"source": source, "overrides": overrides or [], "only": only, "tail": tail}
-    content = {"settings": about, "machine": machine(), "trials": one_at_a_time.as_json(trials)}
+    content = {"settings": about, "machine": machine(), "trials": [asdict(one) for one in trials]}
     publish(out, "\n\n".join(tables), content)
 
 

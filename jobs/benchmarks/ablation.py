@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def long_tail(codes: np.ndarray, ratio: float, seed: int) -> np.ndarray:
 
 
 def some_classes(codes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted rows of so many classes, drawn by their number, and their codes from 0 on."""
+    """Sorted rows of `count` random classes, drawn by that number, and their codes from 0 on."""
     drawn = np.random.default_rng(count).permutation(int(codes.max()) + 1)[:count]
     rows = np.flatnonzero(np.isin(codes, drawn))
     return rows, np.unique(codes[rows], return_inverse=True)[1].astype(np.int64)
@@ -123,9 +123,8 @@ class _Work:
         self.rows = sample_rows(len(x), PLANE_ROWS, 0)
         self.spaces = dict(_spaces(np.asarray(x[self.rows]))) if ranked else {}
 
-    def config(self, *settings: Any) -> Config:
+    def config(self, setting: str, seed: int, *more: str) -> Config:
         """The defaults with a setting ("defaults": none), a seed, and more settings."""
-        setting, seed, *more = settings
         tree = {"num_classes": int(self.codes.max()) + 1, "data": {"embeddings": "in memory"}}
         changed = [] if setting == DEFAULTS else [setting]
         return configs.load(tree, [*self.overrides, *changed, f"seed={seed}", *more])
@@ -259,8 +258,3 @@ def correlation_table(trials: Sequence[Trial]) -> str:
     ]
     head = [f"all {len(_by_setting(trials))} settings", *(f"of {part}" for part in parts[1:])]
     return markdown(["score", *head], lines)
-
-
-def as_json(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """For the result file."""
-    return [asdict(trial) for trial in trials]
