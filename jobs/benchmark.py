@@ -258,10 +258,10 @@ def peers(
     """The method in memory, beside k-means, TURTLE and, where it is installed, UMAP."""
     from benchmarks import peers as others
 
-    found = others.compare(
-        *_data(source, labels), seeds or [0, 1, 2], overrides or [], turtle, _tell
-    )
-    about = {"settings": {"source": source, "overrides": overrides or []}, "machine": machine()}
+    x, codes = _data(source, labels, only)
+    found = others.compare(x, codes, seeds or [0, 1, 2], overrides or [], turtle, _tell)
+    settings = {"source": source, "only": only, "overrides": overrides or []}
+    about = {"settings": settings, "machine": machine()}
     publish(out, others.table(found), {**about, "results": found})
 
 

@@ -23,6 +23,7 @@ from icce_ray.core import method
 from icce_ray.core.classifier import probe as probe_
 from icce_ray.core.evaluation import truth as metrics
 from icce_ray.core.unit_rows import unit_rows
+from icce_ray.errors import DataError
 
 WARM_UP = 5  # steps before the clock starts
 
@@ -59,13 +60,22 @@ def case_of_files(embeddings: Path, labels: Path, device: torch.device) -> Case:
 
 
 def embeddings_of(source: str, labels: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rows, float16 [N, D], and classes, int64 [N], of a run, or of two .npy files."""
+    """Unit rows, float16 [N, D], and classes, int64 [N], of a run, or of two .npy files.
+
+    Raises:
+        DataError: files that are not there, or do not belong together.
+    """
     if labels is None:
         from benchmarks.tables import open_labeled
 
         run, _, known = open_labeled(source)
         return run.matrix("embeddings", "embedding"), known.codes
+    for file in (Path(source), labels):
+        if not file.is_file():
+            raise DataError(f"no file {file}: give embeddings and --labels as .npy files")
     x, truth = np.load(source, mmap_mode="r"), np.load(labels)
+    if truth.shape != x.shape[:1]:
+        raise DataError(f"{labels} is {truth.shape}, {source} {x.shape}: a label for each row")
     return unit_rows(x), np.unique(truth, return_inverse=True)[1].astype(np.int64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from icce_ray.core.unit_rows import unit_rows
+from icce_ray.errors import StageError
 
 
 @pytest.fixture
@@ -92,3 +94,21 @@ def test_trials_in_memory_are_scored_against_the_truth(ablation: ModuleType) -> 
         assert trial.free["silhouette, features"] > 0.5
     assert set(found[0].balances) == {"balance 0.5", "balance 0.25", "balance 0"}
     assert set(found[1].balances) == {"balance 0"}
+
+
+@pytest.mark.parametrize("command", ["ablation", "classes", "truth", "peers"])
+def test_every_command_takes_some_of_the_classes_only(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "jobs"))
+    main = runpy.run_path(str(repository / "jobs" / "benchmark.py"))
+    asked: list[object] = []
+
+    def data(source: str, labels: Path | None, only: int = 0, *more: object) -> None:
+        asked.extend([source, only])
+        raise StageError("enough")
+
+    monkeypatch.setitem(main["_data"].__globals__, "_data", data)
+    with pytest.raises(StageError, match="enough"):
+        main["app"]([command, "x.npy", "--only", "7"], standalone_mode=False)
+    assert asked == ["x.npy", 7]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from icce_ray.errors import ConfigError
+from icce_ray.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
 WITHOUT = """
@@ -83,6 +83,15 @@ def test_a_case_of_files_has_neighbors_and_codes(
     assert not (case.ids == np.arange(600)[:, None]).any()
     assert (case.codes[case.ids[:, 0]] == case.codes).mean() > 0.9
     assert case.counts.min() >= 5
+
+
+def test_files_that_do_not_belong_together_are_refused(alone: ModuleType, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((6, 3)))
+    np.save(tmp_path / "y.npy", np.zeros(5))
+    with pytest.raises(DataError, match="a label for each row"):
+        alone.embeddings_of(str(tmp_path / "x.npy"), tmp_path / "y.npy")
+    with pytest.raises(DataError, match=r"no file .*none\.npy"):
+        alone.embeddings_of(str(tmp_path / "x.npy"), tmp_path / "none.npy")
 
 
 def test_recipes_are_trained_and_merged(
