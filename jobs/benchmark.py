@@ -137,10 +137,14 @@ def _data(
     from benchmarks import alone
 
     from icce_ray.core.unit_rows import unit_rows
+    from icce_ray.errors import DataError
 
     x, codes = alone.embeddings_of(source, labels)
     if join is not None:
-        x = unit_rows(np.concatenate([x, unit_rows(np.load(join))], axis=1))
+        other = alone.array_of(join)
+        if len(other) != len(x):
+            raise DataError(f"{join} has {len(other)} rows, {source} {len(x)}")
+        x = unit_rows(np.concatenate([x, unit_rows(other)], axis=1))
     if only:
         rows, codes = cuts.some_classes(codes, only)
         x = np.asarray(x[rows])

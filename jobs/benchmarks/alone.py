@@ -70,13 +70,17 @@ def embeddings_of(source: str, labels: Path | None) -> tuple[np.ndarray, np.ndar
 
         run, _, known = open_labeled(source)
         return run.matrix("embeddings", "embedding"), known.codes
-    for file in (Path(source), labels):
-        if not file.is_file():
-            raise DataError(f"no file {file}: give embeddings and --labels as .npy files")
-    x, truth = np.load(source, mmap_mode="r"), np.load(labels)
+    x, truth = array_of(Path(source)), array_of(labels)
     if truth.shape != x.shape[:1]:
         raise DataError(f"{labels} is {truth.shape}, {source} {x.shape}: a label for each row")
     return unit_rows(x), np.unique(truth, return_inverse=True)[1].astype(np.int64)
+
+
+def array_of(file: Path) -> np.ndarray:
+    """A .npy file, memory-mapped. Raises DataError: there is none."""
+    if not file.is_file():
+        raise DataError(f"no file {file}: give embeddings and --labels as .npy files")
+    return np.asarray(np.load(file, mmap_mode="r"))
 
 
 def case_of_run(run_dir: str) -> Case:

@@ -176,9 +176,9 @@ def count_classes(x: np.ndarray, codes: np.ndarray, seeds: Sequence[int]) -> lis
 
 def classes_table(found: Sequence[Mapping[str, Any]]) -> str:
     """A line for each seed."""
-    lines = [
-        [*(str(one[name]) for name in ("seed", "true", "found")), between, f"{one['seconds']:.0f}"]
-        for one in found
-        for between in [f"{one['low']}-{one['high']}"]
-    ]
+    lines = []
+    for one in found:
+        between = f"{one['low']}-{one['high']}"
+        cells = [str(one[name]) for name in ("seed", "true", "found")]
+        lines.append([*cells, between, f"{one['seconds']:.0f}"])
     return markdown(["seed", "true", "found", "between", "s"], lines)
