@@ -5,6 +5,8 @@
     python jobs/benchmark.py accuracy    the whole chain against ground truth, seed by seed
     python jobs/benchmark.py ablation    what each setting earns, and how far to trust confidence
     python jobs/benchmark.py classes     the number of classes that is found, beside the true one
+    python jobs/benchmark.py starts      the space of the neighbors, and the heads' first clusters
+    python jobs/benchmark.py joined      ways to use two embeddings of the same images
     python jobs/benchmark.py truth       the label-free scores of the true classes themselves
     python jobs/benchmark.py fonts       images of many classes: characters in this machine's fonts
     python jobs/benchmark.py twin        features that resemble ImageNet's, of any number of classes
@@ -130,21 +132,13 @@ Tail = Annotated[float, typer.Option(help="Cut the largest class over the smalle
 
 
 def _data(
-    source: str, labels: Path | None, only: int = 0, tail: float = 1.0, join: Path | None = None
+    source: str, labels: Path | None, only: int = 0, tail: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Unit rows, float16 [N, D], and classes, int [N]."""
     from benchmarks import ablation as cuts
     from benchmarks import alone
 
-    from icce_ray.core.unit_rows import unit_rows
-    from icce_ray.errors import DataError
-
     x, codes = alone.embeddings_of(source, labels)
-    if join is not None:
-        other = alone.array_of(join)
-        if len(other) != len(x):
-            raise DataError(f"{join} has {len(other)} rows, {source} {len(x)}")
-        x = unit_rows(np.concatenate([x, unit_rows(other)], axis=1))
     if only:
         rows, codes = cuts.some_classes(codes, only)
         x = np.asarray(x[rows])
@@ -159,9 +153,6 @@ def ablation(
     source: Source,
     overrides: Overrides = None,
     labels: LabelFile = None,
-    join: Annotated[
-        Path | None, typer.Option(help="Embeddings (.npy) of the same images, seen as one with it.")
-    ] = None,
     space: Annotated[
         str | None, typer.Option(help="A space of lists: ablation, or a file. Default: no setting.")
     ] = None,
@@ -173,7 +164,7 @@ def ablation(
     """What each setting earns in memory, and how well each label-free score ranks the settings."""
     from benchmarks import ablation as one_at_a_time
 
-    x, codes = _data(source, labels, only, tail, join)
+    x, codes = _data(source, labels, only, tail)
     settings, own = one_at_a_time.choices(space)
     trials = one_at_a_time.measure(
         x, codes, settings, overrides or [], seeds or own, tail > 1, _tell
@@ -200,6 +191,48 @@ def classes(
     found = quality.count_classes(x, codes, seeds or [0, 1, 2])
     about = {"settings": {"source": source, "only": only, "tail": tail}, "machine": machine()}
     publish(out, quality.classes_table(found), {**about, "found": found})
+
+
+@app.command()
+def starts(
+    source: Source,
+    labels: LabelFile = None,
+    only: Only = 0,
+    seeds: Seeds = None,
+    out: Out = Path("runs/starts"),
+) -> None:
+    """What the space of the neighbors and the heads' first clusters earn by themselves."""
+    from benchmarks import starts as first
+
+    x, codes = _data(source, labels, only)
+    chosen = seeds or [0, 1, 2]
+    spaces = first.by_space(x, codes, chosen, _tell)
+    begun = first.by_start(x, codes, chosen, _tell)
+    about = {"settings": {"source": source, "only": only}, "machine": machine()}
+    content = {**about, "spaces": spaces, "starts": begun}
+    publish(out, f"{first.table(spaces)}\n\n{first.table(begun)}", content)
+
+
+@app.command()
+def joined(
+    source: Source,
+    other: Annotated[str, typer.Argument(help="The same images with another backbone.")],
+    labels: LabelFile = None,
+    only: Only = 0,
+    seeds: Seeds = None,
+    out: Out = Path("runs/joined"),
+) -> None:
+    """Ways to use two embeddings of the same images."""
+    from benchmarks import joined as ways
+
+    from icce_ray.errors import DataError
+
+    (one, codes), (two, others) = (_data(name, labels, only) for name in (source, other))
+    if not np.array_equal(codes, others):
+        raise DataError(f"{source} and {other} are not of the same images: their labels differ")
+    found = ways.compare((one, two), codes, seeds or [0, 1, 2], _tell)
+    settings = {"source": source, "other": other, "only": only}
+    publish(out, ways.table(found), {"settings": settings, "machine": machine(), "found": found})
 
 
 @app.command()

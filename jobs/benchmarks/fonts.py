@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PACKAGES = """
-    culmus fonts-arabeyes fonts-beng fonts-cascadia-code fonts-dejavu fonts-deva
+    culmus fonts-arabeyes fonts-beng fonts-dejavu fonts-deva
     fonts-fantasque-sans fonts-firacode fonts-freefont-ttf fonts-hack fonts-hosny-amiri fonts-inter
     fonts-ipaexfont
     fonts-ipafont fonts-jetbrains-mono fonts-kacst fonts-liberation fonts-linuxlibertine
@@ -90,7 +90,7 @@ def fonts() -> Iterator[tuple[str, ImageFont.FreeTypeFont]]:
                 font = ImageFont.truetype(str(path), SIDE, index=face)
             except OSError:
                 break  # no more faces, or no font
-            yield f"{path.stem}-{face}", font
+            yield f"{'-'.join(path.relative_to(FOLDER).parts)}-{face}", font
 
 
 def _picture(font: ImageFont.FreeTypeFont, character: str, missing: bytes) -> Image.Image | None:

@@ -96,7 +96,7 @@ def test_trials_in_memory_are_scored_against_the_truth(ablation: ModuleType) -> 
     assert set(found[1].balances) == {"balance 0"}
 
 
-@pytest.mark.parametrize("command", ["ablation", "classes", "truth", "peers"])
+@pytest.mark.parametrize("command", ["ablation", "classes", "starts", "truth", "peers"])
 def test_every_command_takes_some_of_the_classes_only(
     repository: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
