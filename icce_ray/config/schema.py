@@ -179,8 +179,9 @@ class NeighborsConfig(Node):
 class HeadsConfig(Node):
     """Stage `heads`: the clustering heads, trained on pairs of neighbors."""
 
-    count: Positive = 24
-    """H: clustering heads (the paper: 50). consensus.keep decides which are merged."""
+    count: Positive | None = None
+    """H: clustering heads (the paper: 50). consensus.keep decides which are merged. Default: 24, or
+    8 that begin with Ward's clusters."""
     clusters: Positive | None = None
     """L: clusters per head. Default: num_classes. With more (over-clustering), one training serves
     several num_classes. This needs two heads or more of each `balance`, and a consensus.method
@@ -224,7 +225,7 @@ class HeadsConfig(Node):
     all sizes equal, 0 leaves them free, and values between keep a part of the difference. One
     number, or several that heads cycle through. Of several, the consensus takes the heads whose
     balance fits the data best (neighbor_evidence), or the first one if none fits. Default: 0.5,
-    0.25 and 0."""
+    0.25 and 0; with Ward's clusters, which have sizes of their own, 0."""
     instance_weights: bool = True
     """TEMI's pair weights: pairs on which the teachers disagree count less."""
     teacher_momentum: Fraction = 0.5
@@ -245,13 +246,6 @@ class HeadsConfig(Node):
             raise ValueError("give prior or balance, not both")
         return self
 
-    @property
-    def balances(self) -> tuple[float, ...]:
-        """The values of `balance` that heads cycle through; with a prior none is used."""
-        if self.balance is None:
-            return BALANCES if self.prior is None else (1.0,)
-        return self.balance if isinstance(self.balance, tuple) else (self.balance,)
-
     def start_of(self, clusters: int) -> str:
         """What heads of that many clusters begin with: ward, kmeans or random."""
         if self.hidden:
@@ -262,14 +256,23 @@ class HeadsConfig(Node):
         """Training steps of heads of that many clusters."""
         return self.steps or constants.default_steps(clusters, self.start_of(clusters))
 
-    def balance_of(self, head: int) -> float:
-        """The balance of the head of this number."""
-        return self.balances[head % len(self.balances)]
+    def count_of(self, clusters: int) -> int:
+        """How many heads of that many clusters are trained."""
+        return self.count or constants.default_heads(self.start_of(clusters))
 
-    @property
-    def fewest(self) -> int:
-        """The smallest number of heads that share one balance."""
-        return min(Counter(map(self.balance_of, range(self.count))).values())
+    def balances_of(self, clusters: int) -> tuple[float, ...]:
+        """The values of `balance` that heads of that many clusters cycle through: head h has number
+        h modulo their number. With a prior none is used."""
+        if self.balance is None:
+            if self.prior is not None:
+                return (1.0,)
+            return (0.0,) if self.start_of(clusters) == "ward" else BALANCES
+        return self.balance if isinstance(self.balance, tuple) else (self.balance,)
+
+    def balance_of(self, head: int, clusters: int) -> float:
+        """The balance of the head of this number."""
+        balances = self.balances_of(clusters)
+        return balances[head % len(balances)]
 
 
 class ConsensusConfig(Node):
@@ -388,7 +391,9 @@ class MethodConfig(Node):
             raise ValueError(
                 f"{over}consensus.method=voting cannot merge clusters; choose another method"
             )
-        if self.kept_heads(self.heads.fewest) < 2:
+        clusters, every = self.head_clusters, range(self.head_count)
+        alike = Counter(self.heads.balance_of(head, clusters) for head in every)
+        if self.kept_heads(min(alike.values())) < 2:
             raise ValueError(
                 f"{over}at least two heads must be kept to merge clusters; raise heads.count or "
                 "consensus.keep, or give a single heads.balance"
@@ -399,12 +404,17 @@ class MethodConfig(Node):
         """How many heads are merged, where `fitting` heads have the balance that fits best."""
         if self.consensus.keep is not None:
             return max(1, round(self.consensus.keep * fitting))
-        return min(fitting, max(KEEP_LEAST, round(KEEP_SHARE * self.heads.count)))
+        return min(fitting, max(KEEP_LEAST, round(KEEP_SHARE * self.head_count)))
 
     @property
     def head_clusters(self) -> int:
         """L: clusters of each head."""
         return self.heads.clusters or self.num_classes
+
+    @property
+    def head_count(self) -> int:
+        """H: heads that are trained."""
+        return self.heads.count_of(self.head_clusters)
 
 
 class Config(MethodConfig):

@@ -172,13 +172,12 @@ def choose_heads(
     count = assignments.shape[1]
     fitting = np.arange(count)
     why: dict[str, Any] = {}
-    balances = [settings.heads.balance_of(head) for head in range(count)]
+    clusters = settings.head_clusters
+    balances = [settings.heads.balance_of(head, clusters) for head in range(count)]
     several = len(set(balances)) > 1
     if not several and settings.kept_heads(count) >= count:
         return fitting, why  # nothing to choose
-    information, evidence = labelfree.head_scores(
-        assignments, ids, settings.head_clusters, settings.seed
-    )
+    information, evidence = labelfree.head_scores(assignments, ids, clusters, settings.seed)
     if several:
         fitting = selection.likeliest_group(evidence, balances)
         why = {"balance": balances[fitting[0]], "head_evidence": evidence.tolist()}

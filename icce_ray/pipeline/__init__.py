@@ -220,7 +220,7 @@ def _show_plan(context: Context, steps: Sequence[Step], size: Size, log: bool = 
     known = f"N {size.images:,} images" if size.images else "N not known yet"
     known += f", D {size.features or '?'}"
     if any(step.state != "excluded" for step in steps[NAMES.index("embed") + 1 :]):  # else no K yet
-        known += f", H {config.heads.count}, K {config.num_classes}"
+        known += f", H {config.head_count}, K {config.num_classes}"
     where = "a local Ray" if context.cluster.is_local else f"Ray at {context.cluster.address}"
     context.reporter.say(f"{known}; run directory {context.run.uri}; on {where}", log)
     if not context.reporter.quiet:

@@ -53,7 +53,7 @@ def run(context: Context) -> Outcome:
     columns = [run.matrix("heads", "image_id"), merged.labels, merged.confidence]
     run.write_table(pa.table(columns, CONSENSUS_SCHEMA), FOLDER, "part-00000.parquet")
     confidence = float(merged.confidence.mean())
-    context.reporter.say(_summary(merged.info, confidence, config.heads.count))
+    context.reporter.say(_summary(merged.info, confidence, config.head_count))
     sizes = np.bincount(merged.labels, minlength=config.num_classes).tolist()
     results = {**merged.info, "sizes": sizes, "confidence": confidence}
     return Outcome(len(merged.labels), results)

@@ -145,7 +145,7 @@ def run(context: Context) -> Outcome:
     steps = method.head_steps(config)
     gpus = cluster.gpus_each()
     workers = _workers(config, cluster, gpus)
-    workers = min(workers, config.heads.count)
+    workers = min(workers, config.head_count)
     checkpoints = Checkpoints(run, FOLDER)
     if checkpoints.latest() != steps + 1:
         training.fit(
@@ -157,7 +157,7 @@ def run(context: Context) -> Outcome:
                 "watched": context.on_progress is not None,
             },
             group=training.Group.plan(cluster, workers, gpus),
-            title=f"training {config.heads.count} heads",
+            title=f"training {config.head_count} heads",
             total=steps,
         )
     final = checkpoints.latest()

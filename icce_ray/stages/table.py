@@ -175,7 +175,8 @@ def _heads_settings(config: Config) -> dict[str, Any]:
         "steps": heads.steps_of(clusters),
         "start": heads.start_of(clusters),
         "batch_size": heads.batch_size or constants.default_batch(clusters),
-        "balance": settings(heads.balances),
+        "count": config.head_count,
+        "balance": settings(heads.balances_of(clusters)),
     }
     return {"heads": {**settings(heads), **resolved}, "seed": config.seed}
 
@@ -184,19 +185,19 @@ def _heads_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     images, features = size.images or 0, size.features or FEATURES
     inputs = min(features, config.heads.pca or features)
     widths = [inputs, *config.heads.hidden, config.head_clusters]
-    weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.heads.count
+    weights = sum(i * o for i, o in itertools.pairwise(widths)) * config.head_count
     pairs = config.heads.batch_size or constants.default_batch(config.head_clusters)
-    own = math.ceil(config.heads.count / max(1, config.heads.num_workers or 1))
+    own = math.ceil(config.head_count / max(1, config.heads.num_workers or 1))
     # Float32 copies of the logits at one time: on a GPU those of student and teacher, in half
     # precision; on a CPU the temporary ones as well. Both measured, as are the hidden layers'.
     logits = config.head_clusters * (1 if config.ray.num_gpus else 7)
     activations = 2 * pairs * own * (6 * sum(config.heads.hidden) + logits) * 4
     matrix = images * (inputs * 2 + config.neighbors.max_neighbors * 4 + 4)
-    assigned = images * config.heads.count * (2 if config.head_clusters < 2**15 else 4)
+    assigned = images * config.head_count * (2 if config.head_clusters < 2**15 else 4)
     # student, teacher, gradient and AdamW's two moments: five copies of the weights, float32
     training = 5 * 4 * weights + activations
     # At the end: as they are computed, in the checkpoint and its bytes, and twice in the driver.
-    ending = 5 * assigned + WRITING * config.heads.count * min(images, ROWS_PER_FILE)
+    ending = 5 * assigned + WRITING * config.head_count * min(images, ROWS_PER_FILE)
     fitted = _projection_bytes(images, features, config.heads.pca)
     work = max(training, ending - matrix, _start_bytes(config, images, inputs))
     # Arrays of the fit that are too small for pages of their own stay with the allocator.
@@ -238,7 +239,7 @@ def _consensus_settings(config: Config) -> dict[str, Any]:
 
 def _consensus_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     """The labels of the merged heads twice, a few columns, and what the method makes."""
-    images, heads = size.images or 0, config.kept_heads(config.heads.count)
+    images, heads = size.images or 0, config.kept_heads(config.head_count)
     assigned = images * heads * (2 if config.head_clusters < 2**15 else 4)
     fitted = min(images, constants.FITTED_ROWS)
     graph = {
@@ -252,7 +253,7 @@ def _consensus_needs(config: Config, size: Size, cluster: Cluster) -> Need:
     scored = min(images, threads * constants.SCORED_ROWS) * config.num_classes
     graph["dawid-skene"] += 14.0 * scored
     memory = PROCESS + 2 * assigned + 80.0 * images + graph.get(config.consensus.method, 0.0)
-    every = assigned / heads * config.heads.count
+    every = assigned / heads * config.head_count
     return Need(memory=memory, disk=6.0 * images, cache=every, where="one task")
 
 

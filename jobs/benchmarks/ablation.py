@@ -170,7 +170,8 @@ class _Work:
         self, setting: str, seed: int, heads: np.ndarray, ids: np.ndarray
     ) -> Iterator[tuple[str, float]]:
         config, known = self.config(setting, seed), self.codes >= 0
-        of_each = [config.heads.balance_of(head) for head in range(heads.shape[1])]
+        clusters = config.head_clusters
+        of_each = [config.heads.balance_of(head, clusters) for head in range(heads.shape[1])]
         for balance in sorted(set(of_each), reverse=True):
             mine = heads[:, [one == balance for one in of_each]]
             only = self.config(setting, seed, f"heads.balance={balance}")

@@ -71,7 +71,9 @@ class LoopedTrainer:
         self.data, self.settings = data, settings
         widths = [data.features.shape[1], *settings.hidden]
         make = lambda: _head(widths, clusters)  # noqa: E731
-        self.student = nn.ModuleList(make() for _ in range(settings.count)).to(data.device)
+        self.student = nn.ModuleList(make() for _ in range(settings.count_of(clusters))).to(
+            data.device
+        )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=settings.lr)
         self.marginals = [torch.full((1, clusters), 1 / clusters, device=data.device)] * len(

@@ -378,7 +378,7 @@ def _whole(place: Place, rows: int, clusters: int, width: int) -> Row:
     parts = itertools.pairwise(marks)
     note = ", ".join(f"{name} {at - before:.1f} s" for (_, before), (name, at) in parts)
     note += f"; accuracy {100 * accuracy(codes, merged.labels):.1f} %"
-    work = f"{rows:,} x {width:,}, K {clusters:,}, H {settings.heads.count}"
+    work = f"{rows:,} x {width:,}, K {clusters:,}, H {settings.head_count}"
     return Row("embeddings to classifier", work, taken, gigabytes=place.peak(), note=note)
 
 

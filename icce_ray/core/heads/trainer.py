@@ -103,10 +103,11 @@ class HeadTrainer:
         self.data, self.settings, self.seed, self.steps = data, settings, seed, steps
         self.group: Collective = collective or Alone()
         self.batch = settings.batch_size or default_batch(num_clusters)
-        self.numbers = own_heads(settings.count, self.group.rank, self.group.world)
+        self.count = settings.count_of(num_clusters)
+        self.numbers = own_heads(self.count, self.group.rank, self.group.world)
         self.student = self._new_heads(num_clusters)
         self.teacher = self._new_heads(num_clusters).requires_grad_(False)
-        balances = [settings.balance_of(number) for number in self.numbers]
+        balances = [settings.balance_of(number, num_clusters) for number in self.numbers]
         self.clusters = num_clusters
         even = torch.full((len(self.numbers), num_clusters), 1 / num_clusters, device=data.device)
         self.running = Running(marginal=even, usage=even.clone())
@@ -244,13 +245,13 @@ class HeadTrainer:
 
     def _gather_heads(self, mine: Tensor) -> Tensor:
         """Rows of all heads, in head order; workers may own unequal numbers of heads."""
-        world, count = self.group.world, self.settings.count
-        most = math.ceil(count / world)
+        world = self.group.world
+        most = math.ceil(self.count / world)
         padded = mine.new_zeros(most, *mine.shape[1:])
         padded[: len(mine)] = mine
         parts = self.group.all_gather(padded)
         full = torch.stack(parts, 1).flatten(0, 1)  # head number = position * world + rank
-        return full[:count]
+        return full[: self.count]
 
     @torch.no_grad()
     def _update_teacher(self) -> None:

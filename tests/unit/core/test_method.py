@@ -191,6 +191,34 @@ def heads_of_errors(errors: list[float], rows: int = 400, clusters: int = 4) -> 
     return np.stack(columns, axis=1).astype(np.int16), ids.astype(np.int32)
 
 
+def test_few_classes_have_heads_of_three_balances_and_many_have_free_sizes() -> None:
+    """What heads begin with decides: Ward's clusters, of more than 15 classes, have own sizes."""
+    heads = MethodConfig(num_classes=10).heads
+    assert (heads.count_of(15), heads.balances_of(15)) == (24, (0.5, 0.25, 0.0))
+    assert (heads.count_of(16), heads.balances_of(16)) == (8, (0.0,))
+    few = MethodConfig(num_classes=10, heads={"start": "ward"})
+    assert (few.head_count, few.heads.balances_of(10)) == (8, (0.0,))
+    over = MethodConfig(num_classes=10, heads={"clusters": 30})
+    assert over.head_count == 8
+    deep = MethodConfig(num_classes=30, heads={"hidden": (64,)})
+    assert (deep.head_count, deep.heads.balances_of(30)) == (24, (0.5, 0.25, 0.0))
+    given = MethodConfig(num_classes=30, heads={"count": 5, "balance": (0.5, 0.0)})
+    assert given.head_count == 5
+    assert [given.heads.balance_of(head, 30) for head in range(5)] == [0.5, 0, 0.5, 0, 0.5]
+
+
+def test_many_classes_of_unequal_size_are_found() -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.round(90 * 15.0 ** (-np.arange(16) / 15)).astype(int)
+    labels = np.repeat(np.arange(16), sizes)
+    x = np.eye(16, 32)[labels] + 0.13 * rng.normal(size=(len(labels), 32))
+    free = icce_ray.cluster(x, 16, heads={"steps": 60}, classifier={"epochs": 2})
+    assert accuracy(labels, free.labels) > 0.99
+    heads = {"steps": 60, "balance": 1.0}
+    even = icce_ray.cluster(x, 16, heads=heads, classifier={"epochs": 2})
+    assert accuracy(labels, even.labels) < 0.98
+
+
 def test_of_one_balance_the_heads_that_say_most_are_merged() -> None:
     assignments, ids = heads_of_errors([0.6, 0.1, 0.5, 0.2])
     settings = MethodConfig(

@@ -356,7 +356,7 @@ def test_the_arrays_beside_a_run_are_part_of_the_disk_it_needs() -> None:
     assert needs["search"].cache > matrix
     lists = 6.0 * 1_281_167 * settings.neighbors.max_neighbors
     assert needs["select"].cache >= lists and needs["search"].disk >= lists
-    assert needs["consensus"].cache >= 2.0 * 1_281_167 * settings.heads.count
+    assert needs["consensus"].cache >= 2.0 * 1_281_167 * settings.head_count
 
 
 def test_a_disk_too_small_for_the_arrays_is_seen(

@@ -125,6 +125,7 @@ def test_other_defaults_make_other_artifacts(monkeypatch):
     for module, name, value in (
         (constants, "default_steps", lambda clusters, start: 7),
         (constants, "default_batch", lambda clusters: 7),
+        (constants, "default_heads", lambda start: 7),
         (schema, "BALANCES", (1.0,)),
     ):
         with monkeypatch.context() as patched:

@@ -86,7 +86,7 @@ def slow_target(rows, s, head):
     clusters = len(rows[0])
     used = [0.9 / clusters + 0.1 * sum(column) / len(rows) for column in zip(*rows, strict=True)]
     if s.prior is None:
-        shares = [value ** (1 - s.balance_of(head)) for value in used]
+        shares = [value ** (1 - s.balance_of(head, clusters)) for value in used]
         return [value / sum(shares) for value in shares]
     largest = sorted(range(clusters), key=lambda c: -used[c])
     sizes = dict(zip(largest, sorted(s.prior, reverse=True), strict=True))
