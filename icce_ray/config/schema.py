@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import types
 import typing
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union
@@ -46,10 +45,7 @@ PerHead = Union[_Each, Annotated[tuple[_Each, ...], Field(min_length=1)]]  # noq
 LABEL_MODES = ("auto", "none")  # values of data.labels that name no file
 NAMING_MODES = ("auto", "none")  # of answer.vocabulary, likewise
 ConsensusMethod = Literal["voting", "cspa", "mcla", "hbgf", "dawid-skene"]
-BALANCES = (0.5, 0.25, 0.0)  # heads.balance, where it is not given
-
-
-KEEP_SHARE, KEEP_LEAST = 0.25, 8  # consensus.keep, likewise
+KEEP_SHARE, KEEP_LEAST = 0.25, 8  # consensus.keep, where it is not given
 
 
 class Node(BaseModel):
@@ -261,13 +257,12 @@ class HeadsConfig(Node):
         return self.count or constants.default_heads(self.start_of(clusters))
 
     def balances_of(self, clusters: int) -> tuple[float, ...]:
-        """The values of `balance` that heads of that many clusters cycle through: head h has number
-        h modulo their number. With a prior none is used."""
-        if self.balance is None:
-            if self.prior is not None:
-                return (1.0,)
-            return (0.0,) if self.start_of(clusters) == "ward" else BALANCES
-        return self.balance if isinstance(self.balance, tuple) else (self.balance,)
+        """The values of `balance` that heads cycle through; with a prior none is used."""
+        if self.balance is not None:
+            return self.balance if isinstance(self.balance, tuple) else (self.balance,)
+        if self.prior is not None:
+            return (1.0,)
+        return constants.default_balances(self.start_of(clusters))
 
     def balance_of(self, head: int, clusters: int) -> float:
         """The balance of the head of this number."""
@@ -391,9 +386,8 @@ class MethodConfig(Node):
             raise ValueError(
                 f"{over}consensus.method=voting cannot merge clusters; choose another method"
             )
-        clusters, every = self.head_clusters, range(self.head_count)
-        alike = Counter(self.heads.balance_of(head, clusters) for head in every)
-        if self.kept_heads(min(alike.values())) < 2:
+        balances = self.heads.balances_of(self.head_clusters)
+        if self.kept_heads(self.head_count // len(balances)) < 2:
             raise ValueError(
                 f"{over}at least two heads must be kept to merge clusters; raise heads.count or "
                 "consensus.keep, or give a single heads.balance"

@@ -46,11 +46,18 @@ def default_start(clusters: int) -> str:
     return "kmeans" if clusters <= 15 else "ward"
 
 
-def default_heads(start: str) -> int:
-    """Heads where the settings name no number, by what they begin with.
+def default_balances(start: str) -> tuple[float, ...]:
+    """How far heads even out the sizes of clusters where the settings leave it open.
 
-    From Ward's clusters heads end alike, and 8 do what 24 did. From k-means, 8 of each balance.
+    Ward's clusters have about the sizes of the classes, and no balance was better than to keep
+    them. k-means makes sizes alike, so that heads of several balances are tried.
     """
+    return (0.0,) if start == "ward" else (0.5, 0.25, 0.0)
+
+
+def default_heads(start: str) -> int:
+    """Heads where the settings name no number, by what they begin with: 8 of each balance. Those
+    that begin at Ward's clusters end alike, and 8 do what 24 did."""
     return 8 if start == "ward" else 24
 
 

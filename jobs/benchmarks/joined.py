@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.alone import settings
 from benchmarks.tables import markdown, spread
+from icce_ray.config.loading import check
+from icce_ray.config.schema import MethodConfig
 from icce_ray.core import method
 from icce_ray.core.device import default_device
 from icce_ray.core.evaluation import truth
@@ -32,12 +33,13 @@ def compare(
     clusters, device, known = int(codes.max()) + 1, default_device(), codes >= 0
     one, two = spaces
     both = unit_rows(np.concatenate(spaces, axis=1))
-    searched = settings(clusters)
+    tree = {"num_classes": clusters, "consensus": {"keep": 1}}  # also of more heads than usual
+    searched = check(MethodConfig, tree)
     lists = [method.search(x, searched, device) for x in (one, two, both)]
     ranked = by_rank(lists[0][0], lists[1][0])
     found = []
     for seed in seeds:
-        chosen = settings(clusters, seed=seed)
+        chosen = check(MethodConfig, {**tree, "seed": seed})
 
         def heads(x: np.ndarray, near: Lists, chosen: Any = chosen) -> np.ndarray:
             counts = method.select(*near, chosen).counts
@@ -57,8 +59,7 @@ def compare(
             ),
         }
         for way, (assignments, near) in ways.items():
-            count = {"count": assignments.shape[1]}
-            merged = method.merge(assignments, near[0], settings(clusters, count, seed), device)
+            merged = method.merge(assignments, near[0], chosen, device)
             accuracy = 100 * truth.accuracy(codes[known], np.asarray(merged.labels)[known])
             found.append({"way": way, "seed": seed, "consensus": accuracy})
             say(f"seed {seed}, {way}: {accuracy:.1f} %")

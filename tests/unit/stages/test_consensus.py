@@ -121,12 +121,12 @@ def test_other_defaults_make_other_artifacts(monkeypatch):
         stage("heads").settings(config),
         stage("consensus").settings(config),
     )
-    assert trained["heads"]["balance"] == list(schema.BALANCES)
+    assert trained["heads"]["balance"] == list(constants.default_balances("kmeans"))
     for module, name, value in (
         (constants, "default_steps", lambda clusters, start: 7),
         (constants, "default_batch", lambda clusters: 7),
         (constants, "default_heads", lambda start: 7),
-        (schema, "BALANCES", (1.0,)),
+        (constants, "default_balances", lambda start: (1.0,)),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, value)
