@@ -55,7 +55,7 @@ class Projection(nn.Module):
         within = _neighbor_scatter(centered @ basis, variance)
         within += torch.diag(SHRINKAGE * within.trace() / len(variance) + UNLIKE * variance)
         self.center.copy_(center)
-        self.basis.copy_(basis @ _inverse_root(within))
+        self.basis.copy_(basis @ inverse_root(within))
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _neighbor_scatter(components: Tensor, variance: Tensor) -> Tensor:
     return scatter / (2 * len(asked))
 
 
-def _inverse_root(matrix: Tensor) -> Tensor:
+def inverse_root(matrix: Tensor) -> Tensor:
     """Symmetric inverse square root of a positive definite matrix [P, P]."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.rsqrt()) @ vectors.T

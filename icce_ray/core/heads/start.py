@@ -18,15 +18,42 @@ from scipy.cluster import hierarchy
 from torch import Tensor
 from torch.nn import functional as F
 
-from icce_ray.core.constants import TREE_ROWS, TREE_ROWS_PER_CLUSTER
+from icce_ray.core.constants import STATISTICS_ROWS, TREE_ROWS, TREE_ROWS_PER_CLUSTER
+from icce_ray.core.projection import inverse_root
 
 SEEDED = 100  # clusters up to which k-means is seeded with care
+SHARED = 0.05  # weight of the variance of all images, beside that between neighbors
 SMOOTHED = 10  # neighbors that an image is averaged with, fewer where classes are small
 ROUNDS = 100  # times that this is done: far along chains of neighbors, as diffusion does
 SMOOTHED_ROWS = 8192  # rows at a time
 FEWEST_PER_CLUSTER = 4  # rows that a tree needs; of fewer, k-means makes the start
 TREES = 4  # different ones; heads of each balance share them evenly
 FEW = 10  # rounds of k-means after the tree
+
+
+@torch.no_grad()
+def evened(features: Tensor, ids: Tensor) -> Tensor:
+    """Features in which directions that vary across all images count less: float16 [N, P].
+
+    Neighbors share what several classes have in common, such as a style, so that the scatter
+    between neighbors, which features are whitened by, does not show it. The variance of all images
+    does. That holds the classes themselves too, but of many classes little in any one direction.
+
+    features: float16 [N, P], unit rows; ids: int32 [N, M], neighbors, of which the first is taken.
+    """
+    count, width = features.shape
+    rows = torch.linspace(0, count - 1, min(count, STATISTICS_ROWS)).round().long()
+    some = features[rows.to(features.device)].double()
+    near = features[ids[rows.to(ids.device), 0].long().to(features.device)].double()
+    between = ((some - near).square().mean() / 2).clamp_min(1e-6)  # copies are nobody's neighbors
+    centered = some - some.mean(0)
+    total = centered.T @ centered / len(rows)
+    scale = inverse_root(between * torch.eye(width, device=total.device) + SHARED * total).float()
+    out = torch.empty_like(features)
+    for start in range(0, count, SMOOTHED_ROWS):
+        part = slice(start, start + SMOOTHED_ROWS)
+        out[part] = F.normalize(features[part].float() @ scale, dim=-1).half()
+    return out
 
 
 @torch.no_grad()

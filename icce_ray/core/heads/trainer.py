@@ -33,6 +33,7 @@ from icce_ray.core.heads.start import (
     FEWEST_PER_CLUSTER,
     SMOOTHED,
     TREES,
+    evened,
     kmeans_start,
     smoothed,
     ward_start,
@@ -169,7 +170,7 @@ class HeadTrainer:
         """Some rows averaged with their neighbors, float16."""
         ids, counts = self.data.ids, self.data.counts
         near = reference_k(SMOOTHED, len(ids), self.clusters, ids.shape[1])
-        every = smoothed(self.data.features, ids[:, :near], counts)
+        every = smoothed(evened(self.data.features, ids), ids[:, :near], counts)
         return every[torch.from_numpy(rows).to(every.device)]
 
     # one step

@@ -7,8 +7,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from icce_ray.core import neighbors
+from icce_ray.core.evaluation.truth import accuracy
 from icce_ray.core.heads import start
-from icce_ray.core.heads.start import kmeans_start, lloyd, smoothed, ward_start, ward_tree
+from icce_ray.core.heads.start import (
+    cluster_few,
+    evened,
+    kmeans_start,
+    lloyd,
+    smoothed,
+    ward_start,
+    ward_tree,
+)
 
 FEATURES, CLUSTERS = 12, 5
 
@@ -48,6 +58,48 @@ def test_rows_are_averaged_with_their_neighbors(monkeypatch):
         near = torch.stack([expected[torch.tensor(row)].mean(0) for row in lists])
         expected = F.normalize(expected + near, dim=-1)
     torch.testing.assert_close(smoothed(x, ids, counts).float(), expected, atol=3e-3, rtol=0)
+
+
+def nearest(x, count=10):
+    ids, _ = neighbors.search(x.numpy(), 0, len(x), count, torch.device("cpu"))
+    return torch.from_numpy(ids)
+
+
+def test_styles_that_all_classes_have_do_not_split_them():
+    """Each class has two styles, farther apart than classes; neighbors are of one style."""
+    rng = np.random.default_rng(0)
+    codes, style = np.repeat(np.arange(24), 40), np.arange(24 * 40) % 2
+    x = np.eye(24, 48)[codes] + 0.12 * rng.normal(size=(len(codes), 48))
+    x[:, -1] += 1.5 * (style - 0.5)
+    x = (x - x.mean(0)) @ np.linalg.qr(rng.normal(size=(48, 48)))[0]
+    features = F.normalize(torch.from_numpy(x).float(), dim=-1).half()
+    ids, ten = nearest(features), torch.full((len(codes),), 10)
+
+    def found(space):
+        clusters = cluster_few(smoothed(space, ids, ten).float(), 24, seed=0)
+        return accuracy(codes, clusters.numpy())
+
+    assert found(features) < 0.7
+    assert found(evened(features, ids)) > 0.98
+
+
+def test_evened_directions_differ_least_where_neighbors_differ_most(monkeypatch):
+    """Against the matrix that whitens neighbors and all images together, up to a rotation."""
+    monkeypatch.setattr(start, "SMOOTHED_ROWS", 7)
+    x = unit_rows(60).half()
+    ids = nearest(x)
+    rows = x.double()
+    scatter = ((rows - rows[ids[:, 0].long()]) ** 2).mean() / 2 * torch.eye(FEATURES)
+    scatter = scatter + start.SHARED * torch.cov(rows.T, correction=0)
+    whitened = rows @ torch.linalg.cholesky(torch.linalg.inv(scatter))
+    expected = F.normalize(whitened, dim=-1)
+    out = evened(x, ids).double()
+    torch.testing.assert_close(out @ out.T, expected @ expected.T, atol=5e-3, rtol=0)
+
+
+def test_copies_of_one_image_are_evened_to_something_finite():
+    x = unit_rows(1).half().repeat(20, 1)
+    assert evened(x, torch.zeros(20, 3, dtype=torch.int32)).isfinite().all()
 
 
 def test_the_tree_finds_blobs_that_kmeans_misses():
