@@ -125,8 +125,10 @@ def _starts(
 ) -> Iterator[tuple[str, Callable[[HeadTrainer], None]]]:
     """Ways to give heads their first clusters. features: those that heads see, [N, P]."""
     clusters, seed = chosen.num_classes, chosen.seed
-    for rounds in (*ROUNDS, start.ROUNDS):
-        yield f"Ward's, averaged {rounds} times", lambda trainer, n=rounds: _averaged(trainer, n)
+    ward = {f"Ward's, averaged {rounds} times": {"ROUNDS": rounds} for rounds in ROUNDS}
+    ward |= {"Ward's, not evened": {"SHARED": 0.0}, "Ward's (default)": {"ROUNDS": start.ROUNDS}}
+    for name, other in ward.items():
+        yield name, lambda trainer, other=other: _ward(trainer, other)
     plain = settings(clusters, {"start": "kmeans"}, seed).heads
     yield "k-means", lambda trainer: _as_set(trainer, plain)
     if importlib.util.find_spec("umap") is not None:
@@ -144,8 +146,8 @@ def _starts(
         yield "the true classes", lambda trainer: _at(trainer, features, codes)
 
 
-def _averaged(trainer: HeadTrainer, rounds: int) -> None:
-    with patch.object(start, "ROUNDS", rounds):
+def _ward(trainer: HeadTrainer, other: dict[str, float]) -> None:
+    with patch.multiple(start, **other):
         trainer.start()
 
 

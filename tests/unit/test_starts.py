@@ -48,7 +48,9 @@ def test_every_space_and_start_is_compared_with_the_truth(benchmarks: ModuleType
     begun = starts.by_start(x, CODES, [0], said.append)
     assert len(said) == len(spaces) + len(begun)
     by_way = {one["way"]: one for one in begun}
-    assert {"Ward's, averaged 2 times", "k-means", "the true classes"} <= set(by_way)
+    assert {"Ward's, averaged 2 times", "Ward's (default)", "k-means", "the true classes"} <= set(
+        by_way
+    )
     assert all(by_way["the true classes"][key] == 100 for key in ("first", "heads", "consensus"))
     head, *lines = cells(starts.table(spaces))
     assert head == ["way", "neighbor", "kmeans", "ward"] and len(lines) == 4
