@@ -217,9 +217,11 @@ def _start_bytes(config: Config, images: int, inputs: int) -> float:
     sample = 12.0 * rows * inputs + 2.0 * rows * clusters
     if kind == "kmeans":
         return sample
-    # Before, images are averaged with their neighbors, from one array into another; then a tree
-    # takes the distances of all pairs of some rows, float64, twice.
+    # Before, images are averaged with their neighbors, from one array into another, the first of
+    # which takes the variance of some rows, float64; then a tree takes the distances of all pairs
+    # of some rows, float64, twice.
     averaging = images * (2.0 * 2 * inputs + 40)
+    averaging += 3 * 8.0 * min(images, constants.STATISTICS_ROWS) * inputs
     points = min(rows, max(constants.TREE_ROWS, constants.TREE_ROWS_PER_CLUSTER * clusters))
     return max(averaging, sample + 8.0 * points**2)
 
