@@ -45,7 +45,7 @@ def evened(features: Tensor, ids: Tensor) -> Tensor:
     rows = torch.linspace(0, count - 1, min(count, STATISTICS_ROWS)).round().long()
     some = features[rows.to(features.device)].double()
     near = features[ids[rows.to(ids.device), 0].long().to(features.device)].double()
-    between = ((some - near).square().mean() / 2).clamp_min(1e-6)  # copies are nobody's neighbors
+    between = ((some - near).square().mean() / 2).clamp_min(1e-6)  # 0 if all are copies
     centered = some - some.mean(0)
     total = centered.T @ centered / len(rows)
     scale = inverse_root(between * torch.eye(width, device=total.device) + SHARED * total).float()
