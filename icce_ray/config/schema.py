@@ -386,8 +386,8 @@ class MethodConfig(Node):
             raise ValueError(
                 f"{over}consensus.method=voting cannot merge clusters; choose another method"
             )
-        balances = self.heads.balances_of(self.head_clusters)
-        if self.kept_heads(self.head_count // len(balances)) < 2:
+        alike = [self.heads.balance_of(h, self.head_clusters) for h in range(self.head_count)]
+        if self.kept_heads(min(map(alike.count, alike))) < 2:
             raise ValueError(
                 f"{over}at least two heads must be kept to merge clusters; raise heads.count or "
                 "consensus.keep, or give a single heads.balance"

@@ -16,7 +16,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.alone import settings
 from benchmarks.peers import UMAP
@@ -163,8 +162,7 @@ def _at(trainer: HeadTrainer, features: Tensor, clusters: np.ndarray) -> None:
         generator = np.random.default_rng(seed_of(trainer.seed, "start", number))
         half = np.sort(generator.choice(len(own), len(own) // 2, replace=False))
         rows = torch.from_numpy(half).to(features.device)
-        of = F.one_hot(own[rows], trainer.clusters).float()
-        means = of.T @ features[rows] / of.sum(0).clamp_min(1).unsqueeze(1)
+        means = start.cluster_means(features[rows], own[rows], trainer.clusters)
         for heads in (trainer.student, trainer.teacher):
             heads.last.weight.data[position] = means.T
 

@@ -98,7 +98,7 @@ class WardTree:
     def centroids(self, clusters: int) -> Tensor:
         """Centroids of the K clusters, in all components: float32 [K, P]."""
         own = hierarchy.fcluster(self.merges, clusters, "maxclust").astype(np.int64) - 1
-        return _means(self.points, torch.from_numpy(own).to(self.points.device), clusters)
+        return cluster_means(self.points, torch.from_numpy(own).to(self.points.device), clusters)
 
 
 def ward_tree(smooth: Tensor, clusters: int, seed: int) -> Tensor:
@@ -126,7 +126,7 @@ def ward_start(sample: Tensor, smooth: Tensor, tree: Tensor, seed: int) -> Tenso
     part = smooth[rows][:, components].contiguous()
     begin = tree[:, components].contiguous()
     nearest = nearest_centroid(part, lloyd(part, clusters, generator, FEW, begin))
-    return _means(sample[rows], nearest, clusters).T.contiguous()
+    return cluster_means(sample[rows], nearest, clusters).T.contiguous()
 
 
 def cluster_few(smooth: Tensor, clusters: int, seed: int) -> Tensor:
@@ -166,7 +166,7 @@ def kmeans_start(sample: Tensor, clusters: int, seed: int) -> Tensor:
     rows = _half_of_rows(sample, clusters, generator)
     part = sample[rows][:, _half_of_components(sample, generator)].contiguous()
     nearest = nearest_centroid(part, lloyd(part, clusters, generator))
-    return _means(sample[rows], nearest, clusters).T.contiguous()
+    return cluster_means(sample[rows], nearest, clusters).T.contiguous()
 
 
 def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _cluster_sums(x: Tensor, nearest: Tensor, clusters: int) -> tuple[Tensor, Te
     return codes.T @ x, counts
 
 
-def _means(x: Tensor, nearest: Tensor, clusters: int) -> Tensor:
+def cluster_means(x: Tensor, nearest: Tensor, clusters: int) -> Tensor:
     """Mean of the rows of each cluster, [K, P]; zero for an empty one."""
     sums, counts = _cluster_sums(x, nearest, clusters)
     return sums / counts.clamp_min(1).unsqueeze(1)
